@@ -1,0 +1,162 @@
+"""The command ``scissor-vllm``: ``serve`` is ``vllm serve`` with compression set up; ``demo`` shows it."""
+
+import argparse
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import Any
+
+from scissor_vllm.retention import (
+    DEFAULT_MIN_RETENTION_RATIO,
+    DEFAULT_RETENTION_RATIO,
+    DEFAULT_VIDEO_COMPRESSION,
+    MIN_RETENTION_RATIO,
+    RETENTION_RATIO,
+    VIDEO_COMPRESSION,
+    check_retention_ratio,
+)
+
+PLUGIN = "scissor_vllm"
+"""Name of our entry points, as ``VLLM_PLUGINS`` lists it."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"serve": serve, "demo": demo}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    asked = argv[:1] in (["-h"], ["--help"])
+    print(
+        "usage: scissor-vllm serve MODEL [options]   serve MODEL ('demo': a small one, no download)\n"
+        "       scissor-vllm demo [options]          serve the small model, send it a clip, stop\n\n"
+        "scissor-vllm COMMAND --help lists a command's options.",
+        file=sys.stdout if asked else sys.stderr,
+    )
+    return 0 if asked else 2
+
+
+def demo(argv: list[str]) -> int:
+    """Show the ratio at work; see ``scissor_vllm.demo.client``."""
+    from scissor_vllm.demo.client import main as run
+
+    return run(argv)
+
+
+def serve(argv: list[str]) -> int:
+    """Serve a model with vLLM; every flag of ``vllm serve`` is taken."""
+    set_environment(os.environ)
+    # vLLM reads the environment as it is imported.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="scissor-vllm")
+    options = command.subparser_init(parser.add_subparsers(dest="subparser", required=True))
+    options.usage = "scissor-vllm serve [model_tag] [options]"
+    add_retention_options(options)
+    args = parser.parse_args(["serve", *argv])
+    if args.model_tag is not None:
+        from scissor_vllm.demo.model import DEMO_MODEL
+
+        if args.model_tag == DEMO_MODEL:
+            use_demo_model(args)
+    apply_retention_options(args)
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
+    return 0
+
+
+def set_environment(environment: Any) -> None:
+    """Set what the plugin needs in the environment of this process and its children.
+
+    ``VLLM_PLUGINS`` is a filter over all plugins: ours is added to what it names, or to all that
+    vLLM would load by itself. A loader that the operator chose stays.
+    """
+    named = environment.get("VLLM_PLUGINS")
+    if named is None:
+        # Endpoint plugins of others load only when named, and nobody named them.
+        groups = ("general", "io_processor", "platform", "stat_logger")
+        names = {e.name for group in groups for e in entry_points(group=f"vllm.{group}_plugins")}
+    else:
+        names = set(filter(None, named.split(",")))
+    environment["VLLM_PLUGINS"] = ",".join(sorted({*names, PLUGIN}))
+    environment.setdefault("VLLM_VIDEO_LOADER_BACKEND", "decord")
+
+
+def add_retention_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``vllm serve`` does not have."""
+    from scissor_vllm.compression import METHODS
+
+    group = parser.add_argument_group("Video compression")
+    group.add_argument(
+        "--default-retention-ratio",
+        type=_ratio,
+        default=None,
+        help="fraction of video tokens kept where a request names none "
+        f"(default {DEFAULT_RETENTION_RATIO}: as vLLM without compression)",
+    )
+    group.add_argument(
+        "--min-retention-ratio",
+        type=_ratio,
+        default=None,
+        help=f"a request below this is refused (default {DEFAULT_MIN_RETENTION_RATIO})",
+    )
+    group.add_argument(
+        "--video-compression",
+        choices=sorted(METHODS),
+        default=None,
+        help="scc: Semantic Connected Components; uniform: evenly spaced tokens, for comparison "
+        f"(default {DEFAULT_VIDEO_COMPRESSION})",
+    )
+
+
+def _ratio(text: str) -> float:
+    try:
+        return check_retention_ratio(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def apply_retention_options(args: argparse.Namespace) -> None:
+    """Move our options into the engine's ``mm_processor_kwargs``, which reach every process.
+
+    Raises:
+        SystemExit: the default ratio is below the minimum.
+    """
+    from scissor_vllm.retention import RetentionPolicy
+
+    own = {
+        RETENTION_RATIO: args.default_retention_ratio,
+        MIN_RETENTION_RATIO: args.min_retention_ratio,
+        VIDEO_COMPRESSION: args.video_compression,
+    }
+    given = {key: value for key, value in own.items() if value is not None}
+    merged = {**(args.mm_processor_kwargs or {}), **given}
+    try:
+        RetentionPolicy.from_mm_processor_kwargs(merged)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"scissor-vllm serve: {error}") from error
+    if merged:
+        args.mm_processor_kwargs = merged
+
+
+def use_demo_model(args: argparse.Namespace) -> None:
+    """Put the demo model's folder and settings where the user gave none."""
+    from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
+
+    args.model_tag = str(demo_model_path())
+    args.served_model_name = args.served_model_name or [DEMO_MODEL]
+    # Compiling a model this small takes longer than it saves.
+    args.enforce_eager = True
+    args.dtype = "float32" if args.dtype == "auto" else args.dtype
+    args.max_model_len = args.max_model_len or 8192
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

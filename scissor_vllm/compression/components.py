@@ -1,0 +1,168 @@
+"""Connected components and maximum spanning trees of similarity graphs, vectorised in torch.
+
+Nodes of all sets are numbered through: node i of set b is ``b * n + i``. Labels are the lowest
+node of a component.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from scissor_vllm.compression.similarity import Similarity
+
+
+@dataclass(frozen=True)
+class Components:
+    """A partition of nodes, its parts numbered in the paper's order."""
+
+    part: torch.Tensor
+    """(nodes,) int64: the part of each node."""
+    num_parts: int
+
+
+@dataclass(frozen=True)
+class SpanningTrees:
+    """The maximum spanning tree of each set, strongest edge first, equal ones by (lower, higher)."""
+
+    weight: torch.Tensor
+    """(edges,) float32: cosines, descending."""
+    left: torch.Tensor
+    """(edges,) int64: the edge's lower node."""
+    right: torch.Tensor
+    """(edges,) int64: its higher node."""
+
+
+def threshold_labels(similarity: Similarity, threshold: float) -> torch.Tensor:
+    """Return the component of every node where edges are cosines above the threshold.
+
+    (B*n,) int64: the lowest node of the component.
+    """
+    size = similarity.size
+    nodes = torch.arange(similarity.num_sets * size, device=similarity.device)
+    labels = nodes
+    while True:
+        lowest = labels.clone().view(similarity.num_sets, size)
+        by_set = labels.view(similarity.num_sets, 1, size)
+        for sets, rows, cosines in similarity.blocks():
+            seen = torch.where(cosines > threshold, by_set[sets], len(nodes)).amin(dim=2)
+            lowest[sets, rows] = torch.minimum(lowest[sets, rows], seen)
+        joined = _join(labels, labels, lowest.view(-1))
+        if torch.equal(joined, labels):
+            return labels
+        labels = joined
+
+
+def forest_labels(num_nodes: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the component of every node where the edges are (left, right).
+
+    (num_nodes,) int64: the lowest node of the component.
+    """
+    labels = torch.arange(num_nodes, device=left.device)
+    while True:
+        lower = torch.minimum(labels[left], labels[right])
+        joined = _join(labels, torch.cat([labels[left], labels[right]]), torch.cat([lower, lower]))
+        if torch.equal(joined, labels):
+            return labels
+        labels = joined
+
+
+def _join(labels: torch.Tensor, which: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """Return labels after each label in ``which`` was joined to a lower one and chains collapsed."""
+    parent = labels.scatter_reduce(0, which, lower, "amin")
+    while True:
+        grandparent = parent[parent]
+        if torch.equal(grandparent, parent):
+            return parent
+        parent = grandparent
+
+
+def degrees(similarity: Similarity, threshold: float) -> torch.Tensor:
+    """Return the number of neighbours of every node, (B*n,) int64."""
+    result = torch.empty(
+        similarity.num_sets, similarity.size, dtype=torch.int64, device=similarity.device
+    )
+    for sets, rows, cosines in similarity.blocks():
+        result[sets, rows] = (cosines > threshold).sum(dim=2)
+    return result.view(-1)
+
+
+def in_order(labels: torch.Tensor, degree: torch.Tensor) -> Components:
+    """Return the parts in the paper's order: by their lowest node among those of highest degree."""
+    nodes = torch.arange(len(labels), device=labels.device)
+    highest = torch.zeros_like(degree).scatter_reduce(0, labels, degree, "amax")
+    leads = degree == highest[labels]
+    candidate = torch.where(leads, nodes, len(nodes))
+    lead = torch.full_like(nodes, len(nodes)).scatter_reduce(0, labels, candidate, "amin")
+    roots = torch.unique(labels)
+    number = torch.empty_like(nodes)
+    number[roots[torch.argsort(lead[roots])]] = torch.arange(len(roots), device=labels.device)
+    return Components(number[labels], len(roots))
+
+
+def maximum_spanning_trees(similarity: Similarity) -> SpanningTrees:
+    """Return the maximum spanning tree of every set, by Boruvka's rounds.
+
+    Edges are ordered by weight, then by their nodes, so the trees are unique and every cut of them
+    is that of Kruskal's algorithm.
+    """
+    size, num_nodes = similarity.size, similarity.num_sets * similarity.size
+    device = similarity.device
+    nodes = torch.arange(num_nodes, device=device)
+    first_of_set = nodes // size * size
+    labels = nodes
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for _ in range(max(size - 1, 0).bit_length()):
+        weight, other = _strongest_outgoing(similarity, labels)
+        other = other + first_of_set
+        edge = torch.minimum(nodes, other) * num_nodes + torch.maximum(nodes, other)
+        best = torch.full_like(weight, -torch.inf).scatter_reduce(0, labels, weight, "amax")
+        tied = torch.where(weight == best[labels], edge, num_nodes**2)
+        chosen = torch.full_like(nodes, num_nodes**2).scatter_reduce(0, labels, tied, "amin")
+        growing = (labels == nodes) & (best > -torch.inf)
+        edges, position = torch.unique(chosen[growing], return_inverse=True)
+        strength = torch.empty(len(edges), device=device)
+        strength[position] = best[growing]
+        found.append((strength, edges))
+        left, right = edges // num_nodes, edges % num_nodes
+        lower = torch.minimum(labels[left], labels[right])
+        ends = torch.cat([labels[left], labels[right]])
+        labels = _contract(labels, ends, torch.cat([lower, lower]), left, right)
+    weight = torch.cat([w for w, _ in found]) if found else torch.empty(0, device=device)
+    edge = torch.cat([e for _, e in found]) if found else nodes[:0]
+    edge, by_node = torch.sort(edge)
+    weight, by_weight = torch.sort(weight[by_node], descending=True, stable=True)
+    edge = edge[by_weight]
+    return SpanningTrees(weight, edge // num_nodes, edge % num_nodes)
+
+
+def _contract(
+    labels: torch.Tensor,
+    ends: torch.Tensor,
+    lower: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+) -> torch.Tensor:
+    """Return labels after every edge's two components became one."""
+    while True:
+        joined = _join(labels, ends, lower)
+        if torch.equal(joined, labels):
+            return labels
+        labels = joined
+        ends = torch.cat([labels[left], labels[right]])
+        lower = torch.minimum(labels[left], labels[right]).repeat(2)
+
+
+def _strongest_outgoing(
+    similarity: Similarity, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each node's strongest edge out of its component: weight, and the node in its set.
+
+    (B*n,) float32 and int64; -inf where a component fills its set. Of equal edges the first.
+    """
+    by_set = labels.view(similarity.num_sets, similarity.size)
+    weight = torch.empty(by_set.shape, device=similarity.device)
+    other = torch.empty_like(by_set)
+    for sets, rows, cosines in similarity.blocks():
+        inside = by_set[sets, rows, None] == by_set[sets, None, :]
+        weight[sets, rows], other[sets, rows] = cosines.masked_fill(inside, -torch.inf).max(dim=2)
+    return weight.view(-1), other.view(-1)

@@ -1,0 +1,18 @@
+"""What every compression method returns."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class CompressedTokens:
+    """The kept tokens of one video and where each input token went."""
+
+    tokens: torch.Tensor
+    """(K, D), dtype and device of the input, in the order of space and time."""
+    assignment: torch.Tensor
+    """(T*P,) int64, on the input's device: the row that each input token was merged into, -1 for a
+    token that a selecting method dropped."""
+    similarity_threshold: float | None = None
+    """Cosine above which tokens counted as connected: as given, or as found for the budget."""

@@ -1,0 +1,237 @@
+"""Semantic Connected Components (SCC), from LLaVA-Scissor (arXiv 2506.21862).
+
+Tokens are nodes, an edge joins two whose cosine is above a threshold. The components of each frame
+(spatial step), then those of all frames' representatives (temporal step), leave K representatives;
+every token is merged into the nearest.
+
+The paper fixes the threshold and K follows from the video. A server must know K first: the budget
+form searches the threshold and cuts the temporal step's maximum spanning tree, which holds the
+components at all thresholds, so that exactly K remain. Components are exact in both: the paper's
+sampling of nodes is not used.
+"""
+
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Rational
+
+import torch
+
+from scissor_vllm.compression.components import (
+    Components,
+    degrees,
+    forest_labels,
+    in_order,
+    maximum_spanning_trees,
+    threshold_labels,
+)
+from scissor_vllm.compression.result import CompressedTokens
+from scissor_vllm.compression.similarity import Similarity, most_similar
+from scissor_vllm.compression.validation import (
+    check_finite,
+    check_num_retained,
+    check_similarity_threshold,
+    check_tokens,
+)
+from scissor_vllm.retention import num_retained_tokens
+
+EXHAUSTIVE_TOKENS = 128
+"""Up to this many tokens every candidate threshold is tried, from below. Above, the search halves
+the candidates: the number of components is not everywhere monotone in the threshold, because the
+means that the temporal step compares change with it, so a lower threshold that also leaves K may
+go unseen."""
+
+THRESHOLD_MARGIN = 1e-4
+"""A found threshold is reported this far above the cosine where the result begins to hold (or half
+way to where it ends, if nearer), so that it gives the same result when it is used again."""
+
+
+@torch.no_grad()
+def compress(
+    tokens: torch.Tensor,
+    *,
+    similarity_threshold: float | None = None,
+    retention_ratio: float | Decimal | Rational | None = None,
+    num_retained: int | None = None,
+) -> CompressedTokens:
+    """Return one video's tokens merged by Semantic Connected Components.
+
+    Give exactly one of the three: the threshold (the paper's form, K follows from the data) or a
+    budget (exactly K rows).
+
+    With a budget the threshold is the smallest whose two steps leave at least K components; the
+    strongest temporal merges that remain are then made until K are left. Where the threshold alone
+    leaves K, the result is the paper's at ``similarity_threshold`` of the result.
+
+    Args:
+        tokens: (T, P, D) float32, bfloat16, float16 or float64: frames, tokens of a frame, width.
+            Not modified. Similarities and sums are float32.
+        similarity_threshold: cosine in [-1, 1] above which two tokens are connected (paper: tau).
+        retention_ratio: fraction of the T*P tokens to keep, in (0, 1];
+            K is :func:`scissor_vllm.num_retained_tokens` of it.
+        num_retained: K itself, 1..T*P.
+
+    Raises:
+        TypeError: tokens are not a floating tensor, or the chosen argument is not a number.
+        ValueError: none or several of the three given, one out of its range, tokens of another
+            shape, or a token that is not finite.
+
+    Source: LLaVA-Scissor, sections 3.1 to 3.3, with exact components and a cut for the budget.
+    """
+    num_tokens = check_tokens(tokens)
+    given = [similarity_threshold, retention_ratio, num_retained]
+    if sum(value is not None for value in given) != 1:
+        raise ValueError(
+            "give exactly one of similarity_threshold, retention_ratio and num_retained, got "
+            f"{similarity_threshold}, {retention_ratio} and {num_retained}"
+        )
+    if retention_ratio is not None:
+        num_retained = num_retained_tokens(num_tokens, retention_ratio)
+    if num_retained is not None:
+        check_num_retained(num_retained, num_tokens)
+    if similarity_threshold is not None:
+        check_similarity_threshold(similarity_threshold)
+    check_finite(tokens)
+
+    frames = tokens.float()
+    spatial = Similarity(frames)
+    if num_retained is not None:
+        threshold = _find_threshold(frames, spatial, num_retained)
+    else:
+        assert similarity_threshold is not None
+        threshold = float(similarity_threshold)
+    flat = frames.reshape(num_tokens, -1)
+    in_frames = in_order(threshold_labels(spatial, threshold), degrees(spatial, threshold))
+    representatives = _means(flat, in_frames)
+    across_frames = _temporal_components(representatives, threshold, num_retained)
+    kept = _means(representatives, across_frames)
+    assignment = most_similar(flat, kept)
+    merged = _merge(flat, kept, assignment)
+    return CompressedTokens(merged.to(tokens.dtype), assignment, threshold)
+
+
+def _temporal_components(
+    representatives: torch.Tensor, threshold: float, num_retained: int | None
+) -> Components:
+    """Return the components of all frames' representatives, joined further to exactly K if given."""
+    temporal = Similarity(representatives[None])
+    if num_retained is None:
+        labels = threshold_labels(temporal, threshold)
+    else:
+        trees = maximum_spanning_trees(temporal)
+        num_merges = len(representatives) - num_retained
+        labels = forest_labels(
+            len(representatives), trees.left[:num_merges], trees.right[:num_merges]
+        )
+    return in_order(labels, degrees(temporal, threshold))
+
+
+@dataclass(frozen=True)
+class _Interval:
+    """Thresholds [start, end) over which the spatial step does not change."""
+
+    start: float
+    end: float
+
+
+def _find_threshold(frames: torch.Tensor, spatial: Similarity, num_retained: int) -> float:
+    """Return a threshold whose two steps leave at least K, no lower one found that does."""
+    intervals, num_spatial = _intervals(spatial)
+    # The temporal step only joins, so an interval with fewer than K spatial components is out.
+    low = next(i for i, count in enumerate(num_spatial) if count >= num_retained)
+    high = len(intervals) - 1
+
+    def leaves_enough(index: int) -> bool:
+        representatives = _representatives(frames, spatial, intervals[index].start)
+        below_end = _float32_below(intervals[index].end)
+        labels = threshold_labels(Similarity(representatives[None]), below_end)
+        return len(torch.unique(labels)) >= num_retained
+
+    if spatial.num_sets * spatial.size <= EXHAUSTIVE_TOKENS:
+        while low < high and not leaves_enough(low):
+            low += 1
+    else:
+        # The last interval keeps every token apart, so it always leaves enough.
+        while low < high:
+            middle = (low + high) // 2
+            if leaves_enough(middle):
+                high = middle
+            else:
+                low = middle + 1
+    return _threshold_within(frames, spatial, intervals[low], num_retained)
+
+
+def _intervals(spatial: Similarity) -> tuple[list[_Interval], list[int]]:
+    """Return the intervals between the spatial trees' weights, ascending, and their spatial counts."""
+    weights = maximum_spanning_trees(spatial).weight
+    breaks, counts = torch.unique(weights, return_counts=True)
+    starts = [-1.0, *breaks.tolist()]
+    # A cosine of exactly -1 joins nothing at any threshold: the first interval is then empty.
+    intervals = [
+        _Interval(start, end) for start, end in zip(starts, [*starts[1:], math.inf], strict=True)
+    ]
+    num_spatial = spatial.num_sets + torch.cumsum(counts, 0)
+    return intervals, [spatial.num_sets, *num_spatial.tolist()]
+
+
+def _threshold_within(
+    frames: torch.Tensor, spatial: Similarity, interval: _Interval, num_retained: int
+) -> float:
+    """Return the smallest threshold of the interval that leaves at least K, with its margin."""
+    representatives = _representatives(frames, spatial, interval.start)
+    weights = maximum_spanning_trees(Similarity(representatives[None])).weight.tolist()
+    num_merges = len(representatives) - num_retained
+    # Edges above the threshold are merged: all but the num_merges strongest must not be above it.
+    start = max([interval.start, *weights[num_merges : num_merges + 1]])
+    end = min([interval.end, 1.0, *(weight for weight in weights if weight > start)])
+    threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
+    return threshold if start <= threshold < end else start
+
+
+def _representatives(frames: torch.Tensor, spatial: Similarity, threshold: float) -> torch.Tensor:
+    """Return the spatial step's representatives of all frames, (S, D) float32, in order."""
+    components = in_order(threshold_labels(spatial, threshold), degrees(spatial, threshold))
+    return _means(frames.reshape(-1, frames.shape[-1]), components)
+
+
+def _means(rows: torch.Tensor, components: Components) -> torch.Tensor:
+    """Return the plain mean of each part's rows, (parts, D) float32."""
+    return _weighted_sums(rows, components.part, components.num_parts, extra=0)
+
+
+def _merge(flat: torch.Tensor, kept: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+    """Return (representative + sum of its tokens) / (number of its tokens + 1), (K, D) float32."""
+    count = torch.bincount(assignment, minlength=len(kept)) + 1
+    return kept / count[:, None] + _weighted_sums(flat, assignment, len(kept), extra=1)
+
+
+def _weighted_sums(
+    rows: torch.Tensor, part: torch.Tensor, num_parts: int, *, extra: int
+) -> torch.Tensor:
+    """Return for each part the sum of its rows over (number of them + extra), (parts, D).
+
+    Rows are divided before they are added, so no sum overflows, and added in order of their
+    number, so the result does not depend on the device's scheduling.
+    """
+    count = torch.bincount(part, minlength=num_parts)
+    order = torch.argsort(part, stable=True)
+    weight = 1.0 / (count + extra)
+    return torch.nn.functional.embedding_bag(
+        order,
+        rows,
+        torch.cumsum(count, 0) - count,
+        mode="sum",
+        per_sample_weights=weight[part[order]].to(rows.dtype),
+    )
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def _float32_below(value: float) -> float:
+    """Return the largest float32 below the value; what is above it is at least the value."""
+    if math.isinf(value):
+        return value
+    exact = torch.tensor(value, dtype=torch.float32)
+    return torch.nextafter(exact, torch.tensor(-torch.inf)).item()

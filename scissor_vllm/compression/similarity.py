@@ -1,0 +1,128 @@
+"""Cosine similarities of sets of tokens, never more than a stated block of them in memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BLOCK_ELEMENTS = 1 << 26
+"""Most similarities that are held at once: 256 MiB in float32. A set of up to 8192 tokens is held
+whole and computed once; a larger one is computed again, block by block, on each pass."""
+
+ONE = 1.0 - 2.0**-20
+"""Cosines above this count as 1: float32 does not tell them from those of two equal vectors, and
+its last bits would otherwise order duplicates by chance."""
+
+NO_EDGE = -2.0
+"""On the diagonal: below every threshold, so a token is never its own neighbour."""
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep float32 products in float32, whatever the process chose for speed.
+
+    A serving process may allow TF32 or bfloat16 products, whose error of 1e-3 is far above the
+    differences that decide components.
+    """
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows / ||rows|| in float32, (..., D); a zero row stays zero.
+
+    Each row is divided by its largest magnitude first, so no square overflows or vanishes.
+    """
+    rows = rows.float()
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    rows = rows / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / torch.where(norm > 0, norm, 1.0)
+
+
+class Similarity:
+    """Cosines inside each of B sets of n tokens, as blocks of whole rows.
+
+    Symmetric to the last bit, 1 at most, ``NO_EDGE`` on the diagonal.
+    """
+
+    def __init__(self, sets: torch.Tensor) -> None:
+        """Take sets (B, n, D) floating."""
+        self.num_sets, self.size, _ = sets.shape
+        self.device = sets.device
+        self._unit = unit_rows(sets)
+        self._whole: torch.Tensor | None = None
+
+    def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Yield (sets, rows, cosines (sets, rows, n) float32) until all rows were covered."""
+        every_row = slice(0, self.size)
+        if self.num_sets * self.size**2 <= BLOCK_ELEMENTS:
+            if self._whole is None:
+                self._whole = self._square(slice(0, self.num_sets))
+            yield slice(0, self.num_sets), every_row, self._whole
+        elif self.size**2 <= BLOCK_ELEMENTS:
+            step = BLOCK_ELEMENTS // self.size**2
+            for start in range(0, self.num_sets, step):
+                sets = slice(start, min(start + step, self.num_sets))
+                yield sets, every_row, self._square(sets)
+        else:
+            step = max(1, BLOCK_ELEMENTS // self.size)
+            for index in range(self.num_sets):
+                for start in range(0, self.size, step):
+                    rows = slice(start, min(start + step, self.size))
+                    yield slice(index, index + 1), rows, self._rows(index, rows, step)
+
+    def _square(self, sets: slice) -> torch.Tensor:
+        unit = self._unit[sets]
+        product = _matmul(unit, unit.transpose(1, 2))
+        cosines = torch.maximum(product, product.transpose(1, 2))
+        return _finish(cosines, first_row=0)
+
+    def _rows(self, index: int, rows: slice, step: int) -> torch.Tensor:
+        """Return rows of one set, (1, rows, n); a tile and its mirror come from one product."""
+        unit = self._unit[index]
+        cosines = torch.empty(rows.stop - rows.start, self.size, device=self.device)
+        for start in range(0, self.size, step):
+            columns = slice(start, min(start + step, self.size))
+            if start < rows.start:
+                tile = _matmul(unit[columns], unit[rows].T).T
+            else:
+                tile = _matmul(unit[rows], unit[columns].T)
+            if start == rows.start:
+                tile = torch.maximum(tile, tile.T)
+            cosines[:, columns] = tile
+        return _finish(cosines[None], first_row=rows.start)
+
+
+def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    with exact_float32():
+        return left @ right
+
+
+def _finish(cosines: torch.Tensor, first_row: int) -> torch.Tensor:
+    """Snap to [-1, 1] and take the diagonal out, in place."""
+    cosines.masked_fill_(cosines > ONE, 1.0).clamp_(min=-1.0)
+    cosines.diagonal(offset=first_row, dim1=1, dim2=2).fill_(NO_EDGE)
+    return cosines
+
+
+def most_similar(tokens: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
+    """Return for each of tokens (N, D) the row of representatives (K, D) of highest cosine.
+
+    (N,) int64. Of representatives within 2**-20 of the highest, the first.
+    """
+    unit_tokens, unit_representatives = unit_rows(tokens), unit_rows(representatives)
+    step = max(1, BLOCK_ELEMENTS // len(representatives))
+    found = []
+    for start in range(0, len(tokens), step):
+        cosines = _matmul(unit_tokens[start : start + step], unit_representatives.T)
+        near = cosines >= cosines.amax(dim=1, keepdim=True) - (1.0 - ONE)
+        found.append(near.to(torch.uint8).argmax(dim=1))
+    return torch.cat(found)

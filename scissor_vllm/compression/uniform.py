@@ -1,0 +1,25 @@
+"""The baseline: evenly spaced tokens, the others dropped. It looks at no value and costs nothing."""
+
+import torch
+
+from scissor_vllm.compression.result import CompressedTokens
+from scissor_vllm.compression.validation import check_num_retained, check_tokens
+
+
+def select_evenly(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+    """Return every (N/K)-th token, the first included, in order.
+
+    Args:
+        tokens: (T, P, D) floating, one video; N = T*P.
+        num_retained: K, 1 <= K <= N.
+
+    Raises:
+        TypeError, ValueError: as :func:`scissor_vllm.compress`, but values may be non-finite.
+    """
+    num_tokens = check_tokens(tokens)
+    check_num_retained(num_retained, num_tokens)
+    rows = torch.arange(num_retained, device=tokens.device)
+    kept = rows * num_tokens // num_retained
+    assignment = torch.full((num_tokens,), -1, dtype=torch.int64, device=tokens.device)
+    assignment[kept] = rows
+    return CompressedTokens(tokens.reshape(num_tokens, -1)[kept], assignment)

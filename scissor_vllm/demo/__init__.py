@@ -1,0 +1,1 @@
+"""The small model that needs no download, a clip, and a client that shows the ratio at work."""

@@ -1,0 +1,12 @@
+"""Models whose video tokens are compressed, one file a family.
+
+A file says what its family changes against vLLM's class; what all share is in
+``scissor_vllm.processor`` and ``scissor_vllm.tower``.
+"""
+
+MODELS = {
+    "LlavaOnevisionForConditionalGeneration": (
+        "scissor_vllm.models.llava_onevision:LlavaOnevisionForConditionalGeneration"
+    ),
+}
+"""Architecture, as a checkpoint's config names it, to our class."""

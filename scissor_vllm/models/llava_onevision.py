@@ -1,0 +1,91 @@
+"""LLaVA-OneVision with compressed videos.
+
+Changed against vLLM's class:
+- a video of T frames with P tokens each has K + 1 placeholders in place of T*P + 1: compression
+  acts on the frames' tokens, the newline that ends a video stays;
+- videos of a batch with any ratio below 1.0 go through the vision tower one by one;
+- checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level.
+"""
+
+import math
+from functools import partial
+
+import regex as re
+import torch
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.model_executor.models import llava_onevision as stock
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from scissor_vllm.processor import NUM_RETAINED, RetentionProcessingInfo, RetentionProcessor
+from scissor_vllm.tower import VideoCompression
+
+_POOLING_STRIDE = 2
+_TOWER_PARTS = "embeddings|encoder|post_layernorm|pre_layrnorm|head"
+
+
+class LlavaOnevisionProcessingInfo(RetentionProcessingInfo, stock.LlavaOnevisionProcessingInfo):
+    """Counts a video's tokens without its newline."""
+
+    def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
+        """Return T*P."""
+        with_newline = self.get_num_video_tokens(
+            image_width=width, image_height=height, num_frames=num_frames
+        )
+        return with_newline - self.get_num_fixed_tokens()
+
+    def get_num_fixed_tokens(self) -> int:
+        """Return 1, the newline."""
+        return 1
+
+
+class LlavaOnevisionProcessor(RetentionProcessor, stock.LlavaOnevisionMultiModalProcessor):
+    """Gives a video K + 1 placeholders."""
+
+    def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
+        frames, _, height, width = processed["pixel_values_videos"][index].shape
+        return self.info.get_num_compressible_tokens(width=width, height=height, num_frames=frames)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaOnevisionProcessor,
+    info=LlavaOnevisionProcessingInfo,
+    dummy_inputs=stock.LlavaOnevisionDummyInputsBuilder,
+)
+class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalGeneration):
+    """Encodes a video to exactly K + 1 rows."""
+
+    hf_to_vllm_mapper = (
+        WeightsMapper(
+            orig_to_new_regex={
+                re.compile(rf"^(model\.)?vision_tower\.(?={_TOWER_PARTS})"): (
+                    r"\1vision_tower.vision_model."
+                )
+            }
+        )
+        | stock.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        vision = self.config.vision_config
+        side = math.ceil(vision.image_size // vision.patch_size / _POOLING_STRIDE)
+        self.video_compression = VideoCompression(vllm_config, tokens_per_frame=side * side)
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Return (K + 1, D) for each video; images, and batches at ratio 1.0, as vLLM does."""
+        num_retained = kwargs.pop(NUM_RETAINED, None)
+        if not isinstance(num_retained, torch.Tensor):
+            return super().embed_multimodal(**kwargs)
+        inputs = self._parse_and_validate_video_input(**kwargs)
+        assert inputs is not None
+        videos, counts = list(inputs["pixel_values_videos"]), num_retained.flatten().tolist()
+        if self.video_compression.keeps_all(videos, counts):
+            return super().embed_multimodal(**kwargs)
+        encode = partial(self._video_pixels_to_features, self.vision_tower)
+        newline = self.image_newline[None]
+        return tuple(
+            torch.cat([rows, newline]) for rows in self.video_compression(videos, counts, encode)
+        )

@@ -1,0 +1,225 @@
+"""The processor's part, shared by all models: the ratio in, K placeholders and the integer K out.
+
+vLLM counts a video's placeholders before the vision tower runs, so K is fixed here, from frames,
+tokens of a frame and the ratio alone. It travels to the model as the field ``num_retained`` of each
+video; the model gives back exactly that many rows.
+"""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    InputProcessingContext,
+    PromptReplacement,
+    PromptUpdate,
+)
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from scissor_vllm.retention import (
+    RETENTION,
+    RETENTION_RATIO,
+    RETENTION_REPORT,
+    RetentionPolicy,
+    RetentionReport,
+    num_retained_tokens,
+    without_own_keys,
+)
+
+NUM_RETAINED = "num_retained"
+"""Field of each video's data: K, an int64 of its own, kept on the CPU."""
+
+
+def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingContext:
+    """Return the context with our keys taken out of the engine's ``mm_processor_kwargs``.
+
+    vLLM hands all of them to the Hugging Face processor, which knows none of ours.
+    """
+    model_config = copy.copy(ctx.model_config)
+    mm_config = copy.copy(model_config.get_multimodal_config())
+    mm_config.mm_processor_kwargs = without_own_keys(mm_config.mm_processor_kwargs or {})
+    model_config.multimodal_config = mm_config
+    return replace(ctx, model_config=model_config)
+
+
+class RetentionProcessingInfo:
+    """Mixin of a model's processing info: the operator's policy, and how many tokens a video has."""
+
+    def __init__(self, ctx: InputProcessingContext) -> None:
+        mm_config = ctx.model_config.get_multimodal_config()
+        self.retention_policy = RetentionPolicy.from_mm_processor_kwargs(
+            mm_config.mm_processor_kwargs
+        )
+        super().__init__(without_retention_settings(ctx))  # type: ignore[call-arg]
+
+    @abstractmethod
+    def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
+        """Return N: the tokens of a video that compression acts on."""
+
+    @abstractmethod
+    def get_num_fixed_tokens(self) -> int:
+        """Return how many placeholders follow a video's tokens and are never compressed."""
+
+
+class RetentionProcessor(BaseMultiModalProcessor[Any]):
+    """Mixin of a model's processor, placed before vLLM's class."""
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """Return the engine's input for a request whose ratio was checked and made explicit."""
+        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        media_io_kwargs = dict(inputs.media_io_kwargs)
+        over_http = media_io_kwargs.pop(RETENTION, {})
+        requested = kwargs.pop(RETENTION_RATIO, None)
+        if over_http.get(RETENTION_RATIO) is not None:
+            requested = over_http[RETENTION_RATIO]
+        report = over_http.get(RETENTION_REPORT)
+        own = kwargs.keys() - without_own_keys(kwargs).keys()
+        if own:
+            raise VLLMValidationError(
+                f"{', '.join(sorted(own))} can be set for the whole server only: leave it out of "
+                "the request's mm_processor_kwargs",
+                parameter="mm_processor_kwargs",
+            )
+        ratio = self._resolve_ratio(requested)
+        if "video" in inputs.mm_data_items:
+            # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
+            if ratio != 1.0:
+                kwargs[RETENTION_RATIO] = ratio
+            if isinstance(report, RetentionReport):
+                for num_tokens in self._get_num_video_tokens(inputs.mm_data_items):
+                    report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
+        inputs = replace(inputs, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs)
+        return super().apply(inputs, timing_ctx)
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """Return vLLM's worst case for memory profiling, uncompressed whatever the default."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, RETENTION_RATIO: 1.0}
+        return inputs
+
+    def _resolve_ratio(self, requested: object) -> float:
+        try:
+            return self.info.retention_policy.resolve(requested)
+        except (TypeError, ValueError) as error:
+            raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
+
+    def _get_num_video_tokens(self, mm_items: MultiModalDataItems) -> list[int]:
+        """Return N of each video."""
+        if "video" not in mm_items:
+            return []
+        videos = mm_items.get_items("video", VideoProcessorItems)
+        counts = []
+        for index in range(len(videos)):
+            size = videos.get_frame_size(index)
+            num_frames = videos.get_num_frames(index)
+            if num_frames < 1:
+                raise VLLMValidationError(
+                    f"a video must have at least one frame, video {index} has {num_frames}: send a "
+                    "file that can be decoded",
+                    parameter="video_url",
+                )
+            counts.append(
+                self.info.get_num_compressible_tokens(
+                    width=size.width, height=size.height, num_frames=num_frames
+                )
+            )
+        return counts
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
+        """Return cache identities: a video's tells the ratio, everything else's does not."""
+        kwargs = inputs.hf_processor_mm_kwargs
+        if RETENTION_RATIO not in kwargs:
+            return super()._get_mm_hashes(inputs)
+        plain = {key: value for key, value in kwargs.items() if key != RETENTION_RATIO}
+        # Two servers with different methods may share a cache that outlives them.
+        of_video = {**kwargs, "video_compression": self.info.retention_policy.method}
+        hashes: dict[str, Any] = {}
+        for modality, items in inputs.mm_data_items.items():
+            only = replace(
+                inputs,
+                mm_data_items=MultiModalDataItems({modality: items}),
+                hf_processor_mm_kwargs=of_video if modality == "video" else plain,
+            )
+            hashes.update(super()._get_mm_hashes(only))
+        return hashes
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        return {**fields, NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True)}
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        ratio = float(hf_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
+        processed = super()._apply_hf_processor_main(
+            mm_items=mm_items, hf_kwargs=without_own_keys(hf_kwargs)
+        )
+        counts = self._get_num_video_tokens(mm_items)
+        if counts:
+            for index, num_tokens in enumerate(counts):
+                self._check_num_tokens(processed, index, num_tokens)
+            processed[NUM_RETAINED] = torch.tensor(
+                [num_retained_tokens(num_tokens, ratio) for num_tokens in counts]
+            )
+        return processed
+
+    def _check_num_tokens(self, processed: BatchFeature, index: int, num_tokens: int) -> None:
+        """Raise if the pixels of a video will not give the N tokens that were counted.
+
+        Found here it fails one request; found in the model it would take the engine down.
+        """
+        prepared = self._get_num_prepared_tokens(processed, index)
+        if prepared != num_tokens:
+            raise VLLMValidationError(
+                f"video {index} has {num_tokens} tokens by its frames, but its pixels as prepared "
+                f"give {prepared}: the processor must not sample or drop frames, set num_frames in "
+                "--media-io-kwargs instead",
+                parameter="mm_processor_kwargs",
+            )
+
+    @abstractmethod
+    def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
+        """Return N of a video as its prepared pixels give it."""
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(
+            mm_items=mm_items,
+            hf_processor_mm_kwargs=without_own_keys(hf_processor_mm_kwargs),
+            out_mm_kwargs=out_mm_kwargs,
+        )
+        if RETENTION_RATIO not in hf_processor_mm_kwargs:
+            return updates
+        return [
+            self._shortened(update, out_mm_kwargs)
+            if update.modality == "video" and isinstance(update, PromptReplacement)
+            else update
+            for update in updates
+        ]
+
+    def _shortened(
+        self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems
+    ) -> PromptReplacement:
+        """Return vLLM's replacement with K placeholders in place of N."""
+
+        def replacement(index: int) -> Any:
+            stock = update.replacement
+            content = stock(index) if callable(stock) else stock
+            num_retained = int(out_mm_kwargs["video"][index][NUM_RETAINED].data)
+            return content[: num_retained + self.info.get_num_fixed_tokens()]
+
+        return replace(update, replacement=replacement)

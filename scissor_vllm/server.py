@@ -1,0 +1,200 @@
+"""The HTTP part: ``retention_ratio`` on chat/completions and tokenize, and what came of it.
+
+A vLLM endpoint plugin (entry point ``vllm.endpoint_plugins``, loaded when ``VLLM_PLUGINS`` names
+``scissor_vllm``). Its routes replace vLLM's of the same path, and call the same handlers.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import AsyncGenerator, AsyncIterable
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr
+from starlette.datastructures import State
+from vllm.entrypoints.openai.chat_completion import api_router as chat_router
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
+from vllm.entrypoints.serve.tokenize.protocol import (
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers import ChatParams
+
+from scissor_vllm.models import MODELS
+from scissor_vllm.processor import RetentionProcessor
+from scissor_vllm.retention import (
+    RETENTION,
+    RETENTION_RATIO,
+    RETENTION_REPORT,
+    RetentionPolicy,
+    RetentionReport,
+    check_retention_ratio,
+)
+
+_DESCRIPTION = (
+    "Fraction of each video's tokens that reaches the language model, above 0 and at most 1. "
+    "1.0 keeps all. Leave it out for the server's default. Images and text are untouched."
+)
+
+
+def _checked(ratio: object) -> float | None:
+    if ratio is None:
+        return None
+    try:
+        return check_retention_ratio(ratio)
+    except TypeError as error:
+        # Pydantic reports a ValueError as the client's, and lets a TypeError through.
+        raise ValueError(str(error)) from error
+
+
+class RetentionRequest(BaseModel):
+    """Mixin of a vLLM request: the field, and the way of its value to the processor."""
+
+    field_names: ClassVar[set[str] | None] = None
+
+    retention_ratio: Annotated[
+        float | None,
+        BeforeValidator(_checked, json_schema_input_type=float | None),
+        Field(gt=0, le=1, description=_DESCRIPTION),
+    ] = None
+
+    _report: RetentionReport = PrivateAttr(default_factory=RetentionReport)
+
+    @property
+    def report(self) -> RetentionReport:
+        """What was done to the request's videos; complete once the prompt is rendered."""
+        return self._report
+
+    def build_chat_params(self, *args: Any, **kwargs: Any) -> ChatParams:
+        """Return vLLM's parameters, the ratio and the report among them.
+
+        They travel as ``media_io_kwargs`` of a modality of our own, which vLLM carries from here to
+        the processor. The request's own ``mm_processor_kwargs`` would be refused unless the
+        operator trusts clients with every option of the processor; this is one checked number.
+        """
+        params = super().build_chat_params(*args, **kwargs)  # type: ignore[misc]
+        own = {RETENTION_RATIO: self.retention_ratio, RETENTION_REPORT: self._report}
+        return replace(params, media_io_kwargs={**(params.media_io_kwargs or {}), RETENTION: own})
+
+
+class RetentionChatCompletionRequest(RetentionRequest, ChatCompletionRequest):
+    """vLLM's chat completion request with ``retention_ratio``."""
+
+
+class RetentionTokenizeChatRequest(RetentionRequest, TokenizeChatRequest):
+    """vLLM's tokenize request for a chat with ``retention_ratio``."""
+
+
+class RetentionEndpoint:
+    """The endpoint plugin: replaces ``/v1/chat/completions`` and ``/tokenize``."""
+
+    name = "scissor_vllm"
+    required_tasks: tuple[str, ...] | None = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Put our routes in place of vLLM's."""
+        router = APIRouter()
+        for path, stock, endpoint in (
+            ("/v1/chat/completions", chat_router.router, create_chat_completion),
+            ("/tokenize", tokenize_router.router, tokenize),
+        ):
+            route = next(r for r in stock.routes if isinstance(r, APIRoute) and r.path == path)
+            router.add_api_route(
+                path,
+                endpoint,
+                methods=["POST"],
+                dependencies=route.dependencies,
+                responses=route.responses,
+                response_model=None,
+            )
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Keep what the routes check a ratio against."""
+        model_config = state.vllm_config.model_config
+        mm_config = model_config.multimodal_config
+        state.retention_policy = RetentionPolicy.from_mm_processor_kwargs(
+            mm_config.mm_processor_kwargs if mm_config else None
+        )
+        state.compresses_video = isinstance(
+            state.online_renderer.renderer.mm_processor, RetentionProcessor
+        )
+
+
+async def create_chat_completion(
+    request: RetentionChatCompletionRequest, raw_request: Request
+) -> Response | None:
+    """Answer a chat. Beside ``usage``, ``video_compression`` tells what reached the model."""
+    _check(request, raw_request.app.state)
+    response = await chat_router.create_chat_completion(request, raw_request)
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _with_report(response.body_iterator, request.report)
+    elif isinstance(response, JSONResponse) and response.status_code == 200:
+        content = json.loads(response.body)
+        _add_report(content, request.report)
+        response.body = response.render(content)
+        response.headers["content-length"] = str(len(response.body))
+    return response
+
+
+async def tokenize(
+    request: RetentionTokenizeChatRequest | TokenizeCompletionRequest, raw_request: Request
+) -> Response | None:
+    """Return the tokens of the prompt that a chat with the same ratio would have."""
+    if isinstance(request, RetentionRequest):
+        _check(request, raw_request.app.state)
+    return await tokenize_router.tokenize(request, raw_request)
+
+
+def _check(request: RetentionRequest, state: State) -> None:
+    """Check the ratio against what the server allows and its model can.
+
+    Raises:
+        VLLMValidationError: below the operator's minimum, or the model's videos are not compressed
+            and there is one. vLLM answers it with 400.
+    """
+    try:
+        ratio = state.retention_policy.resolve(request.retention_ratio)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
+    named = request.retention_ratio is not None
+    if named and ratio != 1.0 and not state.compresses_video and _has_video(request):
+        raise VLLMValidationError(
+            f"{RETENTION_RATIO} must be 1.0 or absent for this model, got {ratio}: videos are "
+            f"compressed for {', '.join(MODELS)} only",
+            parameter=RETENTION_RATIO,
+        )
+
+
+def _has_video(request: Any) -> bool:
+    contents = [message.get("content") for message in request.messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and "video" in str(part.get("type")) for part in parts)
+
+
+def _add_report(content: dict[str, Any], report: RetentionReport) -> None:
+    """Put ``video_compression`` beside ``usage``, if the request had a video."""
+    described = report.as_response()
+    if described is not None:
+        content["video_compression"] = described
+
+
+async def _with_report(
+    events: AsyncIterable[Any], report: RetentionReport
+) -> AsyncGenerator[Any, None]:
+    """Yield a stream's events, the final usage chunk with the report.
+
+    That chunk is the one without choices; vLLM sends it if the client asks for usage.
+    """
+    async for event in events:
+        if isinstance(event, str) and event.startswith("data: {") and '"choices":[]' in event:
+            content = json.loads(event.removeprefix("data: "))
+            if content.get("usage"):
+                _add_report(content, report)
+                event = f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+        yield event

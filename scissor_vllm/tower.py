@@ -1,0 +1,77 @@
+"""The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from scissor_vllm.compression import Compressor, get_compressor
+from scissor_vllm.compression.uniform import select_evenly
+from scissor_vllm.retention import RetentionPolicy
+
+logger = init_logger(__name__)
+
+
+class VideoCompression:
+    """Compresses videos one after the other: pixels in, K rows each out.
+
+    vLLM's scheduler admits videos by their placeholders, so at ratio 0.1 it may put ten times the
+    frames through the tower that memory was profiled for. Here a call sees the frames of one video
+    and no more than the encoder's token budget covers, whatever the ratio and the batch: memory
+    stays as profiled, and a video's tokens do not depend on what is encoded beside it.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, tokens_per_frame: int) -> None:
+        mm_config = vllm_config.model_config.get_multimodal_config()
+        policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
+        self.method = policy.method
+        self._compress: Compressor = get_compressor(policy.method)
+        budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self._tokens_per_frame = tokens_per_frame
+        self.max_frames_per_call = max(1, budget // tokens_per_frame)
+
+    def keeps_all(self, videos: list[torch.Tensor], num_retained: list[int]) -> bool:
+        """Return whether no video is to be compressed."""
+        return all(
+            count == len(pixels) * self._tokens_per_frame
+            for pixels, count in zip(videos, num_retained, strict=True)
+        )
+
+    def __call__(
+        self,
+        videos: list[torch.Tensor],
+        num_retained: list[int],
+        encode: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Iterator[torch.Tensor]:
+        """Yield (K, D) for each video.
+
+        Args:
+            videos: pixels of each, (T, C, H, W).
+            num_retained: K of each.
+            encode: frames (t, C, H, W) to tokens (t, P, D); called with at most
+                ``max_frames_per_call`` frames of one video.
+        """
+        for pixels, count in zip(videos, num_retained, strict=True):
+            calls = torch.split(pixels, self.max_frames_per_call)
+            tokens = torch.cat([encode(frames) for frames in calls])
+            yield self._exactly(tokens, count)
+
+    def _exactly(self, tokens: torch.Tensor, num_retained: int) -> torch.Tensor:
+        """Return K rows, whatever happens: an exception here would end every request's engine."""
+        flat = tokens.flatten(0, 1)
+        if num_retained == len(flat):
+            return flat
+        if num_retained > len(flat):
+            # The processor compares these two for each request, so this is not a client's doing.
+            logger.error(
+                "a video was to keep %d tokens but has %d; the last is repeated",
+                num_retained,
+                len(flat),
+            )
+            return torch.cat([flat, flat[-1:].expand(num_retained - len(flat), -1)])
+        try:
+            return self._compress(tokens, num_retained).tokens
+        except ValueError as error:
+            logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
+            return select_evenly(tokens, num_retained).tokens
