@@ -1,4 +1,4 @@
-"""The command ``scissor-vllm``: ``serve`` is ``vllm serve`` with compression set up; ``demo`` shows it."""
+"""The command ``scissor-vllm``: ``serve`` is ``vllm serve`` with compression, ``demo`` shows it."""
 
 import argparse
 import os
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         return commands[argv[0]](argv[1:])
     asked = argv[:1] in (["-h"], ["--help"])
     print(
-        "usage: scissor-vllm serve MODEL [options]   serve MODEL ('demo': a small one, no download)\n"
-        "       scissor-vllm demo [options]          serve the small model, send it a clip, stop\n\n"
+        "usage: scissor-vllm serve MODEL [options]  serve MODEL ('demo': a small one)\n"
+        "       scissor-vllm demo [options]         serve the small one, send it a clip, stop\n\n"
         "scissor-vllm COMMAND --help lists a command's options.",
         file=sys.stdout if asked else sys.stderr,
     )

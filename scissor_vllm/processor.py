@@ -51,7 +51,7 @@ def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingCo
 
 
 class RetentionProcessingInfo:
-    """Mixin of a model's processing info: the operator's policy, and how many tokens a video has."""
+    """Mixin of a model's processing info: the operator's policy, and a video's tokens."""
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         mm_config = ctx.model_config.get_multimodal_config()

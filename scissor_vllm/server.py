@@ -135,7 +135,7 @@ async def create_chat_completion(
     if isinstance(response, StreamingResponse):
         response.body_iterator = _with_report(response.body_iterator, request.report)
     elif isinstance(response, JSONResponse) and response.status_code == 200:
-        content = json.loads(response.body)
+        content = json.loads(bytes(response.body))
         _add_report(content, request.report)
         response.body = response.render(content)
         response.headers["content-length"] = str(len(response.body))

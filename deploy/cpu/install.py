@@ -47,8 +47,10 @@ def install(venv: Path, *, dev: bool) -> None:
         )
     python = venv / "bin" / "python"
     if not python.exists():
-        _run([sys.executable, "-m", "venv", str(venv)], "the venv module is missing: install it "
-             "(Debian: apt install python3.11-venv)")
+        _run(
+            [sys.executable, "-m", "venv", str(venv)],
+            "the venv module is missing: install it (Debian: apt install python3.11-venv)",
+        )
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     print("installing torch (CPU build)", flush=True)
     _run(

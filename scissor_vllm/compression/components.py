@@ -10,6 +10,9 @@ import torch
 
 from scissor_vllm.compression.similarity import Similarity
 
+_EDGE_BLOCK = 1 << 22
+"""Most pairs whose edges are listed at once: 96 MiB if every one is an edge."""
+
 
 @dataclass(frozen=True)
 class Components:
@@ -22,7 +25,7 @@ class Components:
 
 @dataclass(frozen=True)
 class SpanningTrees:
-    """The maximum spanning tree of each set, strongest edge first, equal ones by (lower, higher)."""
+    """Each set's maximum spanning tree, strongest edge first, equal ones by (lower, higher)."""
 
     weight: torch.Tensor
     """(edges,) float32: cosines, descending."""
@@ -35,21 +38,19 @@ class SpanningTrees:
 def threshold_labels(similarity: Similarity, threshold: float) -> torch.Tensor:
     """Return the component of every node where edges are cosines above the threshold.
 
-    (B*n,) int64: the lowest node of the component.
+    (B*n,) int64: the lowest node of the component. One pass over the similarities.
     """
     size = similarity.size
-    nodes = torch.arange(similarity.num_sets * size, device=similarity.device)
-    labels = nodes
-    while True:
-        lowest = labels.clone().view(similarity.num_sets, size)
-        by_set = labels.view(similarity.num_sets, 1, size)
-        for sets, rows, cosines in similarity.blocks():
-            seen = torch.where(cosines > threshold, by_set[sets], len(nodes)).amin(dim=2)
-            lowest[sets, rows] = torch.minimum(lowest[sets, rows], seen)
-        joined = _join(labels, labels, lowest.view(-1))
-        if torch.equal(joined, labels):
-            return labels
-        labels = joined
+    labels = torch.arange(similarity.num_sets * size, device=similarity.device)
+    for sets, rows, cosines in similarity.blocks():
+        step = max(1, _EDGE_BLOCK // (len(cosines) * size))
+        for start in range(0, rows.stop - rows.start, step):
+            above = cosines[:, start : start + step] > threshold
+            # Of an edge's two directions one is enough.
+            which, left, right = above.triu_(rows.start + start + 1).nonzero(as_tuple=True)
+            first = (which + sets.start) * size
+            labels = _union(labels, first + rows.start + start + left, first + right)
+    return labels
 
 
 def forest_labels(num_nodes: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -57,17 +58,23 @@ def forest_labels(num_nodes: int, left: torch.Tensor, right: torch.Tensor) -> to
 
     (num_nodes,) int64: the lowest node of the component.
     """
-    labels = torch.arange(num_nodes, device=left.device)
+    return _union(torch.arange(num_nodes, device=left.device), left, right)
+
+
+def _union(labels: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return labels after the components at the two ends of every edge became one."""
     while True:
-        lower = torch.minimum(labels[left], labels[right])
-        joined = _join(labels, torch.cat([labels[left], labels[right]]), torch.cat([lower, lower]))
-        if torch.equal(joined, labels):
+        one, other = labels[left], labels[right]
+        apart = one != other
+        if not apart.any():
             return labels
-        labels = joined
+        left, right, one, other = left[apart], right[apart], one[apart], other[apart]
+        lower = torch.minimum(one, other)
+        labels = _join(labels, torch.cat([one, other]), torch.cat([lower, lower]))
 
 
 def _join(labels: torch.Tensor, which: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """Return labels after each label in ``which`` was joined to a lower one and chains collapsed."""
+    """Return labels after each one in ``which`` was joined to a lower and chains collapsed."""
     parent = labels.scatter_reduce(0, which, lower, "amin")
     while True:
         grandparent = parent[parent]
@@ -124,32 +131,13 @@ def maximum_spanning_trees(similarity: Similarity) -> SpanningTrees:
         strength[position] = best[growing]
         found.append((strength, edges))
         left, right = edges // num_nodes, edges % num_nodes
-        lower = torch.minimum(labels[left], labels[right])
-        ends = torch.cat([labels[left], labels[right]])
-        labels = _contract(labels, ends, torch.cat([lower, lower]), left, right)
+        labels = _union(labels, left, right)
     weight = torch.cat([w for w, _ in found]) if found else torch.empty(0, device=device)
     edge = torch.cat([e for _, e in found]) if found else nodes[:0]
     edge, by_node = torch.sort(edge)
     weight, by_weight = torch.sort(weight[by_node], descending=True, stable=True)
     edge = edge[by_weight]
     return SpanningTrees(weight, edge // num_nodes, edge % num_nodes)
-
-
-def _contract(
-    labels: torch.Tensor,
-    ends: torch.Tensor,
-    lower: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-) -> torch.Tensor:
-    """Return labels after every edge's two components became one."""
-    while True:
-        joined = _join(labels, ends, lower)
-        if torch.equal(joined, labels):
-            return labels
-        labels = joined
-        ends = torch.cat([labels[left], labels[right]])
-        lower = torch.minimum(labels[left], labels[right]).repeat(2)
 
 
 def _strongest_outgoing(

@@ -38,4 +38,6 @@ def get_compressor(name: str) -> Compressor:
         return METHODS[name]
     except KeyError:
         known = ", ".join(sorted(METHODS))
-        raise ValueError(f"unknown video compression method {name!r}: choose one of {known}") from None
+        raise ValueError(
+            f"unknown video compression method {name!r}: choose one of {known}"
+        ) from None

@@ -10,8 +10,8 @@ components at all thresholds, so that exactly K remain. Components are exact in 
 sampling of nodes is not used.
 """
 
+import bisect
 import math
-from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Rational
 
@@ -96,7 +96,7 @@ def compress(
     frames = tokens.float()
     spatial = Similarity(frames)
     if num_retained is not None:
-        threshold = _find_threshold(frames, spatial, num_retained)
+        threshold = _Search(frames, spatial).threshold(num_retained)
     else:
         assert similarity_threshold is not None
         threshold = float(similarity_threshold)
@@ -113,7 +113,7 @@ def compress(
 def _temporal_components(
     representatives: torch.Tensor, threshold: float, num_retained: int | None
 ) -> Components:
-    """Return the components of all frames' representatives, joined further to exactly K if given."""
+    """Return the components of all frames' representatives, exactly K of them if given."""
     temporal = Similarity(representatives[None])
     if num_retained is None:
         labels = threshold_labels(temporal, threshold)
@@ -126,72 +126,76 @@ def _temporal_components(
     return in_order(labels, degrees(temporal, threshold))
 
 
-@dataclass(frozen=True)
-class _Interval:
-    """Thresholds [start, end) over which the spatial step does not change."""
+class _Search:
+    """Finds the threshold of a budget.
 
-    start: float
-    end: float
+    Between two neighbouring weights of the spatial trees the spatial step does not change. In such
+    an interval [start, end) the number of components rises with the threshold, so its largest value
+    tells whether the interval holds a threshold that leaves K.
+    """
 
+    def __init__(self, frames: torch.Tensor, spatial: Similarity) -> None:
+        self._flat = frames.reshape(-1, frames.shape[-1])
+        self._trees = maximum_spanning_trees(spatial)
+        breaks, num_edges = torch.unique(self._trees.weight, return_counts=True)
+        self._starts: list[float] = [-1.0, *breaks.tolist()]
+        num_spatial = spatial.num_sets + torch.cumsum(num_edges, 0)
+        self._num_spatial: list[int] = [spatial.num_sets, *num_spatial.tolist()]
 
-def _find_threshold(frames: torch.Tensor, spatial: Similarity, num_retained: int) -> float:
-    """Return a threshold whose two steps leave at least K, no lower one found that does."""
-    intervals, num_spatial = _intervals(spatial)
-    # The temporal step only joins, so an interval with fewer than K spatial components is out.
-    low = next(i for i, count in enumerate(num_spatial) if count >= num_retained)
-    high = len(intervals) - 1
-
-    def leaves_enough(index: int) -> bool:
-        representatives = _representatives(frames, spatial, intervals[index].start)
-        below_end = _float32_below(intervals[index].end)
-        labels = threshold_labels(Similarity(representatives[None]), below_end)
-        return len(torch.unique(labels)) >= num_retained
-
-    if spatial.num_sets * spatial.size <= EXHAUSTIVE_TOKENS:
-        while low < high and not leaves_enough(low):
-            low += 1
-    else:
-        # The last interval keeps every token apart, so it always leaves enough.
+    def threshold(self, num_retained: int) -> float:
+        """Return a threshold whose two steps leave at least K, no lower one found that does."""
+        # The temporal step only joins: an interval with fewer than K spatial components is out.
+        low = bisect.bisect_left(self._num_spatial, num_retained)
+        high = len(self._starts) - 1  # It keeps every token apart.
+        if len(self._flat) <= EXHAUSTIVE_TOKENS:
+            while low < high and self._most_components(low) < num_retained:
+                low += 1
+            return self._threshold_within(low, num_retained)
+        fewest, most = 0, len(self._flat)
+        halve = False
         while low < high:
-            middle = (low + high) // 2
-            if leaves_enough(middle):
-                high = middle
+            # By turns where a straight line through the ends has K, and half way.
+            share = 0.5 if halve else (num_retained - fewest) / (most - fewest)
+            middle = min(low + int(share * (high - low)), high - 1)
+            halve = not halve
+            count = self._most_components(middle)
+            if count >= num_retained:
+                high, most = middle, count
             else:
-                low = middle + 1
-    return _threshold_within(frames, spatial, intervals[low], num_retained)
+                low, fewest = middle + 1, count
+        return self._threshold_within(low, num_retained)
 
+    def _end(self, interval: int) -> float:
+        return self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
 
-def _intervals(spatial: Similarity) -> tuple[list[_Interval], list[int]]:
-    """Return the intervals between the spatial trees' weights, ascending, and their spatial counts."""
-    weights = maximum_spanning_trees(spatial).weight
-    breaks, counts = torch.unique(weights, return_counts=True)
-    starts = [-1.0, *breaks.tolist()]
-    # A cosine of exactly -1 joins nothing at any threshold: the first interval is then empty.
-    intervals = [
-        _Interval(start, end) for start, end in zip(starts, [*starts[1:], math.inf], strict=True)
-    ]
-    num_spatial = spatial.num_sets + torch.cumsum(counts, 0)
-    return intervals, [spatial.num_sets, *num_spatial.tolist()]
+    def _representatives(self, interval: int) -> torch.Tensor:
+        """Return the spatial representatives of all frames in an interval, (S, D), in any order."""
+        num_edges = len(self._flat) - self._num_spatial[interval]
+        labels = forest_labels(
+            len(self._flat), self._trees.left[:num_edges], self._trees.right[:num_edges]
+        )
+        roots, part = torch.unique(labels, return_inverse=True)
+        return _means(self._flat, Components(part, len(roots)))
 
+    def _most_components(self, interval: int) -> int:
+        """Return the number of components just below the interval's end."""
+        representatives = self._representatives(interval)
+        if math.isinf(self._end(interval)):
+            return len(representatives)
+        below_end = _float32_below(self._end(interval))
+        labels = threshold_labels(Similarity(representatives[None]), below_end)
+        return len(torch.unique(labels))
 
-def _threshold_within(
-    frames: torch.Tensor, spatial: Similarity, interval: _Interval, num_retained: int
-) -> float:
-    """Return the smallest threshold of the interval that leaves at least K, with its margin."""
-    representatives = _representatives(frames, spatial, interval.start)
-    weights = maximum_spanning_trees(Similarity(representatives[None])).weight.tolist()
-    num_merges = len(representatives) - num_retained
-    # Edges above the threshold are merged: all but the num_merges strongest must not be above it.
-    start = max([interval.start, *weights[num_merges : num_merges + 1]])
-    end = min([interval.end, 1.0, *(weight for weight in weights if weight > start)])
-    threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
-    return threshold if start <= threshold < end else start
-
-
-def _representatives(frames: torch.Tensor, spatial: Similarity, threshold: float) -> torch.Tensor:
-    """Return the spatial step's representatives of all frames, (S, D) float32, in order."""
-    components = in_order(threshold_labels(spatial, threshold), degrees(spatial, threshold))
-    return _means(frames.reshape(-1, frames.shape[-1]), components)
+    def _threshold_within(self, interval: int, num_retained: int) -> float:
+        """Return the smallest threshold of the interval that leaves at least K, with its margin."""
+        representatives = self._representatives(interval)
+        weights = maximum_spanning_trees(Similarity(representatives[None])).weight.tolist()
+        num_merges = len(representatives) - num_retained
+        # What is above the threshold is merged: at most the num_merges strongest may be.
+        start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
+        end = min([self._end(interval), 1.0, *(weight for weight in weights if weight > start)])
+        threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
+        return threshold if start <= threshold < end else start
 
 
 def _means(rows: torch.Tensor, components: Components) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The baseline: evenly spaced tokens, the others dropped. It looks at no value and costs nothing."""
+"""The baseline: evenly spaced tokens, the others dropped. It looks at no value."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""``scissor-vllm demo``: the small model served, one clip asked about at several ratios, a table."""
+"""``scissor-vllm demo``: the small model served, one clip asked about at several ratios."""
 
 import argparse
 import base64
@@ -36,10 +36,14 @@ class Answer:
 def main(argv: list[str]) -> int:
     """Run the demo and return its exit status."""
     parser = argparse.ArgumentParser(prog="scissor-vllm demo", description=__doc__)
-    parser.add_argument("--video", type=Path, default=CLIP, help="an mp4 (default: the bundled one)")
+    parser.add_argument(
+        "--video", type=Path, default=CLIP, help="an mp4 (default: the bundled one)"
+    )
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--question", default="What happens in this video?")
-    parser.add_argument("--base-url", help="of a running server, http://HOST:PORT/v1; none is started")
+    parser.add_argument(
+        "--base-url", help="of a running server, http://HOST:PORT/v1; none is started"
+    )
     args = parser.parse_args(argv)
     if not args.video.is_file():
         parser.error(f"--video must name a file, got {args.video}: check the path")

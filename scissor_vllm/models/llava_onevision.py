@@ -3,7 +3,8 @@
 Changed against vLLM's class:
 - a video of T frames with P tokens each has K + 1 placeholders in place of T*P + 1: compression
   acts on the frames' tokens, the newline that ends a video stays;
-- videos of a batch with any ratio below 1.0 go through the vision tower one by one;
+- videos of a batch with any ratio below 1.0, or of unlike length, go through the vision tower one
+  by one;
 - checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level.
 """
 
@@ -75,14 +76,19 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         self.video_compression = VideoCompression(vllm_config, tokens_per_frame=side * side)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Return (K + 1, D) for each video; images, and batches at ratio 1.0, as vLLM does."""
+        """Return (K + 1, D) for each video; images, and equally long videos that are all
+        kept whole, as vLLM does.
+        """
         num_retained = kwargs.pop(NUM_RETAINED, None)
         if not isinstance(num_retained, torch.Tensor):
             return super().embed_multimodal(**kwargs)
         inputs = self._parse_and_validate_video_input(**kwargs)
         assert inputs is not None
-        videos, counts = list(inputs["pixel_values_videos"]), num_retained.flatten().tolist()
-        if self.video_compression.keeps_all(videos, counts):
+        pixels, counts = inputs["pixel_values_videos"], num_retained.flatten().tolist()
+        videos = list(pixels)
+        # A list holds videos of unlike length, for which vLLM 0.32 and 0.33 return tensors of a
+        # shape that their own engine refuses.
+        if isinstance(pixels, torch.Tensor) and self.video_compression.keeps_all(videos, counts):
             return super().embed_multimodal(**kwargs)
         encode = partial(self._video_pixels_to_features, self.vision_tower)
         newline = self.image_newline[None]

@@ -1,0 +1,125 @@
+"""Fixtures: clips, and one server at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scissor_vllm.demo.model import demo_model_path
+from tests.clips import make_clip
+from tests.serving import SCISSOR, STOCK, OneServer, Server
+
+DEMO_FLAGS = (
+    "--served-model-name=demo",
+    "--enforce-eager",
+    "--dtype=float32",
+    "--max-model-len=8192",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Clips that differ in resolution, number of frames and codec, and one picture."""
+    folder = tmp_path_factory.mktemp("clips")
+    made = {
+        "long": make_clip(folder / "long.mp4", width=640, height=360, num_frames=64),
+        "short": make_clip(folder / "short.mp4", width=320, height=240, num_frames=7),
+        "tall": make_clip(folder / "tall.mp4", codec="mpeg4", width=176, height=320, num_frames=20),
+        "webm": make_clip(folder / "webm.webm", codec="vp9", width=192, height=144, num_frames=12),
+        "twin": make_clip(folder / "twin.mp4", width=160, height=120, num_frames=7, gop=3),
+        "one": make_clip(folder / "one.mp4", width=96, height=96, num_frames=1),
+    }
+    picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    cv2.imwrite(str(folder / "picture.png"), picture)
+    return {**made, "picture": folder / "picture.png"}
+
+
+NUM_FRAMES = {"long": 32, "short": 7, "tall": 20, "webm": 12, "twin": 7, "one": 1}
+"""Frames that vLLM samples of each clip: 32 at most."""
+TOKENS_PER_FRAME = 49
+"""Of the demo model."""
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneServer]:
+    """Servers, one at a time."""
+    pool = OneServer(tmp_path_factory.mktemp("servers"))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def server(servers: OneServer) -> Server:
+    """``scissor-vllm serve demo``."""
+    return servers.get(*SCISSOR, "demo")
+
+
+@pytest.fixture(scope="session")
+def hub_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with its weights named as in the checkpoints of the hub.
+
+    vLLM itself loads no others: transformers 5 saves the tower without its ``vision_model`` level.
+    """
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    shutil.copytree(demo_model_path(), folder)
+    weights = load_file(folder / "model.safetensors")
+    tower = "vision_tower."
+    renamed = {
+        f"{tower}vision_model.{name.removeprefix(tower)}"
+        if name.startswith(tower)
+        else name: weight
+        for name, weight in weights.items()
+    }
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stock_answers(servers: OneServer, clips: dict[str, Path], hub_model: Path) -> dict[str, Any]:
+    """What vLLM without any plugin answers to each clip, a picture and plain text."""
+    server = servers.get(
+        *STOCK,
+        str(hub_model),
+        *DEMO_FLAGS,
+        environment={
+            "VLLM_PLUGINS": "",
+            "VLLM_VIDEO_LOADER_BACKEND": "opencv",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        },
+    )
+    return {name: server.ask(*parts) for name, parts in stock_questions(clips).items()}
+
+
+def stock_questions(clips: dict[str, Path]) -> dict[str, tuple[Path | str, ...]]:
+    """Return the questions whose answers at ratio 1.0 must be vLLM's own."""
+    videos: dict[str, tuple[Path | str, ...]] = {
+        # vLLM's OpenCV loader finds no frame in a clip of one.
+        name: (clips[name], "What is this?")
+        for name in NUM_FRAMES
+        if name != "one"
+    }
+    return {
+        **videos,
+        "picture": (clips["picture"], "What is this?"),
+        "text": ("Hello",),
+        # Videos of unlike length in one batch end stock vLLM's engine, so these are alike.
+        "several": (clips["short"], clips["picture"], clips["twin"], "Compare."),
+    }

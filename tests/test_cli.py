@@ -1,0 +1,96 @@
+"""The command line: what it adds to vLLM's, and what it sets up."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from scissor_vllm.cli import (
+    add_retention_options,
+    apply_retention_options,
+    main,
+    set_environment,
+)
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_retention_options(parser)
+    args = parser.parse_args(argv)
+    args.mm_processor_kwargs = None
+    return args
+
+
+def test_without_our_flags_the_engines_options_stay_as_they_are() -> None:
+    args = parse()
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs is None
+
+
+def test_our_flags_reach_the_engine_beside_the_operators_own_options() -> None:
+    args = parse("--default-retention-ratio", "0.5", "--video-compression", "uniform")
+    args.mm_processor_kwargs = {"device": "cpu", "retention_ratio": 0.9}
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {
+        "device": "cpu",
+        "retention_ratio": 0.5,
+        "video_compression": "uniform",
+    }
+
+
+def test_a_default_below_the_minimum_ends_the_start() -> None:
+    args = parse("--default-retention-ratio", "0.1", "--min-retention-ratio", "0.2")
+    with pytest.raises(SystemExit, match=r"at least 0.2 on this server, got 0.1"):
+        apply_retention_options(args)
+
+
+@pytest.mark.parametrize("text", ["0", "1.01", "-1", "nan", "half"])
+def test_a_ratio_out_of_range_is_a_usage_error(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--default-retention-ratio", text)
+    assert "--default-retention-ratio" in capsys.readouterr().err
+
+
+def test_unset_plugins_become_all_that_vllm_would_load_and_ours() -> None:
+    environment: dict[str, str] = {}
+    set_environment(environment)
+    names = environment["VLLM_PLUGINS"].split(",")
+    assert "scissor_vllm" in names
+    assert "lora_filesystem_resolver" in names
+
+
+def test_plugins_that_were_named_stay_the_only_ones_beside_ours() -> None:
+    environment = {"VLLM_PLUGINS": "mine", "VLLM_VIDEO_LOADER_BACKEND": "opencv"}
+    set_environment(environment)
+    assert environment == {
+        "VLLM_PLUGINS": "mine,scissor_vllm",
+        "VLLM_VIDEO_LOADER_BACKEND": "opencv",
+    }
+
+
+def test_decord_is_the_default_loader() -> None:
+    environment: dict[str, str] = {}
+    set_environment(environment)
+    assert environment["VLLM_VIDEO_LOADER_BACKEND"] == "decord"
+
+
+def test_an_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sevre"]) == 2
+    assert "scissor-vllm serve MODEL" in capsys.readouterr().err
+
+
+def test_serve_help_lists_vllms_flags_and_ours() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "scissor_vllm.cli", "serve", "--help=all"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    for flag in ("--tensor-parallel-size", "--default-retention-ratio", "--min-retention-ratio"):
+        assert flag in run.stdout

@@ -1,0 +1,98 @@
+"""Every command of the README is run, or marked as needing a GPU; every example holds."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scissor_vllm import num_retained_tokens
+from tests.serving import OneServer, Server
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MARK = "<!-- needs a GPU -->"
+PORT = "localhost:8000"
+
+
+def blocks(language: str) -> list[str]:
+    """Return the README's code blocks of a language that are not marked as needing a GPU."""
+    found = re.findall(rf"(^{re.escape(MARK)}\n)?^```{language}\n(.*?)^```$", README, re.M | re.S)
+    return [text for mark, text in found if not mark]
+
+
+def test_shell_blocks_are_those_that_are_run_here() -> None:
+    assert [block.split("\n")[0] for block in blocks("sh")] == [
+        "make demo",
+        "VIDEO=$(base64 -w0 scissor_vllm/demo/clip.mp4)",
+    ]
+    assert len(blocks("python")) == 2
+    assert len(blocks("json")) == 1
+    # Of the make targets in the text, `make test` runs this and `make serve` is `server`'s command.
+    assert set(re.findall(r"`?make (\w+)", README)) == {"demo", "serve", "test"}
+
+
+@pytest.mark.server
+def test_the_python_client_works(server: Server) -> None:
+    client, _ = blocks("python")
+    run = subprocess.run(
+        [sys.executable, "-c", client.replace(PORT, f"127.0.0.1:{server.port}")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=ROOT,
+    )
+    printed = run.stdout.strip().splitlines()[-1]
+    assert documented_compression() == eval(printed.split(" ", 1)[1])
+
+
+@pytest.mark.server
+def test_curl_gets_the_documented_answer(server: Server) -> None:
+    command = blocks("sh")[1].replace(PORT, f"127.0.0.1:{server.port}")
+    run = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT
+    )
+    answer = json.loads(run.stdout)
+    assert answer["video_compression"] == documented_compression()
+    assert answer["usage"]["completion_tokens"] <= 32
+
+
+def documented_compression() -> dict[str, float]:
+    (text,) = blocks("json")
+    documented: dict[str, float] = json.loads("{" + text + "}")["video_compression"]
+    return documented
+
+
+def test_the_library_example_runs() -> None:
+    _, library = blocks("python")
+    exec(compile(library, "README.md", "exec"), {})
+
+
+def test_the_quoted_numbers_hold() -> None:
+    assert num_retained_tokens(30, 0.1) == 3
+    assert 32 * 196 == 6272
+    for path in re.findall(r"scissor_vllm/[\w./]+", README):
+        assert (ROOT / path.rstrip(".")).exists(), path
+
+
+@pytest.mark.server
+def test_make_demo_prints_the_table_and_stops_its_server(servers: OneServer) -> None:
+    servers.stop()
+    run = subprocess.run(
+        ["make", "demo"], capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = re.findall(r"^(\S+) +(\d+) -> (\d+) +(\d+) +(\d+) ms  '", run.stdout, re.M)
+    table = {float(ratio): (int(before), int(after)) for ratio, before, after, _, _ in rows}
+    assert table == {
+        ratio: (1568, num_retained_tokens(1568, ratio)) for ratio in (1.0, 0.5, 0.25, 0.1)
+    }
+    prompts = {float(row[0]): int(row[3]) for row in rows}
+    assert prompts[1.0] - prompts[0.1] == 1568 - 157
+    assert "server stopped" in run.stdout
+    assert "installing" not in run.stdout  # What is set up is not set up again.

@@ -1,0 +1,291 @@
+"""A real engine and HTTP server of the demo model, driven by the ``openai`` client."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from scissor_vllm import num_retained_tokens
+from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME, stock_questions
+from tests.serving import SCISSOR, OneServer, Server, message, same_answer, steps
+
+pytestmark = pytest.mark.server
+
+RATIOS = (0.5, 0.25, 0.1, 0.05)
+
+
+def num_video_tokens(name: str) -> int:
+    return NUM_FRAMES[name] * TOKENS_PER_FRAME
+
+
+# Law 4: ratio 1.0 is stock vLLM.
+
+
+@pytest.fixture(scope="module")
+def opencv_server(servers: OneServer, stock_answers: dict[str, Any]) -> Server:
+    """Ours with the video loader that stock vLLM uses, so that pixels are the same to the bit."""
+    return servers.get(*SCISSOR, "demo", environment={"VLLM_VIDEO_LOADER_BACKEND": "opencv"})
+
+
+@pytest.mark.parametrize("ratio", [None, 1.0, 1])
+def test_ratio_one_answers_as_vllm_without_the_plugin(
+    opencv_server: Server,
+    stock_answers: dict[str, Any],
+    clips: dict[str, Path],
+    ratio: float | None,
+) -> None:
+    for name, parts in stock_questions(clips).items():
+        answer = opencv_server.ask(*parts, ratio=ratio)
+        stock = stock_answers[name]
+        assert answer.usage == stock.usage, name
+        assert answer.choices[0].message == stock.choices[0].message, name
+        assert steps(answer) == steps(stock), name
+
+
+def test_a_low_ratio_before_and_beside_leaves_ratio_one_as_it_is(
+    opencv_server: Server, stock_answers: dict[str, Any], clips: dict[str, Path]
+) -> None:
+    opencv_server.ask(clips["tall"], "What is this?", ratio=0.1)
+    answer = opencv_server.ask(clips["tall"], "What is this?", ratio=1.0)
+    assert steps(answer) == steps(stock_answers["tall"])
+
+
+# The number of tokens.
+
+
+@pytest.mark.parametrize("name", NUM_FRAMES)
+def test_exactly_k_tokens_of_each_video_reach_the_model(
+    server: Server, clips: dict[str, Path], name: str
+) -> None:
+    text_only = server.ask("What is this?").usage.prompt_tokens
+    num_tokens = num_video_tokens(name)
+    for ratio in (1.0, *RATIOS):
+        answer = server.ask(clips[name], "What is this?", ratio=ratio)
+        kept = num_retained_tokens(num_tokens, ratio)
+        assert answer.usage.prompt_tokens == text_only + kept + 1
+        assert answer.video_compression == {
+            "retention_ratio": ratio,
+            "num_video_tokens": num_tokens,
+            "num_retained_video_tokens": kept,
+        }
+
+
+def test_the_ratio_applies_to_every_video_and_to_nothing_else(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    parts = (clips["short"], clips["picture"], clips["tall"], "Compare.")
+    whole = server.ask(*parts, ratio=1.0).usage.prompt_tokens
+    answer = server.ask(*parts, ratio=0.1)
+    counts = [num_video_tokens("short"), num_video_tokens("tall")]
+    kept = [num_retained_tokens(count, 0.1) for count in counts]
+    assert whole - answer.usage.prompt_tokens == sum(counts) - sum(kept)
+    assert answer.video_compression["num_video_tokens"] == sum(counts)
+    assert answer.video_compression["num_retained_video_tokens"] == sum(kept)
+
+
+def test_tokenize_counts_the_prompt_of_a_chat_with_the_same_ratio(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    for ratio in (None, 1.0, 0.1):
+        body: dict[str, Any] = {"model": "demo", "messages": [message(clips["tall"], "Why?")]}
+        if ratio is not None:
+            body["retention_ratio"] = ratio
+        status, content = server.post("/tokenize", json.dumps(body).encode())
+        answer = server.ask(clips["tall"], "Why?", ratio=ratio)
+        assert status == 200
+        assert json.loads(content)["count"] == answer.usage.prompt_tokens
+    status, content = server.post("/tokenize", b'{"model": "demo", "prompt": "abc"}')
+    assert (status, json.loads(content)["count"]) == (200, 3)
+
+
+def test_the_streams_final_usage_chunk_tells_what_was_kept(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    plain = server.ask(clips["tall"], "What is this?", ratio=0.25)
+    stream = list(
+        server.ask(
+            clips["tall"],
+            "What is this?",
+            ratio=0.25,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert stream[-1].choices == []
+    assert stream[-1].usage.prompt_tokens == plain.usage.prompt_tokens
+    assert stream[-1].video_compression == plain.video_compression
+    assert not any(hasattr(chunk, "video_compression") for chunk in stream[:-1])
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream[:-1])
+    assert text == plain.choices[0].message.content
+
+
+def test_a_stream_without_usage_is_as_vllm_sends_it(server: Server, clips: dict[str, Path]) -> None:
+    stream = list(server.ask(clips["one"], "Hm?", ratio=0.5, stream=True))
+    assert all(chunk.choices for chunk in stream)
+    assert not any(hasattr(chunk, "video_compression") for chunk in stream)
+
+
+def test_a_ratio_without_a_video_changes_nothing(server: Server, clips: dict[str, Path]) -> None:
+    for parts in (("Hello",), (clips["picture"], "What is this?")):
+        without, with_ratio = server.ask(*parts), server.ask(*parts, ratio=0.1)
+        assert steps(with_ratio) == steps(without)
+        assert with_ratio.usage.prompt_tokens == without.usage.prompt_tokens
+        assert not hasattr(with_ratio, "video_compression")
+
+
+def test_the_openapi_document_shows_the_field(server: Server) -> None:
+    document = json.loads(server.get("/openapi.json"))
+    for path in ("/v1/chat/completions", "/tokenize"):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        schema = json.dumps(content["application/json"]["schema"])
+        names = [part.split('"')[0] for part in schema.split("#/components/schemas/")[1:]]
+        fields = [document["components"]["schemas"][name]["properties"] for name in names]
+        found = [each["retention_ratio"] for each in fields if "retention_ratio" in each]
+        assert found, path
+        assert "at most 1" in found[0]["description"]
+
+
+# Law 6: caches, and requests side by side.
+
+
+def cache_hits(server: Server) -> dict[str, float]:
+    return {
+        "processor": server.counter("vllm:mm_cache_hits_total"),
+        "prefix": server.counter("vllm:prefix_cache_hits_total"),
+    }
+
+
+def test_a_ratio_hits_its_own_cache_entry_and_no_others(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    question = "A question of this test alone?"
+    first = server.ask(clips["webm"], question, ratio=0.31)
+    before = cache_hits(server)
+    other = server.ask(clips["webm"], question, ratio=0.32)
+    after_other = cache_hits(server)
+    assert after_other["processor"] == before["processor"]
+    # What precedes the video in the prompt is the same, and shorter than one block of the cache.
+    assert after_other["prefix"] == before["prefix"]
+    again = server.ask(clips["webm"], question, ratio=0.31)
+    after_again = cache_hits(server)
+    assert after_again["processor"] == after_other["processor"] + 1
+    assert after_again["prefix"] > after_other["prefix"]
+    assert same_answer(again, first)
+    assert other.usage.prompt_tokens != first.usage.prompt_tokens
+
+
+def test_a_picture_is_cached_across_ratios(server: Server, clips: dict[str, Path]) -> None:
+    server.ask(clips["picture"], clips["one"], "x", ratio=0.41)
+    before = cache_hits(server)["processor"]
+    server.ask(clips["picture"], clips["one"], "x", ratio=0.42)
+    assert cache_hits(server)["processor"] == before + 1
+
+
+def test_requests_of_different_ratios_at_the_same_time_answer_as_alone(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    jobs = [
+        (name, ratio)
+        for name in ("long", "tall", "short", "webm", "one")
+        for ratio in (1.0, 0.6, 0.2, 0.07)
+    ]
+
+    def ask(job: tuple[str, float], salt: str) -> Any:
+        # A salt of its own keeps a run from finding the prefixes of the other.
+        name, ratio = job
+        return server.ask(
+            clips[name], "Alone or together?", ratio=ratio, extra_body={"cache_salt": salt}
+        )
+
+    alone = [ask(job, "alone") for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(lambda job: ask(job, "together"), jobs))
+    for job, one, other in zip(jobs, alone, together, strict=True):
+        assert same_answer(one, other), (job, steps(one), steps(other))
+
+
+# Law 7: bounded memory.
+
+
+def test_many_videos_at_a_low_ratio_leave_the_server_alive(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    names = ["long", "tall", "short"] * 8
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = list(
+            pool.map(
+                lambda job: server.ask(clips[job[1]], f"Number {job[0]}?", ratio=0.01),
+                enumerate(names),
+            )
+        )
+    for name, answer in zip(names, answers, strict=True):
+        kept = num_retained_tokens(num_video_tokens(name), 0.01)
+        assert answer.video_compression["num_retained_video_tokens"] == kept
+
+
+# Law 8: a client's mistake is a 400 and the server lives.
+
+BAD_RATIOS = ["0", "-0.1", "1.0001", "2", "0.009", "1e-300", "NaN", "Infinity", "-Infinity",
+              '"0.5"', '"half"', "true", "false", "[0.5]", "{}", "1e999"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("ratio", BAD_RATIOS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_ratio_is_refused_with_its_rule(
+    server: Server, clips: dict[str, Path], path: str, ratio: str, stream: bool
+) -> None:
+    body = {"model": "demo", "messages": [message(clips["one"], "x")], "stream": stream}
+    text = json.dumps(body)[:-1] + f', "retention_ratio": {ratio}}}'
+    status, content = server.post(path, text.encode())
+    error = json.loads(content)["error"]
+    assert status == error["code"] == 400
+    assert "retention_ratio must be" in error["message"]
+    assert "retention_ratio" in error["param"]
+    assert server.get("/health") == ""
+
+
+def test_a_bad_ratio_is_refused_without_a_video_too(server: Server) -> None:
+    for ratio in (0, 0.009, 1.5):
+        with pytest.raises(openai.BadRequestError, match="retention_ratio must be"):
+            server.ask("Hello", ratio=ratio)
+
+
+@pytest.fixture
+def bad_files(clips: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    whole = clips["long"].read_bytes()
+    contents = {
+        "empty": b"",
+        "text": b"this is no video at all",
+        "truncated": whole[: len(whole) // 2],
+        "header": whole[:64],
+        "picture": clips["picture"].read_bytes(),
+        "noise": bytes(range(256)) * 64,
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+    return {name: tmp_path / f"{name}.mp4" for name in contents}
+
+
+def test_a_bad_file_is_a_bad_request_and_the_server_goes_on(
+    server: Server, clips: dict[str, Path], bad_files: dict[str, Path]
+) -> None:
+    for name, path in bad_files.items():
+        if name == "picture":
+            continue
+        for ratio in (None, 0.1):
+            with pytest.raises(openai.BadRequestError) as refused:
+                server.ask(path, "x", ratio=ratio)
+            assert refused.value.body["message"], name  # type: ignore[index]
+    assert server.ask(clips["one"], "x", ratio=0.5).usage.prompt_tokens > 0
+
+
+def test_processor_options_of_a_client_stay_refused(server: Server, clips: dict[str, Path]) -> None:
+    for options in ({"retention_ratio": 0.1}, {"min_retention_ratio": 0.001}):
+        with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs are disabled"):
+            server.ask(clips["one"], "x", extra_body={"mm_processor_kwargs": options})

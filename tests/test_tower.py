@@ -1,0 +1,98 @@
+"""Vision-tower calls: their bound, and K rows whatever happens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from scissor_vllm.tower import VideoCompression
+
+TOKENS_PER_FRAME = 4
+WIDTH = 8
+
+
+def make_compression(method: str = "scc", budget: int = 40) -> VideoCompression:
+    mm_config = SimpleNamespace(mm_processor_kwargs={"video_compression": method})
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(get_multimodal_config=lambda: mm_config),
+        scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=budget),
+    )
+    return VideoCompression(config, TOKENS_PER_FRAME)
+
+
+class RecordingTower:
+    """A tower that remembers the frames of each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(frames))
+        weight = torch.randn(3 * 2 * 2, TOKENS_PER_FRAME * WIDTH, generator=_seeded(7))
+        return (frames.flatten(1) @ weight).view(len(frames), TOKENS_PER_FRAME, WIDTH)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_videos(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randn(length, 3, 2, 2, generator=_seeded(length)) for length in lengths]
+
+
+def test_a_call_sees_no_more_frames_than_the_encoder_budget_covers() -> None:
+    compression, tower = make_compression(budget=40), RecordingTower()
+    list(compression(make_videos(25, 3, 10), [2, 1, 40], tower))
+    assert compression.max_frames_per_call == 10
+    assert tower.calls == [10, 10, 5, 3, 10]
+
+
+def test_a_budget_below_one_frame_still_encodes_frame_by_frame() -> None:
+    compression, tower = make_compression(budget=1), RecordingTower()
+    list(compression(make_videos(3), [2], tower))
+    assert tower.calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["scc", "uniform"])
+def test_mixed_lengths_and_ratios_give_each_video_its_k_rows(method: str) -> None:
+    compression = make_compression(method)
+    lengths, counts = (25, 1, 7, 10), [3, 4, 28, 1]
+    rows = list(compression(make_videos(*lengths), counts, RecordingTower()))
+    assert [tuple(each.shape) for each in rows] == [(count, WIDTH) for count in counts]
+
+
+def test_a_videos_rows_do_not_depend_on_its_batch() -> None:
+    compression = make_compression()
+    together = list(compression(make_videos(12, 9, 30), [5, 7, 9], RecordingTower()))
+    for length, count, rows in zip((12, 9, 30), (5, 7, 9), together, strict=True):
+        (alone,) = compression(make_videos(length), [count], RecordingTower())
+        assert torch.equal(alone, rows)
+
+
+def test_more_rows_asked_than_there_are_fails_no_other_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = list(make_compression()(make_videos(2, 5), [9, 3], RecordingTower()))
+    assert [len(each) for each in rows] == [9, 3]
+
+
+def test_a_tower_that_overflows_fails_no_other_request() -> None:
+    def overflowing(frames: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(frames), TOKENS_PER_FRAME, WIDTH), torch.nan)
+
+    (rows,) = make_compression()(make_videos(5), [3], overflowing)
+    assert rows.shape == (3, WIDTH)
+
+
+def test_videos_kept_whole_are_told_from_compressed_ones() -> None:
+    compression, videos = make_compression(), make_videos(2, 5)
+    assert compression.keeps_all(videos, [8, 20])
+    assert not compression.keeps_all(videos, [8, 19])
+
+
+def test_an_unknown_method_ends_the_start() -> None:
+    with pytest.raises(ValueError, match=r"unknown video compression method.*scc.*uniform"):
+        make_compression("sccc")
