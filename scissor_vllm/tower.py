@@ -17,9 +17,9 @@ class VideoCompression:
     """Compresses videos one after the other: pixels in, K rows each out.
 
     vLLM's scheduler admits videos by their placeholders, so at ratio 0.1 it may put ten times the
-    frames through the tower that memory was profiled for. Here a call sees the frames of one video
-    and no more than the encoder's token budget covers, whatever the ratio and the batch: memory
-    stays as profiled, and a video's tokens do not depend on what is encoded beside it.
+    frames through the tower as at 1.0. Here a call sees the frames of one video and no more than
+    the encoder's token budget covers uncompressed, whatever the ratio and the batch: memory stays
+    below what vLLM itself takes at 1.0, and a video's tokens do not depend on its batch.
     """
 
     def __init__(self, vllm_config: VllmConfig, tokens_per_frame: int) -> None:

@@ -44,7 +44,9 @@ def test_ratio_one_answers_as_vllm_without_the_plugin(
         stock = stock_answers[name]
         assert answer.usage == stock.usage, name
         assert answer.choices[0].message == stock.choices[0].message, name
-        assert steps(answer) == steps(stock), name
+        # Matrix products round by how their operands lie in memory: two starts of one server
+        # differ in the sixth digit of a log probability too.
+        assert same_answer(answer, stock), (name, steps(answer), steps(stock))
 
 
 def test_a_low_ratio_before_and_beside_leaves_ratio_one_as_it_is(
@@ -52,7 +54,7 @@ def test_a_low_ratio_before_and_beside_leaves_ratio_one_as_it_is(
 ) -> None:
     opencv_server.ask(clips["tall"], "What is this?", ratio=0.1)
     answer = opencv_server.ask(clips["tall"], "What is this?", ratio=1.0)
-    assert steps(answer) == steps(stock_answers["tall"])
+    assert same_answer(answer, stock_answers["tall"])
 
 
 # The number of tokens.

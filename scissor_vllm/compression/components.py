@@ -127,12 +127,16 @@ def maximum_spanning_trees(similarity: Similarity) -> SpanningTrees:
         chosen = torch.full_like(nodes, num_nodes**2).scatter_reduce(0, labels, tied, "amin")
         growing = (labels == nodes) & (best > -torch.inf)
         edges, position = torch.unique(chosen[growing], return_inverse=True)
-        strength = torch.empty(len(edges), device=device)
+        strength = torch.empty(len(edges), dtype=torch.float32, device=device)
         strength[position] = best[growing]
         found.append((strength, edges))
         left, right = edges // num_nodes, edges % num_nodes
         labels = _union(labels, left, right)
-    weight = torch.cat([w for w, _ in found]) if found else torch.empty(0, device=device)
+    weight = (
+        torch.cat([w for w, _ in found])
+        if found
+        else torch.empty(0, dtype=torch.float32, device=device)
+    )
     edge = torch.cat([e for _, e in found]) if found else nodes[:0]
     edge, by_node = torch.sort(edge)
     weight, by_weight = torch.sort(weight[by_node], descending=True, stable=True)
@@ -148,7 +152,7 @@ def _strongest_outgoing(
     (B*n,) float32 and int64; -inf where a component fills its set. Of equal edges the first.
     """
     by_set = labels.view(similarity.num_sets, similarity.size)
-    weight = torch.empty(by_set.shape, device=similarity.device)
+    weight = torch.empty(by_set.shape, dtype=torch.float32, device=similarity.device)
     other = torch.empty_like(by_set)
     for sets, rows, cosines in similarity.blocks():
         inside = by_set[sets, rows, None] == by_set[sets, None, :]

@@ -26,7 +26,7 @@ from scissor_vllm.compression.components import (
     threshold_labels,
 )
 from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.similarity import Similarity, most_similar
+from scissor_vllm.compression.similarity import BLOCK_ELEMENTS, Similarity, most_similar
 from scissor_vllm.compression.validation import (
     check_finite,
     check_num_retained,
@@ -65,7 +65,7 @@ def compress(
 
     Args:
         tokens: (T, P, D) float32, bfloat16, float16 or float64: frames, tokens of a frame, width.
-            Not modified. Similarities and sums are float32.
+            Not modified. Similarities are float32, sums float64.
         similarity_threshold: cosine in [-1, 1] above which two tokens are connected (paper: tau).
         retention_ratio: fraction of the T*P tokens to keep, in (0, 1];
             K is :func:`scissor_vllm.num_retained_tokens` of it.
@@ -74,7 +74,7 @@ def compress(
     Raises:
         TypeError: tokens are not a floating tensor, or the chosen argument is not a number.
         ValueError: none or several of the three given, one out of its range, tokens of another
-            shape, or a token that is not finite.
+            shape, or a token that is not finite in float32.
 
     Source: LLaVA-Scissor, sections 3.1 to 3.3, with exact components and a cut for the budget.
     """
@@ -91,9 +91,8 @@ def compress(
         check_num_retained(num_retained, num_tokens)
     if similarity_threshold is not None:
         check_similarity_threshold(similarity_threshold)
-    check_finite(tokens)
-
     frames = tokens.float()
+    check_finite(frames)
     spatial = Similarity(frames)
     if num_retained is not None:
         threshold = _Search(frames, spatial).threshold(num_retained)
@@ -200,42 +199,45 @@ class _Search:
 
 def _means(rows: torch.Tensor, components: Components) -> torch.Tensor:
     """Return the plain mean of each part's rows, (parts, D) float32."""
-    return _weighted_sums(rows, components.part, components.num_parts, extra=0)
+    count = torch.bincount(components.part, minlength=components.num_parts)
+    return _sums(rows, components.part, count).div_(count[:, None]).float()
 
 
 def _merge(flat: torch.Tensor, kept: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
     """Return (representative + sum of its tokens) / (number of its tokens + 1), (K, D) float32."""
-    count = torch.bincount(assignment, minlength=len(kept)) + 1
-    return kept / count[:, None] + _weighted_sums(flat, assignment, len(kept), extra=1)
+    count = torch.bincount(assignment, minlength=len(kept))
+    return _sums(flat, assignment, count).add_(kept).div_(count[:, None] + 1).float()
 
 
-def _weighted_sums(
-    rows: torch.Tensor, part: torch.Tensor, num_parts: int, *, extra: int
-) -> torch.Tensor:
-    """Return for each part the sum of its rows over (number of them + extra), (parts, D).
+def _sums(rows: torch.Tensor, part: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each part's rows, (parts, D) float64.
 
-    Rows are divided before they are added, so no sum overflows, and added in order of their
-    number, so the result does not depend on the device's scheduling.
+    Rows are added in the order of their number, so the result does not depend on how a device
+    schedules its threads; in float64, because thousands of like rows drift in float32 and large
+    ones overflow.
     """
-    count = torch.bincount(part, minlength=num_parts)
     order = torch.argsort(part, stable=True)
-    weight = 1.0 / (count + extra)
-    return torch.nn.functional.embedding_bag(
-        order,
-        rows,
-        torch.cumsum(count, 0) - count,
-        mode="sum",
-        per_sample_weights=weight[part[order]].to(rows.dtype),
+    first = torch.cumsum(count, 0) - count
+    width = rows.shape[1]
+    step = max(1, BLOCK_ELEMENTS // (2 * len(rows)))
+    return torch.cat(
+        [
+            torch.nn.functional.embedding_bag(
+                order, rows[:, start : start + step].double(), first, mode="sum"
+            )
+            for start in range(0, width, step)
+        ],
+        dim=1,
     )
 
 
 def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 def _float32_below(value: float) -> float:
     """Return the largest float32 below the value; what is above it is at least the value."""
     if math.isinf(value):
         return value
-    exact = torch.tensor(value, dtype=torch.float32)
-    return torch.nextafter(exact, torch.tensor(-torch.inf)).item()
+    exact = torch.tensor([value, -math.inf], dtype=torch.float32, device="cpu")
+    return torch.nextafter(exact[0], exact[1]).item()

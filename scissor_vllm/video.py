@@ -1,0 +1,388 @@
+"""Video loader of vLLM that decodes with decord: bytes in, sampled RGB frames out.
+
+decord is the distribution decord2: it bundles FFmpeg 8, decodes AV1 and has wheels for Linux
+(x86-64, Arm) and macOS, where decord 0.6.0 bundles FFmpeg 4, fails on AV1 and has no wheel for
+Arm. Both are equally fast, release the GIL, give the same frames, and have the same three flaws
+that are avoided here: reading bytes beyond their end, copies in place of broken frames, and seeks
+that miss where a key frame is not shown in the order in which it is stored.
+
+So the packets are looked at first. If every key frame starts a closed group of pictures, only the
+groups that hold a sampled frame are decoded; if not, decord reads on from the start. What decord
+cannot give exactly (frames hidden by an edit list or without times, damage) is left to OpenCV,
+whose colours differ by a few levels of 255.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
+from typing import IO, Any, ClassVar
+
+import cv2
+import decord
+import numpy as np
+import numpy.typing as npt
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, DecodedFrames, VideoBackend
+from vllm.multimodal.video_decoders import (
+    VideoSourceMetadata,
+    VideoTargetMetadata,
+    check_frame_pixel_limit,
+    resolve_video_backend_kwargs,
+)
+from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "decord"
+MAX_DECODE_BYTES_VARIABLE = "SCISSOR_MAX_VIDEO_DECODE_BYTES"
+DEFAULT_MAX_DECODE_BYTES = 4 * 1024**3
+
+# Each decoder thread holds a frame of its own, so that after a seek as many frames are decoded in
+# vain as there are threads: more than they save where a seek is for fewer frames than this.
+_FRAMES_PER_SEEK_WORTH_THREADS = 32
+
+_CONTAINER = re.compile(
+    rb"....(?:ftyp|moov|mdat|free|skip|wide)"  # MP4, MOV
+    rb"|\x1a\x45\xdf\xa3"  # WebM, Matroska
+    rb"|RIFF....AVI "
+    rb"|FLV\x01"
+    rb"|OggS\x00\x02"
+    rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11"  # ASF (WMV)
+    rb"|\x00\x00\x01\xba"  # MPEG program stream
+    rb"|GIF8[79]a",
+    re.DOTALL,
+)
+# Session and presentation descriptions, which FFmpeg recognizes behind another beginning too.
+_DESCRIPTION = re.compile(rb"[\r\n]c=IN IP|<MPD", re.IGNORECASE)
+_FFMPEG_PROBE_BYTES = 1024**2
+
+# decord's time of a frame without one is about -9e18 of the stream's units.
+_NO_TIME = -1e9
+
+_DECORD_ERRORS = (
+    decord.DECORDError,
+    decord.DECORDLimitReachedError,
+    AssertionError,
+    IndexError,
+    RuntimeError,
+    StopIteration,
+)
+
+
+def register_video_loader() -> None:
+    """Make "decord" a video loader of vLLM; calling it again changes nothing."""
+    max_decode_bytes()
+    # Broken input makes FFmpeg print a line per packet to stderr; what matters reaches the client
+    # as an error. OpenCV reads its variable once, when it first opens a video.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", str(decord.logging.QUIET))
+    decord.logging.set_level(decord.logging.QUIET)
+    VIDEO_LOADER_REGISTRY.register(BACKEND)(DecordVideoBackend)
+
+
+def max_decode_bytes() -> int:
+    """Most bytes that the decoded frames of one video may take."""
+    text = os.environ.get(MAX_DECODE_BYTES_VARIABLE, str(DEFAULT_MAX_DECODE_BYTES))
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise ValueError(
+            f"{MAX_DECODE_BYTES_VARIABLE} must be a positive integer (bytes), got {text!r}; "
+            f"unset it for the default of {DEFAULT_MAX_DECODE_BYTES}"
+        )
+    return int(text)
+
+
+class DecordVideoBackend(VideoBackend):
+    """Loader "decord": vLLM's uniform sampling, decoded by decord.
+
+    The sampling of another vLLM loader comes with `class New(DecordVideoBackend, ThatLoader)`
+    and its own `default_fps`.
+    """
+
+    default_fps: ClassVar[float] = -1
+
+    @classmethod
+    def load_bytes(
+        cls,
+        data: bytes,
+        num_frames: int = -1,
+        fps: float | None = None,
+        max_duration: float = 300,
+        frame_recovery: bool = False,
+        *,
+        backend: str = BACKEND,
+        **kwargs: Any,
+    ) -> tuple[DecodedFrames, dict[str, Any]]:
+        """Sampled frames, uint8 RGB (num_sampled, height, width, 3), and their metadata.
+
+        The metadata's `frames_indices` name the frames, and its `video_backend` what decoded them.
+
+        Args:
+            data: the bytes of a video file.
+            num_frames: frames to sample, evenly spaced; -1 for all.
+            fps: frames to sample per second of video, where that gives fewer; -1 for all.
+            max_duration: seconds; only samplings that ask for it heed it, as in vLLM.
+            frame_recovery: show the next good frame for a broken one; OpenCV decodes then.
+            backend: "decord", or one of vLLM's own decoders ("opencv", "torchcodec", ...).
+            kwargs: options of the sampling, or of a decoder of vLLM's own.
+
+        Raises:
+            ValueError: an argument is no number, the bytes are no video, no sampled frame can be
+                decoded, a frame is larger than VLLM_MAX_IMAGE_PIXELS allows, or all sampled
+                frames together are larger than SCISSOR_MAX_VIDEO_DECODE_BYTES allows.
+        """
+        fps = cls.default_fps if fps is None else fps
+        _check_number("num_frames", num_frames, int)
+        _check_number("fps", fps, int, float)
+        _check_number("max_duration", max_duration, int, float)
+
+        _check_container(data)
+        try:
+            if backend == BACKEND and not frame_recovery:
+                target = VideoTargetMetadata(num_frames, fps, max_duration)
+                loaded = cls._load_exact(data, target, kwargs)
+                if loaded is not None:
+                    return loaded
+            return super().load_bytes(
+                data,
+                num_frames=num_frames,
+                fps=fps,
+                max_duration=max_duration,
+                frame_recovery=frame_recovery,
+                backend="opencv" if backend == BACKEND else backend,
+                **kwargs,
+            )
+        except cv2.error as error:
+            raise ValueError(_not_a_video(data)) from error
+
+    @classmethod
+    def read_frames(
+        cls,
+        cap: cv2.VideoCapture,
+        frame_idx: list[int],
+        total_frames_num: int,
+        *,
+        frame_recovery: bool = False,
+    ) -> tuple[npt.NDArray[np.uint8], list[int]]:
+        """Frames that OpenCV can decode, RGB (num_valid, height, width, 3), and their indices.
+
+        Raises:
+            ValueError: no frame can be decoded, or all together would be too large.
+        """
+        height = int(cap.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        width = int(cap.get(cv2.CAP_PROP_FRAME_WIDTH))
+        _check_decode_bytes(len(frame_idx), height, width)
+        frames, valid = super().read_frames(
+            cap, frame_idx, total_frames_num, frame_recovery=frame_recovery
+        )
+        if not valid:
+            raise ValueError(
+                f"at least one sampled frame of a video must be decodable, but none of the "
+                f"{len(frame_idx)} sampled ones of {total_frames_num} is: the file is damaged or "
+                f"its codec is not supported; send it whole, or encoded as H.264"
+            )
+        return frames, valid
+
+    @classmethod
+    def _load_exact(
+        cls, data: bytes, target: VideoTargetMetadata, kwargs: dict[str, Any]
+    ) -> tuple[npt.NDArray[np.uint8], dict[str, Any]] | None:
+        """What `load_bytes` returns, or None for a file of which some frames cannot be found."""
+        # decord takes what OpenCV takes: options of the sampling, and none of its own.
+        sampling_kwargs, _ = resolve_video_backend_kwargs("opencv", kwargs)
+        stream = _Stream.read(data)
+        check_frame_pixel_limit(stream.width, stream.height)
+
+        def sample(num_frames: int) -> tuple[VideoSourceMetadata, list[int]]:
+            duration = num_frames / stream.fps if stream.fps > 0 else 0
+            source = cls._prepare_source(VideoSourceMetadata(num_frames, stream.fps, duration))
+            indices = cls.compute_frames_index_to_sample(source, target, **sampling_kwargs)
+            _check_decode_bytes(len(indices), stream.height, stream.width)
+            return source, indices
+
+        if stream.num_frames == 0:
+            return None
+        source, indices = sample(stream.num_frames)
+        stops, num_threads = stream.route(indices)
+        times = np.empty(0)
+        try:
+            with _file_of(data) as path:
+                # Without a tolerance decord hands out a copy of another frame for a broken one.
+                reader = decord.VideoReader(path, num_threads=num_threads, fault_tol=1e-9)
+                times = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+                if len(times) == stream.num_frames and times[0] >= 0:
+                    frames = _read_frames(reader, stops, indices)
+                    return frames, cls.create_hf_metadata(source, indices, BACKEND)
+        except _DECORD_ERRORS as error:
+            logger.debug("decord cannot decode all of this video's frames: %s", error)
+        if len(times) != stream.num_frames < stream.num_claimed:
+            return None
+        # An edit list hides the frames before time 0: OpenCV leaves them out, decord does not.
+        num_hidden = int(np.sum((times > _NO_TIME) & (times < 0)))
+        if num_hidden > 0:
+            source, indices = sample(max(1, stream.num_frames - num_hidden))
+        capture = OpenCVVideoBackendMixin.open_video_capture(data)
+        frames, valid = cls.read_frames(capture, indices, source.total_frames_num)
+        return frames, cls.create_hf_metadata(source, valid, "opencv")
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What a file's packets say of its first video stream, up to one that is damaged."""
+
+    width: int
+    height: int
+    fps: float
+    num_claimed: int
+    """Frames that the file's header claims, in some containers an estimate."""
+    times: npt.NDArray[np.float64]
+    """Presentation time of each frame, in the order of decoding."""
+    key_frames: npt.NDArray[np.int64]
+    """Positions of the key frames in the order of decoding."""
+
+    @classmethod
+    def read(cls, data: bytes) -> _Stream:
+        """The stream in a file's bytes; ValueError if they hold none."""
+        try:
+            capture = OpenCVVideoBackendMixin.open_video_capture(data)
+        except (ValueError, cv2.error) as error:
+            raise ValueError(_not_a_video(data)) from error
+        # A format of -1 makes OpenCV hand out packets, undecoded.
+        capture.set(cv2.CAP_PROP_FORMAT, -1)
+        times: list[float] = []
+        key_frames: list[int] = []
+        while capture.grab():
+            if capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME):
+                key_frames.append(len(times))
+            times.append(capture.get(cv2.CAP_PROP_PTS))
+        return cls(
+            width=int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)),
+            height=int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)),
+            fps=capture.get(cv2.CAP_PROP_FPS),
+            num_claimed=int(capture.get(cv2.CAP_PROP_FRAME_COUNT)),
+            times=np.array(times),
+            key_frames=np.array(key_frames, dtype=np.int64),
+        )
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+    def has_closed_groups(self) -> bool:
+        """Whether each key frame is shown after all earlier frames and before all later ones.
+
+        decord takes a key frame's position among the packets for its frame index, and is off by
+        the number of frames that are stored after the key frame and shown before it.
+        """
+        keys = self.key_frames
+        if len(keys) == 0 or keys[0] != 0:
+            return False
+        first_from_here = np.minimum.accumulate(self.times[::-1])[::-1]
+        last_until_here = np.maximum.accumulate(self.times)
+        return bool(np.all(first_from_here[keys] == last_until_here[keys]))
+
+    def route(self, indices: list[int]) -> tuple[list[int], int]:
+        """Frames to read so that decord reaches these exactly, and its number of threads (0: all).
+
+        From one frame to the next decord seeks if a key frame lies between, else it reads on.
+        """
+        keys = self.key_frames
+        if not self.has_closed_groups():
+            # A seek would miss: stop before each key frame, so that none ever lies between.
+            ends = keys[(keys > 0) & (keys <= max(indices))] - 1
+            return sorted({*indices, *ends.tolist()}), 0
+        wanted = np.array(indices)
+        following = np.concatenate([[0], wanted[:-1] + 1])
+        key_of_wanted, key_of_following = (
+            keys[np.searchsorted(keys, frames, side="right") - 1] for frames in (wanted, following)
+        )
+        seeks = key_of_wanted != key_of_following
+        num_decoded = np.sum(wanted - np.where(seeks, key_of_wanted, following) + 1)
+        worth_threads = num_decoded >= _FRAMES_PER_SEEK_WORTH_THREADS * seeks.sum()
+        return indices, 0 if worth_threads else 1
+
+
+@contextmanager
+def _file_of(data: bytes) -> Iterator[str]:
+    """Path of a file with these bytes, in memory where the system can.
+
+    decord's own reader of bytes reads beyond their end where a damaged file points there, and the
+    process dies of it.
+    """
+    if hasattr(os, "memfd_create"):
+        file: IO[bytes] = os.fdopen(os.memfd_create("video"), "wb")
+        path = f"/proc/self/fd/{file.fileno()}"
+    else:
+        file = NamedTemporaryFile()  # noqa: SIM115
+        path = file.name
+    with file:
+        file.write(data)
+        file.flush()
+        yield path
+
+
+def _read_frames(
+    reader: decord.VideoReader, stops: list[int], indices: list[int]
+) -> npt.NDArray[np.uint8]:
+    """Frames of these indices, RGB (num_frames, height, width, 3), read on the way of the stops."""
+    wanted = np.array(indices)
+    frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
+    for stop in stops:
+        frame = reader[stop]
+        places = wanted == stop
+        if places.any():
+            height, width, _ = frame.shape
+            if len(frames) == 0:
+                # A picture may be larger than its file's header says.
+                check_frame_pixel_limit(width, height)
+                _check_decode_bytes(len(indices), height, width)
+                frames = np.empty((len(indices), height, width, 3), dtype=np.uint8)
+            if frames.shape[1:3] != (height, width):
+                raise ValueError(
+                    f"all frames of a video must have one size, got {width}x{height} after "
+                    f"{frames.shape[2]}x{frames.shape[1]}: encode it anew"
+                )
+            # At some small widths decord takes the padding of a row for more channels.
+            padded = frame.asnumpy().reshape(height, -1)
+            frames[places] = padded[:, : width * 3].reshape(height, width, 3)
+    return frames
+
+
+def _check_number(name: str, value: object, *types: type) -> None:
+    if not isinstance(value, types) or not math.isfinite(value):  # type: ignore[arg-type]
+        kind = "an integer" if float not in types else "a finite number"
+        raise ValueError(f"{name} must be {kind}, got {value!r}: leave it out for the default")
+
+
+def _check_decode_bytes(num_frames: int, height: int, width: int) -> None:
+    """ValueError unless frames of this number and size are within `max_decode_bytes`."""
+    num_bytes, limit = num_frames * height * width * 3, max_decode_bytes()
+    if num_bytes > limit:
+        raise ValueError(
+            f"the sampled frames of a video may take {limit} bytes, got {num_frames} frames of "
+            f"{width}x{height}, which take {num_bytes}: ask for fewer frames (num_frames, fps), or "
+            f"have the operator raise {MAX_DECODE_BYTES_VARIABLE}"
+        )
+
+
+def _check_container(data: bytes) -> None:
+    """ValueError unless the bytes are a video file of their own.
+
+    FFmpeg also takes play lists and session descriptions, and opens what they name: files of this
+    server, or a socket on which it waits.
+    """
+    described = _DESCRIPTION.search(memoryview(data)[:_FFMPEG_PROBE_BYTES])
+    if described or not _CONTAINER.match(data):
+        raise ValueError(_not_a_video(data))
+
+
+def _not_a_video(data: bytes) -> str:
+    return (
+        f"a video must be a whole file of MP4, MOV, WebM, Matroska, AVI, FLV, Ogg, ASF, MPEG-PS or "
+        f"GIF, with a video stream that FFmpeg can open; got {len(data)} bytes that begin with "
+        f"{data[:12]!r}: send H.264 in MP4, for example"
+    )

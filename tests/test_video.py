@@ -1,0 +1,390 @@
+"""What the decord loader promises: exact frames, vLLM's sampling and limits, and clear refusals."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pytest
+from vllm.multimodal.media import VideoMediaIO
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen3VLVideoBackend, VideoBackend
+
+from scissor_vllm.video import (
+    MAX_DECODE_BYTES_VARIABLE,
+    DecordVideoBackend,
+    max_decode_bytes,
+    register_video_loader,
+)
+from tests.clips import (
+    decode_all,
+    draw_frame,
+    has_codec,
+    make_audio,
+    make_clip,
+    read_number,
+    trim_clip,
+)
+
+# Two converters of YUV to RGB round differently.
+COLOUR_TOLERANCE = 6
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "h264.mp4": {"num_frames": 64},
+    "one_frame.mp4": {"num_frames": 1},
+    "one_frame.webm": {"num_frames": 1, "codec": "vp9"},
+    "b_frames.mp4": {"num_frames": 90, "gop": 12, "b_frames": 3},
+    "intra_only.mp4": {"num_frames": 40, "gop": 1},
+    "one_key_frame.mp4": {"num_frames": 300, "gop": 1000},
+    "h264_open_groups.mp4": {
+        "num_frames": 120,
+        "gop": 24,
+        "options": {"x264-params": "open-gop=1:bframes=3"},
+    },
+    "hevc_open_groups.mp4": {"codec": "hevc", "num_frames": 120, "gop": 24},
+    "mpeg4.mp4": {"codec": "mpeg4", "num_frames": 40},
+    "mpeg4_b_frames.mp4": {"codec": "mpeg4", "num_frames": 40, "b_frames": 2},
+    "mpeg4_without_times.avi": {"codec": "mpeg4", "num_frames": 40, "b_frames": 2},
+    "vp9.webm": {"codec": "vp9", "num_frames": 60, "gop": 20},
+    "vp9_odd.webm": {"codec": "vp9", "width": 321, "height": 179},
+    "odd.mp4": {"width": 321, "height": 179, "pix_fmt": "yuv444p"},
+    "upside_down.mp4": {"rotation": 180},
+    "quarter_turn.mp4": {"rotation": 90},
+    "sound.mp4": {"num_frames": 60, "gop": 12, "audio": True},
+    "uneven.mp4": {"num_frames": 50, "gop": 10, "times_ms": [40 * i + i * i for i in range(50)]},
+    "uneven.webm": {"codec": "vp9", "num_frames": 30, "times_ms": [40 * i**2 for i in range(30)]},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    register_video_loader()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clips")
+
+
+@pytest.fixture(scope="module")
+def clip(folder: Path) -> Path:
+    """48 frames of H.264, a key frame every 12, the index before the pictures."""
+    return make_clip(folder / "clip.mp4", num_frames=48, gop=12, moov_first=True)
+
+
+def load(data: bytes, **kwargs: Any) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
+    frames, metadata = DecordVideoBackend.load_bytes(data, **kwargs)
+    assert isinstance(frames, np.ndarray)
+    return frames, metadata
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("num_frames", [1, 8, -1])
+def test_frames_equal_those_of_a_sequential_decode(
+    name: str, num_frames: int, folder: Path
+) -> None:
+    path = folder / name
+    if not has_codec(CLIPS[name].get("codec", "h264")):
+        pytest.skip(f"PyAV has no encoder for {CLIPS[name]['codec']}")
+    if not path.exists():
+        make_clip(path, **CLIPS[name])
+    every = decode_all(path)
+    frames, metadata = load(path.read_bytes(), num_frames=num_frames)
+
+    assert metadata["total_num_frames"] == len(every)
+    assert frames.dtype == np.uint8
+    assert len(frames) == (len(every) if num_frames < 0 else min(num_frames, len(every)))
+    turns = CLIPS[name].get("rotation", 0) // 90
+    for frame, index in zip(frames, metadata["frames_indices"], strict=True):
+        # PyAV leaves the picture as it is stored, the loaders show it as a player would.
+        upright = np.rot90(frame, -turns)
+        assert read_number(upright) == index
+        assert np.abs(upright.astype(int) - every[index]).mean() < COLOUR_TOLERANCE
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 48, 64, 96, 98, 144, 176])
+def test_small_widths_keep_three_channels_and_their_pixels(folder: Path, width: int) -> None:
+    path = make_clip(folder / f"width_{width}.mp4", width=width, height=48, num_frames=3)
+    frames, _ = DecordVideoBackend.load_bytes(path.read_bytes())
+    difference = np.abs(frames.astype(int) - np.stack(decode_all(path)))
+    assert frames.shape == (3, 48, width, 3)
+    assert difference.mean() < COLOUR_TOLERANCE
+
+
+def test_the_number_of_a_drawn_frame_can_be_read() -> None:
+    assert [read_number(draw_frame(n, 64, 64)) for n in (0, 1, 77, 65535)] == [0, 1, 77, 65535]
+
+
+def test_frames_hidden_by_an_edit_list_are_not_counted(folder: Path) -> None:
+    whole = make_clip(folder / "whole.mp4", num_frames=60, gop=20, b_frames=2)
+    trimmed = trim_clip(whole, folder / "trimmed.mp4", first=7)
+    frames, metadata = load(trimmed.read_bytes(), num_frames=6)
+    assert metadata["total_num_frames"] == 53
+    shown = [read_number(frame) - 7 for frame in frames]
+    assert shown == metadata["frames_indices"] == np.linspace(0, 52, 6, dtype=int).tolist()
+
+
+def damage_frames(path: Path, numbers: range) -> bytes:
+    """The H.264 file with the headers of these frames' slices overwritten."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = list(container.demux(video=0))
+    for number in numbers:
+        packet = packets[number]
+        assert packet.pos is not None
+        unit = packet.pos
+        while unit < packet.pos + packet.size:
+            size = int.from_bytes(data[unit : unit + 4], "big")
+            data[unit + 5 : unit + 4 + min(size, 12)] = b"\xff" * (min(size, 12) - 1)
+            unit += 4 + size
+    return bytes(data)
+
+
+def test_only_groups_that_hold_a_sampled_frame_are_decoded(folder: Path) -> None:
+    path = make_clip(folder / "groups.mp4", num_frames=240, gop=20)
+    frames, metadata = load(path.read_bytes(), num_frames=2)
+    damaged = damage_frames(path, range(100, 140))
+    frames_beside_damage, same_metadata = load(damaged, num_frames=2)
+    assert metadata["video_backend"] == "decord"
+    assert metadata == same_metadata
+    np.testing.assert_array_equal(frames, frames_beside_damage)
+    # Read through, the damage is met.
+    assert load(damaged)[1]["video_backend"] == "opencv"
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"num_frames": 8}, {"fps": 5}, {"num_frames": 4, "fps": 10}, {}]
+)
+def test_sampling_and_metadata_are_those_of_vllm(clip: Path, kwargs: dict[str, Any]) -> None:
+    data = clip.read_bytes()
+    frames, metadata = load(data, **kwargs)
+    expected_frames, expected = VideoBackend.load_bytes(data, **kwargs)
+    assert metadata == {**expected, "video_backend": "decord"}
+    assert np.abs(frames.astype(int) - expected_frames).mean() < COLOUR_TOLERANCE
+
+
+def test_another_samplings_loader_is_two_lines(clip: Path) -> None:
+    class Qwen3VLDecord(DecordVideoBackend, Qwen3VLVideoBackend):
+        default_fps = 2
+
+    _, metadata = Qwen3VLDecord.load_bytes(clip.read_bytes())
+    _, expected = Qwen3VLVideoBackend.load_bytes(clip.read_bytes())
+    assert metadata == {**expected, "video_backend": "decord"}
+
+
+def test_opencv_stays_selectable(clip: Path) -> None:
+    _, metadata = load(clip.read_bytes(), num_frames=4, backend="opencv")
+    assert metadata["video_backend"] == "opencv"
+    _, metadata = load(clip.read_bytes(), num_frames=4, frame_recovery=True)
+    assert metadata["video_backend"] == "opencv"
+
+
+def test_vllm_loads_it_by_name(clip: Path) -> None:
+    register_video_loader()
+    assert VIDEO_LOADER_REGISTRY.load("decord") is not None
+    media = VideoMediaIO(ImageMediaIO(), num_frames=4, video_backend="decord")
+    frames, metadata = media.load_bytes(clip.read_bytes()).media
+    assert [read_number(frame) for frame in frames] == metadata["frames_indices"]
+
+
+def test_loads_at_once_do_not_disturb_each_other(folder: Path) -> None:
+    clips = [
+        make_clip(folder / f"{n}.mp4", num_frames=n, gop=15, width=160, height=96).read_bytes()
+        for n in (31, 47, 90)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        for frames, metadata in pool.map(lambda data: load(data, num_frames=9), clips * 4):
+            assert [read_number(frame) for frame in frames] == metadata["frames_indices"]
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def assert_refused(data: bytes, match: str) -> None:
+    for backend in ("decord", "opencv"):
+        with pytest.raises(ValueError, match=match):
+            load(data, num_frames=4, backend=backend)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"hello world" * 100, bytes(5000), b"\xff" * 5000])
+def test_what_is_no_video_is_a_value_error(data: bytes) -> None:
+    assert_refused(data, rf"a video must be a whole file .*got {len(data)} bytes")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"ffconcat version 1.0\nfile clip.mp4\n",
+        b"#EXTM3U\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n",
+        b"v=0\nc=IN IP4 127.0.0.1\nm=video 4 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        b"FLV\x01\nc=IN IP4 127.0.0.1\nm=video 4 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+)
+def test_a_file_that_names_other_sources_is_not_followed(
+    data: bytes, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clip.parent)
+    assert_refused(data, "a video must be a whole file")
+
+
+def test_a_file_without_its_index_is_a_value_error(folder: Path) -> None:
+    data = make_clip(folder / "index_last.mp4").read_bytes()
+    assert_refused(data[: data.rfind(b"moov") - 4], "a video must be a whole file|Could not open")
+
+
+def test_a_sound_file_is_a_value_error(folder: Path) -> None:
+    assert_refused(
+        make_audio(folder / "sound.m4a").read_bytes(), "with a video stream|Could not open"
+    )
+
+
+def test_a_file_without_pictures_is_a_value_error(clip: Path) -> None:
+    data = clip.read_bytes()
+    assert_refused(data[: data.find(b"mdat") + 4], "at least one sampled frame .* send it whole")
+
+
+def test_a_file_cut_in_the_middle_gives_the_frames_that_are_left(clip: Path) -> None:
+    data = clip.read_bytes()
+    frames, metadata = load(data[: len(data) // 2])
+    assert 0 < len(frames) == len(metadata["frames_indices"]) < 48
+    assert [read_number(frame) for frame in frames[:12]] == list(range(12))
+
+
+def test_broken_frames_are_treated_as_vllm_does(clip: Path) -> None:
+    data = bytearray(clip.read_bytes())
+    start = data.find(b"mdat") + 4
+    third = (len(data) - start) // 3
+    data[start + third : start + 2 * third] = bytes(third)
+    frames, metadata = load(bytes(data), num_frames=40)
+    expected_frames, expected = VideoBackend.load_bytes(bytes(data), num_frames=40)
+    assert metadata == expected
+    np.testing.assert_array_equal(frames, expected_frames)
+
+
+def test_if_every_frame_is_broken_it_is_a_value_error(clip: Path) -> None:
+    data = bytearray(clip.read_bytes())
+    start = data.find(b"mdat") + 4
+    data[start:] = b"\xff" * (len(data) - start)
+    assert_refused(bytes(data), "at least one")
+
+
+def test_frames_over_the_pixel_limit_are_refused_before_any_is_decoded(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", str(320 * 180 - 1))
+    monkeypatch.setattr("decord.VideoReader", None)
+    assert_refused(clip.read_bytes(), r"320x180 .*VLLM_MAX_IMAGE_PIXELS")
+
+
+@pytest.mark.parametrize(
+    ("side", "match"), [(16000, "16000x16000 .*VLLM_MAX_IMAGE_PIXELS"), (65535, "at least one")]
+)
+def test_a_header_that_claims_a_huge_picture_is_a_value_error(side: int, match: str) -> None:
+    canvas = struct.pack("<HHBBB", side, side, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    one_pixel = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    assert_refused(b"GIF89a" + canvas + one_pixel + b"\x3b", match)
+
+
+def test_sampled_frames_over_the_byte_limit_are_refused(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, num_bytes = clip.read_bytes(), 48 * 320 * 180 * 3
+    monkeypatch.setenv(MAX_DECODE_BYTES_VARIABLE, str(num_bytes))
+    assert len(load(data)[0]) == 48
+    monkeypatch.setenv(MAX_DECODE_BYTES_VARIABLE, str(num_bytes - 1))
+    for backend in ("decord", "opencv"):
+        with pytest.raises(ValueError, match=rf"{num_bytes - 1} bytes.*{num_bytes}.*num_frames"):
+            load(data, backend=backend)
+        assert len(load(data, backend=backend, num_frames=47)[0]) == 47
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "4 GiB", "1e9"])
+def test_a_byte_limit_that_is_no_number_is_refused(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MAX_DECODE_BYTES_VARIABLE, value)
+    with pytest.raises(ValueError, match=MAX_DECODE_BYTES_VARIABLE):
+        max_decode_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_frames", "8"),
+        ("num_frames", 2.5),
+        ("num_frames", None),
+        ("fps", "fast"),
+        ("fps", float("nan")),
+        ("fps", float("inf")),
+        ("max_duration", "long"),
+    ],
+)
+def test_an_argument_that_is_no_number_is_a_value_error(
+    name: str, value: object, clip: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be"):
+        load(clip.read_bytes(), **{name: value})
+
+
+def test_an_option_of_another_decoder_is_a_value_error(clip: Path) -> None:
+    with pytest.raises(ValueError, match="seek_mode is not supported"):
+        load(clip.read_bytes(), seek_mode="exact")
+
+
+def test_damaged_files_load_or_are_value_errors(folder: Path, clip: Path) -> None:
+    """In a process of its own, since a decoder that reads past its input ends the process."""
+    paths = [str(path) for path in sorted(folder.iterdir())]
+    done = subprocess.run(
+        [sys.executable, "-c", DAMAGE, str(clip), *paths],
+        cwd=Path(__file__).parents[1],
+        env={name: text for name, text in os.environ.items() if not name.startswith("OPENCV")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # OpenCV itself says one line of a file that it cannot open; FFmpeg would say one per packet.
+    assert not [line for line in done.stderr.splitlines() if " @ 0x" in line]
+
+
+DAMAGE = """
+import os, random, struct, sys
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+from scissor_vllm.video import DecordVideoBackend, register_video_loader
+
+assert "decord" not in VIDEO_LOADER_REGISTRY.name2class, "the import alone registered a loader"
+assert "OPENCV_FFMPEG_LOGLEVEL" not in os.environ, "the import alone changed the environment"
+register_video_loader()
+rng = random.Random(7)
+
+def damaged(data):
+    start, damage = rng.randrange(len(data)), rng.randrange(4)
+    if damage == 0:
+        del data[start:]
+    elif damage == 1:
+        del data[start : start + rng.choice([1, 100, 5000])]
+    elif damage == 2:
+        for _ in range(rng.choice([1, 5, 50])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    elif (sizes := data.find(b"stsz")) >= 0:
+        # A frame of which most lies behind the end of the file.
+        struct.pack_into(">I", data, sizes + 16 + 4 * rng.randrange(20), 0xFEFEFE)
+    return bytes(data)
+
+for path in sys.argv[1:2] * 30 + sys.argv[2:] * 3:
+    try:
+        with open(path, "rb") as file:
+            frames, metadata = DecordVideoBackend.load_bytes(damaged(bytearray(file.read())))
+    except ValueError:
+        continue
+    assert 0 < len(frames) == len(metadata["frames_indices"])
+"""
