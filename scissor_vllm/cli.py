@@ -48,9 +48,10 @@ def serve(argv: list[str]) -> int:
     set_environment(os.environ)
     # vLLM reads the environment as it is imported.
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from scissor_vllm.vllm_compat import cli_env_setup
 
     cli_env_setup()
     command = ServeSubcommand()

@@ -12,21 +12,26 @@ sampling of nodes is not used.
 
 import bisect
 import math
+from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Rational
 
 import torch
 
+from scissor_vllm.compression import similarity
 from scissor_vllm.compression.components import (
     Components,
+    SpanningTrees,
     degrees,
     forest_labels,
     in_order,
     maximum_spanning_trees,
     threshold_labels,
 )
+from scissor_vllm.compression.products import Products
 from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.similarity import BLOCK_ELEMENTS, Similarity, most_similar
+from scissor_vllm.compression.similarity import Similarity, most_similar
+from scissor_vllm.compression.sums import sums
 from scissor_vllm.compression.validation import (
     check_finite,
     check_num_retained,
@@ -93,36 +98,61 @@ def compress(
         check_similarity_threshold(similarity_threshold)
     frames = tokens.float()
     check_finite(frames)
+    flat = frames.reshape(num_tokens, -1)
     spatial = Similarity(frames)
     if num_retained is not None:
-        threshold = _Search(frames, spatial).threshold(num_retained)
+        threshold, kept = _within_budget(flat, spatial, num_retained)
     else:
         assert similarity_threshold is not None
         threshold = float(similarity_threshold)
-    flat = frames.reshape(num_tokens, -1)
-    in_frames = in_order(threshold_labels(spatial, threshold), degrees(spatial, threshold))
-    representatives = _means(flat, in_frames)
-    across_frames = _temporal_components(representatives, threshold, num_retained)
-    kept = _means(representatives, across_frames)
+        kept = _above_threshold(flat, spatial, threshold)
     assignment = most_similar(flat, kept)
     merged = _merge(flat, kept, assignment)
     return CompressedTokens(merged.to(tokens.dtype), assignment, threshold)
 
 
-def _temporal_components(
-    representatives: torch.Tensor, threshold: float, num_retained: int | None
-) -> Components:
-    """Return the components of all frames' representatives, exactly K of them if given."""
+def _above_threshold(flat: torch.Tensor, spatial: Similarity, threshold: float) -> torch.Tensor:
+    """Return the representatives that both steps leave at a threshold, (K, D) float32."""
+    in_frames = in_order(threshold_labels(spatial, threshold), degrees(spatial, threshold))
+    representatives = _means(flat, in_frames)
     temporal = Similarity(representatives[None])
-    if num_retained is None:
-        labels = threshold_labels(temporal, threshold)
-    else:
-        trees = maximum_spanning_trees(temporal)
-        num_merges = len(representatives) - num_retained
-        labels = forest_labels(
-            len(representatives), trees.left[:num_merges], trees.right[:num_merges]
-        )
-    return in_order(labels, degrees(temporal, threshold))
+    labels = threshold_labels(temporal, threshold)
+    return _means(representatives, in_order(labels, degrees(temporal, threshold)))
+
+
+def _within_budget(
+    flat: torch.Tensor, spatial: Similarity, num_retained: int
+) -> tuple[float, torch.Tensor]:
+    """Return the threshold that was found and exactly K representatives, (K, D) float32."""
+    found = _Search(flat, spatial).find(num_retained)
+    in_frames = in_order(found.spatial_labels, degrees(spatial, found.threshold))
+    # What was found counts representatives by their lowest token, the paper by its own order.
+    position = in_frames.part[torch.unique(found.spatial_labels)]
+    representatives = torch.empty_like(found.representatives)
+    representatives[position] = found.representatives
+    degree = torch.empty_like(position)
+    degree[position] = degrees(found.temporal, found.threshold)
+    left, right = position[found.trees.left], position[found.trees.right]
+    weight, num_merges = found.trees.weight, len(position) - num_retained
+    if 0 < num_merges < len(weight) and weight[num_merges - 1] == weight[num_merges]:
+        # Which of several equal merges come first is decided by the paper's order.
+        trees = maximum_spanning_trees(Similarity(representatives[None]))
+        left, right = trees.left, trees.right
+    labels = forest_labels(len(position), left[:num_merges], right[:num_merges])
+    return found.threshold, _means(representatives, in_order(labels, degree))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A threshold, and what its spatial step leaves, numbered by lowest token."""
+
+    threshold: float
+    spatial_labels: torch.Tensor
+    """(N,) int64."""
+    representatives: torch.Tensor
+    """(S, D) float32."""
+    temporal: Similarity
+    trees: SpanningTrees
 
 
 class _Search:
@@ -133,23 +163,32 @@ class _Search:
     tells whether the interval holds a threshold that leaves K.
     """
 
-    def __init__(self, frames: torch.Tensor, spatial: Similarity) -> None:
-        self._flat = frames.reshape(-1, frames.shape[-1])
+    def __init__(self, flat: torch.Tensor, spatial: Similarity) -> None:
+        self._flat = flat
         self._trees = maximum_spanning_trees(spatial)
         breaks, num_edges = torch.unique(self._trees.weight, return_counts=True)
         self._starts: list[float] = [-1.0, *breaks.tolist()]
         num_spatial = spatial.num_sets + torch.cumsum(num_edges, 0)
         self._num_spatial: list[int] = [spatial.num_sets, *num_spatial.tolist()]
 
-    def threshold(self, num_retained: int) -> float:
+    def find(self, num_retained: int) -> _Found:
         """Return a threshold whose two steps leave at least K, no lower one found that does."""
         # The temporal step only joins: an interval with fewer than K spatial components is out.
         low = bisect.bisect_left(self._num_spatial, num_retained)
+        num_tokens = len(self._flat)
+        if num_tokens > EXHAUSTIVE_TOKENS and num_tokens**2 <= similarity.BLOCK_ELEMENTS:
+            low = self._bisect(low, num_retained, products=Products.of_rows(self._flat))
+        elif num_tokens > EXHAUSTIVE_TOKENS:
+            low = self._bisect(low, num_retained, products=None)
+        while True:
+            found = self._within(low, num_retained)
+            if found is not None:
+                return found
+            low += 1
+
+    def _bisect(self, low: int, num_retained: int, products: Products | None) -> int:
+        """Return an interval that leaves K, the one before it does not; the first if all do."""
         high = len(self._starts) - 1  # It keeps every token apart.
-        if len(self._flat) <= EXHAUSTIVE_TOKENS:
-            while low < high and self._most_components(low) < num_retained:
-                low += 1
-            return self._threshold_within(low, num_retained)
         fewest, most = 0, len(self._flat)
         halve = False
         while low < high:
@@ -157,78 +196,64 @@ class _Search:
             share = 0.5 if halve else (num_retained - fewest) / (most - fewest)
             middle = min(low + int(share * (high - low)), high - 1)
             halve = not halve
-            count = self._most_components(middle)
+            labels = self._labels(middle)
+            if products is None:
+                joined = None
+                temporal = Similarity(self._representatives(labels)[None])
+            else:
+                joined = products.joined(labels)
+                temporal = joined.similarity()
+            below_end = _float32_below(self._starts[middle + 1])
+            count = len(torch.unique(threshold_labels(temporal, below_end)))
             if count >= num_retained:
-                high, most = middle, count
+                # What is left to try joins these further.
+                high, most, products = middle, count, joined
             else:
                 low, fewest = middle + 1, count
-        return self._threshold_within(low, num_retained)
+        return low
 
-    def _end(self, interval: int) -> float:
-        return self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
-
-    def _representatives(self, interval: int) -> torch.Tensor:
-        """Return the spatial representatives of all frames in an interval, (S, D), in any order."""
+    def _labels(self, interval: int) -> torch.Tensor:
+        """Return the spatial components of an interval, (N,) int64: their lowest token."""
         num_edges = len(self._flat) - self._num_spatial[interval]
-        labels = forest_labels(
+        return forest_labels(
             len(self._flat), self._trees.left[:num_edges], self._trees.right[:num_edges]
         )
+
+    def _representatives(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the means of spatial components, (S, D) float32, by their lowest token."""
         roots, part = torch.unique(labels, return_inverse=True)
         return _means(self._flat, Components(part, len(roots)))
 
-    def _most_components(self, interval: int) -> int:
-        """Return the number of components just below the interval's end."""
-        representatives = self._representatives(interval)
-        if math.isinf(self._end(interval)):
-            return len(representatives)
-        below_end = _float32_below(self._end(interval))
-        labels = threshold_labels(Similarity(representatives[None]), below_end)
-        return len(torch.unique(labels))
-
-    def _threshold_within(self, interval: int, num_retained: int) -> float:
+    def _within(self, interval: int, num_retained: int) -> _Found | None:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
-        representatives = self._representatives(interval)
-        weights = maximum_spanning_trees(Similarity(representatives[None])).weight.tolist()
+        labels = self._labels(interval)
+        representatives = self._representatives(labels)
+        temporal = Similarity(representatives[None])
+        trees = maximum_spanning_trees(temporal)
+        weights = trees.weight.tolist()
         num_merges = len(representatives) - num_retained
+        interval_end = self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
         # What is above the threshold is merged: at most the num_merges strongest may be.
         start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
-        end = min([self._end(interval), 1.0, *(weight for weight in weights if weight > start)])
+        if start >= interval_end > self._starts[interval]:
+            return None
+        end = min([interval_end, 1.0, *(weight for weight in weights if weight > start)])
         threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
-        return threshold if start <= threshold < end else start
+        if not start <= threshold < end:
+            threshold = start
+        return _Found(threshold, labels, representatives, temporal, trees)
 
 
 def _means(rows: torch.Tensor, components: Components) -> torch.Tensor:
     """Return the plain mean of each part's rows, (parts, D) float32."""
     count = torch.bincount(components.part, minlength=components.num_parts)
-    return _sums(rows, components.part, count).div_(count[:, None]).float()
+    return sums(rows, components.part, count).div_(count[:, None]).float()
 
 
 def _merge(flat: torch.Tensor, kept: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
     """Return (representative + sum of its tokens) / (number of its tokens + 1), (K, D) float32."""
     count = torch.bincount(assignment, minlength=len(kept))
-    return _sums(flat, assignment, count).add_(kept).div_(count[:, None] + 1).float()
-
-
-def _sums(rows: torch.Tensor, part: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return the sum of each part's rows, (parts, D) float64.
-
-    Rows are added in the order of their number, so the result does not depend on how a device
-    schedules its threads; in float64, because thousands of like rows drift in float32 and large
-    ones overflow.
-    """
-    order = torch.argsort(part, stable=True)
-    first = torch.cumsum(count, 0) - count
-    width = rows.shape[1]
-    step = max(1, BLOCK_ELEMENTS // (2 * len(rows)))
-    return torch.cat(
-        [
-            torch.nn.functional.embedding_bag(
-                order, rows[:, start : start + step].double(), first, mode="sum"
-            )
-            for start in range(0, width, step)
-        ],
-        dim=1,
-    )
+    return sums(flat, assignment, count).add_(kept).div_(count[:, None] + 1).float()
 
 
 def _float32(value: float) -> float:

@@ -51,7 +51,8 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 class Similarity:
     """Cosines inside each of B sets of n tokens, as blocks of whole rows.
 
-    Symmetric to the last bit, 1 at most, ``NO_EDGE`` on the diagonal.
+    1 at most, ``NO_EDGE`` on the diagonal, and, unless given from outside, symmetric to the last
+    bit.
     """
 
     def __init__(self, sets: torch.Tensor) -> None:
@@ -60,6 +61,13 @@ class Similarity:
         self.device = sets.device
         self._unit = unit_rows(sets)
         self._whole: torch.Tensor | None = None
+
+    @classmethod
+    def of_cosines(cls, cosines: torch.Tensor) -> "Similarity":
+        """Return the similarities of one set whose cosines (n, n) float32 are known."""
+        known = cls(cosines[None, :, :1])
+        known._whole = _finish(cosines[None], first_row=0)
+        return known
 
     def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """Yield (sets, rows, cosines (sets, rows, n) float32) until all rows were covered."""
