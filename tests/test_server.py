@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from scissor_vllm import num_retained_tokens
+from tests.clips import make_audio
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME, stock_questions
 from tests.serving import SCISSOR, OneServer, Server, message, same_answer, steps
 
@@ -181,6 +182,22 @@ def test_a_ratio_hits_its_own_cache_entry_and_no_others(
     assert other.usage.prompt_tokens != first.usage.prompt_tokens
 
 
+def test_a_cached_video_can_be_named_without_being_sent_again(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    sent = message(clips["short"], "Once more?")
+    sent["content"][0]["uuid"] = "clip-of-this-test"
+    named = message(clips["short"], "Once more?")
+    named["content"][0].update(video_url=None, uuid="clip-of-this-test")
+    counts = []
+    for each in (sent, named):
+        body = {"model": "demo", "messages": [each], "max_tokens": 1, "retention_ratio": 0.2}
+        status, content = server.post("/v1/chat/completions", json.dumps(body).encode())
+        assert status == 200, content
+        counts.append(json.loads(content)["usage"]["prompt_tokens"])
+    assert counts[0] == counts[1]
+
+
 def test_a_picture_is_cached_across_ratios(server: Server, clips: dict[str, Path]) -> None:
     server.ask(clips["picture"], clips["one"], "x", ratio=0.41)
     before = cache_hits(server)["processor"]
@@ -271,15 +288,14 @@ def bad_files(clips: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     }
     for name, content in contents.items():
         (tmp_path / f"{name}.mp4").write_bytes(content)
-    return {name: tmp_path / f"{name}.mp4" for name in contents}
+    paths = {name: tmp_path / f"{name}.mp4" for name in contents}
+    return {**paths, "no frames": make_audio(tmp_path / "sound.mp4")}
 
 
 def test_a_bad_file_is_a_bad_request_and_the_server_goes_on(
     server: Server, clips: dict[str, Path], bad_files: dict[str, Path]
 ) -> None:
     for name, path in bad_files.items():
-        if name == "picture":
-            continue
         for ratio in (None, 0.1):
             with pytest.raises(openai.BadRequestError) as refused:
                 server.ask(path, "x", ratio=ratio)

@@ -1,0 +1,101 @@
+"""Prints how long compression of one video takes, in each form, on random and clustered tokens.
+
+    python bench/compress.py [--shape T P D] [--dtype bfloat16] [--device cuda] [--json FILE]
+
+On a GPU times are those of CUDA events, from the call to its end, host work included. Clustered
+tokens are what video looks like to the method: every frame shows the same 200 things, with noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.record import environment, write_json  # noqa: E402
+from scissor_vllm import compress, num_retained_tokens  # noqa: E402
+from scissor_vllm.compression import get_compressor  # noqa: E402
+
+NUM_THINGS = 200
+NOISE = 0.5
+
+FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "budget 0.05": lambda tokens: compress(tokens, retention_ratio=0.05),
+    "budget 0.1": lambda tokens: compress(tokens, retention_ratio=0.1),
+    "budget 0.5": lambda tokens: compress(tokens, retention_ratio=0.5),
+    "threshold 0.8": lambda tokens: compress(tokens, similarity_threshold=0.8),
+    "uniform 0.1": lambda tokens: get_compressor("uniform")(
+        tokens, num_retained_tokens(tokens.shape[0] * tokens.shape[1], 0.1)
+    ),
+}
+
+
+def make_tokens(kind: str, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """Return tokens (T, P, D) float32."""
+    generator = torch.Generator().manual_seed(seed)
+    num_frames, per_frame, width = shape
+    noise = torch.randn(shape, generator=generator)
+    if kind == "random":
+        return noise
+    things = torch.randn(NUM_THINGS, width, generator=generator)
+    shown = torch.randint(0, NUM_THINGS, (per_frame,), generator=generator)
+    return things[shown].expand(num_frames, -1, -1) + NOISE * noise
+
+
+def measure(form: Callable[[torch.Tensor], Any], tokens: torch.Tensor, repeats: int) -> list[float]:
+    """Return the milliseconds of each call after two to warm up."""
+    times = []
+    for turn in range(repeats + 2):
+        if tokens.is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            form(tokens)
+            end.record()
+            torch.cuda.synchronize()
+            elapsed = start.elapsed_time(end)
+        else:
+            begin = time.perf_counter()
+            form(tokens)
+            elapsed = (time.perf_counter() - begin) * 1e3
+        if turn >= 2:
+            times.append(elapsed)
+    return times
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=3, default=[32, 196, 3584])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="also write the times of all calls to this file")
+    args = parser.parse_args()
+    shape = tuple(args.shape)
+    rows = []
+    print(f"{shape} {args.dtype} on {args.device}: median ms (fastest - slowest), tokens kept")
+    for kind in ("clustered", "random"):
+        tokens = make_tokens(kind, shape, seed=0).to(args.device, getattr(torch, args.dtype))
+        for name, form in FORMS.items():
+            times = measure(form, tokens, args.repeats)
+            kept = len(form(tokens).tokens)
+            median = statistics.median(times)
+            spread = f"({min(times):.1f} - {max(times):.1f})"
+            print(f"{kind:10} {name:14} {median:8.1f} {spread:18} {kept}", flush=True)
+            rows.append({"tokens": kind, "form": name, "kept": kept, "milliseconds": times})
+    if args.json:
+        settings = {"shape": shape, "dtype": args.dtype, "device": args.device}
+        write_json(args.json, {"environment": environment(), **settings, "runs": rows})
+
+
+if __name__ == "__main__":
+    main()
