@@ -5,6 +5,7 @@ node of a component.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -40,8 +41,14 @@ def threshold_labels(similarity: Similarity, threshold: float) -> torch.Tensor:
 
     (B*n,) int64: the lowest node of the component. One pass over the similarities.
     """
-    size = similarity.size
-    labels = torch.arange(similarity.num_sets * size, device=similarity.device)
+    size, num_nodes = similarity.size, similarity.num_sets * similarity.size
+    kernels = _kernels(similarity.device)
+    if kernels is not None:
+        forest = kernels.new_forest(num_nodes, similarity.device)
+        for sets, rows, cosines in similarity.blocks():
+            kernels.union_above(forest, cosines, threshold, rows.start, sets.start * size)
+        return kernels.roots(forest)
+    labels = torch.arange(num_nodes, device=similarity.device)
     for sets, rows, cosines in similarity.blocks():
         step = max(1, _EDGE_BLOCK // (len(cosines) * size))
         for start in range(0, rows.stop - rows.start, step):
@@ -61,8 +68,24 @@ def forest_labels(num_nodes: int, left: torch.Tensor, right: torch.Tensor) -> to
     return _union(torch.arange(num_nodes, device=left.device), left, right)
 
 
+def _kernels(device: torch.device) -> ModuleType | None:
+    """Return the Triton kernels if the device runs them."""
+    if device.type != "cuda":
+        return None
+    try:
+        from scissor_vllm.compression import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
 def _union(labels: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return labels after the components at the two ends of every edge became one."""
+    kernels = _kernels(labels.device)
+    if kernels is not None:
+        forest = labels.int()
+        kernels.union_edges(forest, left, right)
+        return kernels.roots(forest)
     while True:
         one, other = labels[left], labels[right]
         apart = one != other
@@ -83,6 +106,17 @@ def _join(labels: torch.Tensor, which: torch.Tensor, lower: torch.Tensor) -> tor
         parent = grandparent
 
 
+def count_components(labels: torch.Tensor) -> int:
+    """Return the number of components. One host synchronisation."""
+    return int((labels == torch.arange(len(labels), device=labels.device)).sum())
+
+
+def by_lowest_node(labels: torch.Tensor, num_parts: int) -> Components:
+    """Return the parts by their lowest node, where their number is known."""
+    is_root = labels == torch.arange(len(labels), device=labels.device)
+    return Components((torch.cumsum(is_root, 0) - 1)[labels], num_parts)
+
+
 def degrees(similarity: Similarity, threshold: float) -> torch.Tensor:
     """Return the number of neighbours of every node, (B*n,) int64."""
     result = torch.empty(
@@ -93,55 +127,60 @@ def degrees(similarity: Similarity, threshold: float) -> torch.Tensor:
     return result.view(-1)
 
 
-def in_order(labels: torch.Tensor, degree: torch.Tensor) -> Components:
-    """Return the parts in the paper's order: by their lowest node among those of highest degree."""
+def in_order(labels: torch.Tensor, degree: torch.Tensor, num_parts: int) -> Components:
+    """Return the parts in the paper's order: by their lowest node among those of highest degree.
+
+    Args:
+        labels: (n,) int64, equal for the nodes of a part, in 0..n-1.
+        degree: (n,) int64.
+        num_parts: how many there are.
+    """
     nodes = torch.arange(len(labels), device=labels.device)
     highest = torch.zeros_like(degree).scatter_reduce(0, labels, degree, "amax")
     leads = degree == highest[labels]
     candidate = torch.where(leads, nodes, len(nodes))
+    # A label that no part has is led by none and comes after all.
     lead = torch.full_like(nodes, len(nodes)).scatter_reduce(0, labels, candidate, "amin")
-    roots = torch.unique(labels)
-    number = torch.empty_like(nodes)
-    number[roots[torch.argsort(lead[roots])]] = torch.arange(len(roots), device=labels.device)
-    return Components(number[labels], len(roots))
+    number = torch.empty_like(nodes).scatter(0, torch.argsort(lead, stable=True), nodes)
+    return Components(number[labels], num_parts)
 
 
 def maximum_spanning_trees(similarity: Similarity) -> SpanningTrees:
     """Return the maximum spanning tree of every set, by Boruvka's rounds.
 
     Edges are ordered by weight, then by their nodes, so the trees are unique and every cut of them
-    is that of Kruskal's algorithm.
+    is that of Kruskal's algorithm. One host synchronisation a round, at most log2(n) + 1.
     """
     size, num_nodes = similarity.size, similarity.num_sets * similarity.size
-    device = similarity.device
-    nodes = torch.arange(num_nodes, device=device)
+    nodes = torch.arange(num_nodes, device=similarity.device)
     first_of_set = nodes // size * size
     labels = nodes
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for _ in range(max(size - 1, 0).bit_length()):
+    no_edge = num_nodes**2
+    weights = [torch.empty(0, dtype=torch.float32, device=similarity.device)]
+    edges = [nodes[:0]]
+    while True:
         weight, other = _strongest_outgoing(similarity, labels)
         other = other + first_of_set
         edge = torch.minimum(nodes, other) * num_nodes + torch.maximum(nodes, other)
         best = torch.full_like(weight, -torch.inf).scatter_reduce(0, labels, weight, "amax")
-        tied = torch.where(weight == best[labels], edge, num_nodes**2)
-        chosen = torch.full_like(nodes, num_nodes**2).scatter_reduce(0, labels, tied, "amin")
         growing = (labels == nodes) & (best > -torch.inf)
-        edges, position = torch.unique(chosen[growing], return_inverse=True)
-        strength = torch.empty(len(edges), dtype=torch.float32, device=device)
-        strength[position] = best[growing]
-        found.append((strength, edges))
-        left, right = edges // num_nodes, edges % num_nodes
+        if not growing.any():
+            break
+        tied = torch.where(weight == best[labels], edge, no_edge)
+        chosen = torch.full_like(nodes, no_edge).scatter_reduce(0, labels, tied, "amin")
+        chosen = torch.where(growing, chosen, nodes * (num_nodes + 1))
+        left, right = chosen // num_nodes, chosen % num_nodes
+        beyond = labels[left] + labels[right] - nodes
+        # Two components may choose the same edge: the lower one brings it.
+        brings = growing & ((chosen[beyond] != chosen) | (nodes < beyond))
+        weights.append(torch.where(brings, best, -torch.inf))
+        edges.append(torch.where(brings, chosen, no_edge))
         labels = _union(labels, left, right)
-    weight = (
-        torch.cat([w for w, _ in found])
-        if found
-        else torch.empty(0, dtype=torch.float32, device=device)
-    )
-    edge = torch.cat([e for _, e in found]) if found else nodes[:0]
-    edge, by_node = torch.sort(edge)
-    weight, by_weight = torch.sort(weight[by_node], descending=True, stable=True)
-    edge = edge[by_weight]
-    return SpanningTrees(weight, edge // num_nodes, edge % num_nodes)
+    edge, by_node = torch.sort(torch.cat(edges))
+    weight, by_weight = torch.sort(torch.cat(weights)[by_node], descending=True, stable=True)
+    num_edges = num_nodes - similarity.num_sets
+    edge = edge[by_weight][:num_edges]
+    return SpanningTrees(weight[:num_edges], edge // num_nodes, edge % num_nodes)
 
 
 def _strongest_outgoing(
@@ -154,7 +193,12 @@ def _strongest_outgoing(
     by_set = labels.view(similarity.num_sets, similarity.size)
     weight = torch.empty(by_set.shape, dtype=torch.float32, device=similarity.device)
     other = torch.empty_like(by_set)
+    kernels = _kernels(similarity.device)
     for sets, rows, cosines in similarity.blocks():
-        inside = by_set[sets, rows, None] == by_set[sets, None, :]
-        weight[sets, rows], other[sets, rows] = cosines.masked_fill(inside, -torch.inf).max(dim=2)
+        if kernels is not None:
+            strongest = kernels.strongest_outgoing(cosines, by_set[sets], rows.start)
+        else:
+            inside = by_set[sets, rows, None] == by_set[sets, None, :]
+            strongest = cosines.masked_fill(inside, -torch.inf).max(dim=2)
+        weight[sets, rows], other[sets, rows] = strongest
     return weight.view(-1), other.view(-1)

@@ -12,6 +12,7 @@ sampling of nodes is not used.
 
 import bisect
 import math
+import operator
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Rational
@@ -22,6 +23,8 @@ from scissor_vllm.compression import similarity
 from scissor_vllm.compression.components import (
     Components,
     SpanningTrees,
+    by_lowest_node,
+    count_components,
     degrees,
     forest_labels,
     in_order,
@@ -31,7 +34,7 @@ from scissor_vllm.compression.components import (
 from scissor_vllm.compression.products import Products
 from scissor_vllm.compression.result import CompressedTokens
 from scissor_vllm.compression.similarity import Similarity, most_similar
-from scissor_vllm.compression.sums import sums
+from scissor_vllm.compression.sums import sizes, sums
 from scissor_vllm.compression.validation import (
     check_finite,
     check_num_retained,
@@ -101,7 +104,7 @@ def compress(
     flat = frames.reshape(num_tokens, -1)
     spatial = Similarity(frames)
     if num_retained is not None:
-        threshold, kept = _within_budget(flat, spatial, num_retained)
+        threshold, kept = _within_budget(flat, tokens.dtype, spatial, num_retained)
     else:
         assert similarity_threshold is not None
         threshold = float(similarity_threshold)
@@ -113,33 +116,38 @@ def compress(
 
 def _above_threshold(flat: torch.Tensor, spatial: Similarity, threshold: float) -> torch.Tensor:
     """Return the representatives that both steps leave at a threshold, (K, D) float32."""
-    in_frames = in_order(threshold_labels(spatial, threshold), degrees(spatial, threshold))
+    labels = threshold_labels(spatial, threshold)
+    in_frames = in_order(labels, degrees(spatial, threshold), count_components(labels))
     representatives = _means(flat, in_frames)
     temporal = Similarity(representatives[None])
     labels = threshold_labels(temporal, threshold)
-    return _means(representatives, in_order(labels, degrees(temporal, threshold)))
+    across_frames = in_order(labels, degrees(temporal, threshold), count_components(labels))
+    return _means(representatives, across_frames)
 
 
 def _within_budget(
-    flat: torch.Tensor, spatial: Similarity, num_retained: int
+    flat: torch.Tensor, dtype: torch.dtype, spatial: Similarity, num_retained: int
 ) -> tuple[float, torch.Tensor]:
     """Return the threshold that was found and exactly K representatives, (K, D) float32."""
-    found = _Search(flat, spatial).find(num_retained)
-    in_frames = in_order(found.spatial_labels, degrees(spatial, found.threshold))
+    found = _Search(flat, dtype, spatial).find(num_retained)
+    num_spatial = len(found.representatives)
+    degree = degrees(spatial, found.threshold)
+    in_frames = in_order(found.spatial.part, degree, num_spatial)
     # What was found counts representatives by their lowest token, the paper by its own order.
-    position = in_frames.part[torch.unique(found.spatial_labels)]
+    position = torch.empty_like(found.spatial.part[:num_spatial])
+    position = position.scatter(0, found.spatial.part, in_frames.part)
     representatives = torch.empty_like(found.representatives)
     representatives[position] = found.representatives
     degree = torch.empty_like(position)
     degree[position] = degrees(found.temporal, found.threshold)
     left, right = position[found.trees.left], position[found.trees.right]
-    weight, num_merges = found.trees.weight, len(position) - num_retained
-    if 0 < num_merges < len(weight) and weight[num_merges - 1] == weight[num_merges]:
+    num_merges = num_spatial - num_retained
+    if found.tied:
         # Which of several equal merges come first is decided by the paper's order.
         trees = maximum_spanning_trees(Similarity(representatives[None]))
         left, right = trees.left, trees.right
-    labels = forest_labels(len(position), left[:num_merges], right[:num_merges])
-    return found.threshold, _means(representatives, in_order(labels, degree))
+    labels = forest_labels(num_spatial, left[:num_merges], right[:num_merges])
+    return found.threshold, _means(representatives, in_order(labels, degree, num_retained))
 
 
 @dataclass(frozen=True)
@@ -147,12 +155,14 @@ class _Found:
     """A threshold, and what its spatial step leaves, numbered by lowest token."""
 
     threshold: float
-    spatial_labels: torch.Tensor
-    """(N,) int64."""
+    spatial: Components
+    """Of the N tokens."""
     representatives: torch.Tensor
     """(S, D) float32."""
     temporal: Similarity
     trees: SpanningTrees
+    tied: bool
+    """Whether the last merge that is made is as strong as the first that is not."""
 
 
 class _Search:
@@ -163,10 +173,11 @@ class _Search:
     tells whether the interval holds a threshold that leaves K.
     """
 
-    def __init__(self, flat: torch.Tensor, spatial: Similarity) -> None:
+    def __init__(self, flat: torch.Tensor, dtype: torch.dtype, spatial: Similarity) -> None:
         self._flat = flat
+        self._dtype = dtype
         self._trees = maximum_spanning_trees(spatial)
-        breaks, num_edges = torch.unique(self._trees.weight, return_counts=True)
+        breaks, num_edges = torch.unique(self._trees.weight.cpu(), return_counts=True)
         self._starts: list[float] = [-1.0, *breaks.tolist()]
         num_spatial = spatial.num_sets + torch.cumsum(num_edges, 0)
         self._num_spatial: list[int] = [spatial.num_sets, *num_spatial.tolist()]
@@ -177,7 +188,9 @@ class _Search:
         low = bisect.bisect_left(self._num_spatial, num_retained)
         num_tokens = len(self._flat)
         if num_tokens > EXHAUSTIVE_TOKENS and num_tokens**2 <= similarity.BLOCK_ELEMENTS:
-            low = self._bisect(low, num_retained, products=Products.of_rows(self._flat))
+            low = self._bisect(
+                low, num_retained, products=Products.of_rows(self._flat, self._dtype)
+            )
         elif num_tokens > EXHAUSTIVE_TOKENS:
             low = self._bisect(low, num_retained, products=None)
         while True:
@@ -189,70 +202,73 @@ class _Search:
     def _bisect(self, low: int, num_retained: int, products: Products | None) -> int:
         """Return an interval that leaves K, the one before it does not; the first if all do."""
         high = len(self._starts) - 1  # It keeps every token apart.
-        fewest, most = 0, len(self._flat)
-        halve = False
+        # The count grows about exponentially: the straight line between the logarithms at the two
+        # ends meets K. An end that stays where it is twice counts half (the Illinois rule).
+        below = math.log(num_retained)
+        above = math.log((len(self._flat) + 0.5) / num_retained)
+        moved_high: bool | None = None
         while low < high:
-            # By turns where a straight line through the ends has K, and half way.
-            share = 0.5 if halve else (num_retained - fewest) / (most - fewest)
-            middle = min(low + int(share * (high - low)), high - 1)
-            halve = not halve
-            labels = self._labels(middle)
+            middle = min(low + int(below / (below + above) * (high - low)), high - 1)
+            tokens = self._spatial(middle)
             if products is None:
                 joined = None
-                temporal = Similarity(self._representatives(labels)[None])
+                temporal = Similarity(_means(self._flat, tokens)[None])
             else:
-                joined = products.joined(labels)
+                joined = products.joined(tokens)
                 temporal = joined.similarity()
             below_end = _float32_below(self._starts[middle + 1])
-            count = len(torch.unique(threshold_labels(temporal, below_end)))
+            count = count_components(threshold_labels(temporal, below_end))
             if count >= num_retained:
                 # What is left to try joins these further.
-                high, most, products = middle, count, joined
+                high, products = middle, joined
+                above = math.log((count + 0.5) / num_retained)
+                below = below / 2 if moved_high is True else below
+                moved_high = True
             else:
-                low, fewest = middle + 1, count
+                low = middle + 1
+                below = math.log((num_retained + 0.5) / count)
+                above = above / 2 if moved_high is False else above
+                moved_high = False
         return low
 
-    def _labels(self, interval: int) -> torch.Tensor:
-        """Return the spatial components of an interval, (N,) int64: their lowest token."""
-        num_edges = len(self._flat) - self._num_spatial[interval]
-        return forest_labels(
-            len(self._flat), self._trees.left[:num_edges], self._trees.right[:num_edges]
-        )
-
-    def _representatives(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the means of spatial components, (S, D) float32, by their lowest token."""
-        roots, part = torch.unique(labels, return_inverse=True)
-        return _means(self._flat, Components(part, len(roots)))
+    def _spatial(self, interval: int) -> Components:
+        """Return the spatial components of an interval, by their lowest token."""
+        num_tokens, num_spatial = len(self._flat), self._num_spatial[interval]
+        num_edges = num_tokens - num_spatial
+        left, right = self._trees.left[:num_edges], self._trees.right[:num_edges]
+        return by_lowest_node(forest_labels(num_tokens, left, right), num_spatial)
 
     def _within(self, interval: int, num_retained: int) -> _Found | None:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
-        labels = self._labels(interval)
-        representatives = self._representatives(labels)
+        spatial = self._spatial(interval)
+        representatives = _means(self._flat, spatial)
         temporal = Similarity(representatives[None])
         trees = maximum_spanning_trees(temporal)
-        weights = trees.weight.tolist()
+        weights: list[float] = trees.weight.tolist()
         num_merges = len(representatives) - num_retained
         interval_end = self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
         # What is above the threshold is merged: at most the num_merges strongest may be.
         start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
         if start >= interval_end > self._starts[interval]:
             return None
-        end = min([interval_end, 1.0, *(weight for weight in weights if weight > start)])
+        num_above = bisect.bisect_left(weights, -start, key=operator.neg)
+        end = min([interval_end, 1.0, *weights[max(num_above - 1, 0) : num_above]])
         threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
         if not start <= threshold < end:
             threshold = start
-        return _Found(threshold, labels, representatives, temporal, trees)
+        tied = 0 < num_merges < len(weights) and weights[num_merges - 1] == weights[num_merges]
+        return _Found(threshold, spatial, representatives, temporal, trees, tied)
 
 
 def _means(rows: torch.Tensor, components: Components) -> torch.Tensor:
     """Return the plain mean of each part's rows, (parts, D) float32."""
-    count = torch.bincount(components.part, minlength=components.num_parts)
+    count = sizes(components.part, components.num_parts)
     return sums(rows, components.part, count).div_(count[:, None]).float()
 
 
 def _merge(flat: torch.Tensor, kept: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
     """Return (representative + sum of its tokens) / (number of its tokens + 1), (K, D) float32."""
-    count = torch.bincount(assignment, minlength=len(kept))
+    count = sizes(assignment, len(kept))
     return sums(flat, assignment, count).add_(kept).div_(count[:, None] + 1).float()
 
 

@@ -5,6 +5,12 @@ import torch
 from scissor_vllm.compression import similarity
 
 
+def sizes(part: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """Return the number of rows of each part, (parts,) int64."""
+    count = torch.zeros(num_parts, dtype=torch.int64, device=part.device)
+    return count.scatter_add(0, part, torch.ones_like(part))
+
+
 def sums(rows: torch.Tensor, part: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Return the sum of each part's rows, (parts, D) float64.
 

@@ -1,0 +1,84 @@
+"""The Triton kernels against the torch code that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scissor_vllm.compression import components, similarity
+from scissor_vllm.compression.components import (
+    forest_labels,
+    maximum_spanning_trees,
+    threshold_labels,
+)
+from scissor_vllm.compression.similarity import Similarity
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(1, 1, 4), (1, 2, 4), (3, 17, 8), (1, 129, 8), (32, 196, 64), (1, 1000, 32), (1, 5000, 8)]
+
+
+def make_sets(shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).cuda()
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components, "_kernels", lambda device: None)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threshold", [-1.0, -0.3, 0.0, 0.2, 0.5, 0.8, 0.95, 1.0])
+def test_components_are_those_of_torch(
+    shape: tuple[int, int, int], threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = Similarity(make_sets(shape))
+    labels = threshold_labels(graph, threshold)
+    without_kernels(monkeypatch)
+    assert torch.equal(labels, threshold_labels(graph, threshold))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_trees_are_those_of_torch(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = Similarity(make_sets(shape))
+    trees = maximum_spanning_trees(graph)
+    without_kernels(monkeypatch)
+    expected = maximum_spanning_trees(graph)
+    for name in ("weight", "left", "right"):
+        assert torch.equal(getattr(trees, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("block", [700, 20_000])
+def test_blocks_of_rows_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = make_sets((2, 300, 16))
+    whole = threshold_labels(Similarity(sets), 0.4), maximum_spanning_trees(Similarity(sets))
+    monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
+    blocks = threshold_labels(Similarity(sets), 0.4), maximum_spanning_trees(Similarity(sets))
+    assert torch.equal(whole[0], blocks[0])
+    assert torch.equal(whole[1].left, blocks[1].left)
+    assert torch.equal(whole[1].right, blocks[1].right)
+
+
+def test_joins_that_meet_are_not_lost() -> None:
+    # Chains in random order, of all lengths: nearly every hook meets another.
+    generator = torch.Generator().manual_seed(1)
+    num_nodes = 200_000
+    for length in (2, 3, 10, 1000, num_nodes):
+        node = torch.arange(num_nodes)
+        left = node[(node + 1) % length != 0]
+        left = left[left < num_nodes - 1]
+        shuffled = left[torch.randperm(len(left), generator=generator)].cuda()
+        labels = forest_labels(num_nodes, shuffled, shuffled + 1)
+        assert torch.equal(labels.cpu(), node // length * length), length
+
+
+def test_equal_weights_are_ordered_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    things = make_sets((1, 12, 8)).repeat(1, 30, 1)
+    graph = Similarity(things)
+    trees = maximum_spanning_trees(graph)
+    without_kernels(monkeypatch)
+    expected = maximum_spanning_trees(graph)
+    assert torch.equal(trees.left, expected.left)
+    assert torch.equal(trees.right, expected.right)
