@@ -1,5 +1,6 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -7,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from scissor_vllm.compression import Compressor, get_compressor
+from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.retention import RetentionPolicy
 
@@ -29,7 +31,23 @@ class VideoCompression:
         self._compress: Compressor = get_compressor(policy.method)
         budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame
+        self._is_warm = False
         self.max_frames_per_call = max(1, budget // tokens_per_frame)
+
+    def warm_up(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compress made-up tokens, once, on a GPU.
+
+        vLLM's first call profiles memory, uncompressed: this lets it see what compression takes at
+        most, and compiles kernels before a request waits for them.
+        """
+        if self._is_warm or device.type != "cuda":
+            return
+        self._is_warm = True
+        num_frames = max(1, math.isqrt(BLOCK_ELEMENTS) // self._tokens_per_frame)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (num_frames, self._tokens_per_frame, width)
+        tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        self._compress(tokens, max(1, num_frames * self._tokens_per_frame // 10))
 
     def keeps_all(self, videos: list[torch.Tensor], num_retained: list[int]) -> bool:
         """Return whether no video is to be compressed."""

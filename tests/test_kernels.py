@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from scissor_vllm import compress
 from scissor_vllm.compression import components, similarity
 from scissor_vllm.compression.components import (
     forest_labels,
@@ -24,7 +25,7 @@ def make_sets(shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "_kernels", lambda device: None)
+    monkeypatch.setattr(components, "kernels_for", lambda device: None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,3 +83,48 @@ def test_equal_weights_are_ordered_by_their_nodes(monkeypatch: pytest.MonkeyPatc
     expected = maximum_spanning_trees(graph)
     assert torch.equal(trees.left, expected.left)
     assert torch.equal(trees.right, expected.right)
+
+
+def make_video(num_things: int, noise: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    things = torch.randn(num_things, 256, generator=generator)
+    shown = things[torch.randint(0, num_things, (12, 100), generator=generator)]
+    return (shown + noise * torch.randn(shown.shape, generator=generator)).bfloat16()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.7])
+def test_bfloat16_gives_what_the_cpu_gives(seed: int, noise: float) -> None:
+    tokens = make_video(60, noise, seed)
+    for kept in (1, 12, 60, 120, 600, 1200):
+        cpu, cuda = compress(tokens, num_retained=kept), compress(tokens.cuda(), num_retained=kept)
+        assert torch.equal(cpu.assignment, cuda.assignment.cpu()), kept
+        assert torch.allclose(cpu.tokens.float(), cuda.tokens.cpu().float(), atol=2e-2)
+        assert abs((cpu.similarity_threshold or 0) - (cuda.similarity_threshold or 0)) < 1e-5
+    for threshold in (0.2, 0.5, 0.8, 1.0):
+        cpu = compress(tokens, similarity_threshold=threshold)
+        cuda = compress(tokens.cuda(), similarity_threshold=threshold)
+        assert torch.equal(cpu.assignment, cuda.assignment.cpu()), threshold
+
+
+def test_a_found_threshold_gives_the_same_again_in_bfloat16() -> None:
+    tokens = make_video(60, 0.5, 9).cuda()
+    for kept in (20, 100, 333, 1000):
+        found = compress(tokens, num_retained=kept)
+        again = compress(tokens, similarity_threshold=found.similarity_threshold)
+        assert len(again.tokens) >= kept
+        if len(again.tokens) == kept:
+            assert torch.equal(again.assignment, found.assignment)
+
+
+def test_magnitudes_at_the_ends_of_bfloat16_are_compressed() -> None:
+    tokens = make_video(20, 0.2, 3)
+    for scale in (2.0**-120, 2.0**-60, 2.0**60, 2.0**120):
+        plain = compress(tokens.cuda(), num_retained=50)
+        scaled = compress((tokens * scale).cuda(), num_retained=50)
+        assert torch.equal(plain.assignment, scaled.assignment)
+    mixed = tokens.clone()
+    mixed[::2] *= 2.0**100
+    mixed[1::2] *= 2.0**-100
+    cpu, cuda = compress(mixed, num_retained=50), compress(mixed.cuda(), num_retained=50)
+    assert torch.equal(cpu.assignment, cuda.assignment.cpu())

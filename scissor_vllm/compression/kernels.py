@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from scissor_vllm.compression.similarity import ONE
+
 _ROWS, _COLUMNS = 16, 128
 _EDGES = 128
 _WIDE = 1024
@@ -51,13 +53,16 @@ def _union_edges(parent, left, right, num_edges, block: tl.constexpr):
 def _union_above(
     parent,
     cosines,
+    unit,
     threshold,
+    one_above,
     size,
     num_rows,
     first_row,
     first_node,
     rows: tl.constexpr,
     columns: tl.constexpr,
+    has_unit: tl.constexpr,
 ):
     which = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)[:, None]
@@ -65,13 +70,51 @@ def _union_above(
     inside = (row < num_rows) & (column < size) & (column > row + first_row)
     if tl.max(tl.max(inside.to(tl.int32), 1), 0) > 0:
         at = cosines + which * num_rows * size + row.to(tl.int64) * size + column
-        above = inside & (tl.load(at, mask=inside, other=-2.0) > threshold)
+        value = tl.load(at, mask=inside, other=-2.0)
+        if has_unit:
+            scale_row = tl.load(unit + row, mask=row < num_rows, other=0.0)
+            scale_column = tl.load(unit + column, mask=column < size, other=0.0)
+            value = value * scale_row * scale_column
+            value = tl.where(value > one_above, 1.0, tl.maximum(value, -1.0))
+        above = inside & (value > threshold)
         first = first_node + which.to(tl.int32) * size
         one = tl.reshape(
             tl.broadcast_to(first + first_row + row, (rows, columns)), (rows * columns,)
         )
         other = tl.reshape(tl.broadcast_to(first + column, (rows, columns)), (rows * columns,))
         _union(parent, one, other, tl.reshape(above, (rows * columns,)))
+
+
+@triton.jit
+def _join_rows(source, joined, order, first, count, weight, width, block: tl.constexpr):
+    part = tl.program_id(0)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < width
+    begin = tl.load(first + part)
+    total = tl.zeros((block,), tl.float32)
+    for member in range(0, tl.load(count + part)):
+        row = tl.load(order + begin + member)
+        value = tl.load(source + row * width + column, mask=inside, other=0.0)
+        total += tl.load(weight + row) * value
+    tl.store(joined + part.to(tl.int64) * width + column, total, mask=inside)
+
+
+@triton.jit
+def _join_columns(
+    source, joined, order, first, count, weight, width, num_parts, block: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1) * block + tl.arange(0, block)
+    inside = part < num_parts
+    begin = tl.load(first + part, mask=inside, other=0)
+    members = tl.load(count + part, mask=inside, other=0)
+    total = tl.zeros((block,), tl.float32)
+    for member in range(0, tl.max(members, 0)):
+        active = member < members
+        column = tl.load(order + begin + member, mask=active, other=0)
+        value = tl.load(source + row * width + column, mask=active, other=0.0)
+        total += tl.load(weight + column, mask=active, other=0.0) * value
+    tl.store(joined + row * num_parts + part, total, mask=inside)
 
 
 @triton.jit
@@ -138,6 +181,7 @@ def union_above(
     threshold: float,
     first_row: int,
     first_node: int,
+    unit: torch.Tensor | None = None,
 ) -> None:
     """Join the trees of pairs whose cosine is above the threshold, in place.
 
@@ -147,20 +191,53 @@ def union_above(
         threshold: a float32 value.
         first_row: number of the first row in its set.
         first_node: number of the first set's first node.
+        unit: (n,) float32 if the cosines of the one set are still to be multiplied by these, of
+            row and column.
     """
     num_sets, num_rows, size = cosines.shape
     grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(size, _COLUMNS), num_sets)
     _union_above[grid](
         forest,
         cosines,
+        cosines if unit is None else unit,
         threshold,
+        ONE,
         size,
         num_rows,
         first_row,
         first_node,
         rows=_ROWS,
         columns=_COLUMNS,
+        has_unit=unit is not None,
     )
+
+
+def join_both(
+    products: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    first: torch.Tensor,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """Return the products of weighted sums of groups, (parts, parts) float32.
+
+    Args:
+        products: (n, n) float32, contiguous.
+        weight: (n,) float32.
+        order: (n,) int64, the rows by part.
+        first: (parts,) int64, where each part begins among them.
+        count: (parts,) int64, how many they are.
+    """
+    size, num_parts = len(products), len(count)
+    rows = torch.empty((num_parts, size), dtype=torch.float32, device=products.device)
+    _join_rows[(num_parts, triton.cdiv(size, _WIDE))](
+        products, rows, order, first, count, weight, size, block=_WIDE
+    )
+    joined = torch.empty((num_parts, num_parts), dtype=torch.float32, device=products.device)
+    _join_columns[(num_parts, triton.cdiv(num_parts, _WIDE))](
+        rows, joined, order, first, count, weight, size, num_parts, block=_WIDE
+    )
+    return joined
 
 
 def roots(forest: torch.Tensor) -> torch.Tensor:

@@ -101,37 +101,61 @@ def compress(
         check_similarity_threshold(similarity_threshold)
     frames = tokens.float()
     check_finite(frames)
-    flat = frames.reshape(num_tokens, -1)
-    spatial = Similarity(frames)
+    video = _Video(frames, tokens.dtype)
     if num_retained is not None:
-        threshold, kept = _within_budget(flat, tokens.dtype, spatial, num_retained)
+        threshold, kept = _within_budget(video, num_retained)
     else:
         assert similarity_threshold is not None
         threshold = float(similarity_threshold)
-        kept = _above_threshold(flat, spatial, threshold)
+        kept = _above_threshold(video, threshold)
+    flat = video.flat
     assignment = most_similar(flat, kept)
     merged = _merge(flat, kept, assignment)
     return CompressedTokens(merged.to(tokens.dtype), assignment, threshold)
 
 
-def _above_threshold(flat: torch.Tensor, spatial: Similarity, threshold: float) -> torch.Tensor:
+class _Video:
+    """A video's tokens and their similarities."""
+
+    def __init__(self, frames: torch.Tensor, dtype: torch.dtype) -> None:
+        """Take frames (T, P, D) float32, and what they were before."""
+        self.flat = frames.reshape(-1, frames.shape[-1])
+        self.dtype = dtype
+        self.products: Products | None = None
+        if Products.are_cheap(self.flat, dtype):
+            self.products = Products.of_rows(self.flat, dtype)
+            self.spatial = self.products.similarity_inside(len(frames))
+        else:
+            self.spatial = Similarity(frames)
+
+    def means(self, spatial: Components) -> torch.Tensor:
+        """Return the representatives of spatial components, (S, D) float32."""
+        return _means(self.flat, spatial)
+
+    def temporal(self, spatial: Components, representatives: torch.Tensor) -> Similarity:
+        """Return the similarities of those representatives."""
+        if self.products is not None:
+            return self.products.joined(spatial).similarity()
+        return Similarity(representatives[None])
+
+
+def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
     """Return the representatives that both steps leave at a threshold, (K, D) float32."""
-    labels = threshold_labels(spatial, threshold)
-    in_frames = in_order(labels, degrees(spatial, threshold), count_components(labels))
-    representatives = _means(flat, in_frames)
-    temporal = Similarity(representatives[None])
+    labels = threshold_labels(video.spatial, threshold)
+    num_spatial = count_components(labels)
+    in_frames = in_order(labels, degrees(video.spatial, threshold), num_spatial)
+    representatives = video.means(in_frames)
+    temporal = video.temporal(in_frames, representatives)
     labels = threshold_labels(temporal, threshold)
     across_frames = in_order(labels, degrees(temporal, threshold), count_components(labels))
     return _means(representatives, across_frames)
 
 
-def _within_budget(
-    flat: torch.Tensor, dtype: torch.dtype, spatial: Similarity, num_retained: int
-) -> tuple[float, torch.Tensor]:
+def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tensor]:
     """Return the threshold that was found and exactly K representatives, (K, D) float32."""
-    found = _Search(flat, dtype, spatial).find(num_retained)
+    found = _Search(video).find(num_retained)
     num_spatial = len(found.representatives)
-    degree = degrees(spatial, found.threshold)
+    degree = degrees(video.spatial, found.threshold)
     in_frames = in_order(found.spatial.part, degree, num_spatial)
     # What was found counts representatives by their lowest token, the paper by its own order.
     position = torch.empty_like(found.spatial.part[:num_spatial])
@@ -144,7 +168,7 @@ def _within_budget(
     num_merges = num_spatial - num_retained
     if found.tied:
         # Which of several equal merges come first is decided by the paper's order.
-        trees = maximum_spanning_trees(Similarity(representatives[None]))
+        trees = maximum_spanning_trees(video.temporal(in_frames, representatives))
         left, right = trees.left, trees.right
     labels = forest_labels(num_spatial, left[:num_merges], right[:num_merges])
     return found.threshold, _means(representatives, in_order(labels, degree, num_retained))
@@ -173,26 +197,25 @@ class _Search:
     tells whether the interval holds a threshold that leaves K.
     """
 
-    def __init__(self, flat: torch.Tensor, dtype: torch.dtype, spatial: Similarity) -> None:
-        self._flat = flat
-        self._dtype = dtype
-        self._trees = maximum_spanning_trees(spatial)
+    def __init__(self, video: _Video) -> None:
+        self._video = video
+        self._flat = video.flat
+        self._trees = maximum_spanning_trees(video.spatial)
         breaks, num_edges = torch.unique(self._trees.weight.cpu(), return_counts=True)
         self._starts: list[float] = [-1.0, *breaks.tolist()]
-        num_spatial = spatial.num_sets + torch.cumsum(num_edges, 0)
-        self._num_spatial: list[int] = [spatial.num_sets, *num_spatial.tolist()]
+        num_spatial = video.spatial.num_sets + torch.cumsum(num_edges, 0)
+        self._num_spatial: list[int] = [video.spatial.num_sets, *num_spatial.tolist()]
 
     def find(self, num_retained: int) -> _Found:
         """Return a threshold whose two steps leave at least K, no lower one found that does."""
         # The temporal step only joins: an interval with fewer than K spatial components is out.
         low = bisect.bisect_left(self._num_spatial, num_retained)
         num_tokens = len(self._flat)
-        if num_tokens > EXHAUSTIVE_TOKENS and num_tokens**2 <= similarity.BLOCK_ELEMENTS:
-            low = self._bisect(
-                low, num_retained, products=Products.of_rows(self._flat, self._dtype)
-            )
-        elif num_tokens > EXHAUSTIVE_TOKENS:
-            low = self._bisect(low, num_retained, products=None)
+        if num_tokens > EXHAUSTIVE_TOKENS:
+            products = self._video.products
+            if products is None and num_tokens**2 <= similarity.BLOCK_ELEMENTS:
+                products = Products.of_rows(self._flat, self._video.dtype)
+            low = self._bisect(low, num_retained, products)
         while True:
             found = self._within(low, num_retained)
             if found is not None:
@@ -241,8 +264,8 @@ class _Search:
     def _within(self, interval: int, num_retained: int) -> _Found | None:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
         spatial = self._spatial(interval)
-        representatives = _means(self._flat, spatial)
-        temporal = Similarity(representatives[None])
+        representatives = self._video.means(spatial)
+        temporal = self._video.temporal(spatial, representatives)
         trees = maximum_spanning_trees(temporal)
         weights: list[float] = trees.weight.tolist()
         num_merges = len(representatives) - num_retained

@@ -51,8 +51,7 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 class Similarity:
     """Cosines inside each of B sets of n tokens, as blocks of whole rows.
 
-    1 at most, ``NO_EDGE`` on the diagonal, and, unless given from outside, symmetric to the last
-    bit.
+    Symmetric to the last bit, 1 at most, ``NO_EDGE`` on the diagonal.
     """
 
     def __init__(self, sets: torch.Tensor) -> None:
@@ -61,20 +60,34 @@ class Similarity:
         self.device = sets.device
         self._unit = unit_rows(sets)
         self._whole: torch.Tensor | None = None
+        self.products: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Of one set, where known: dot products (n, n) float32, and what makes cosines of them,
+        (n,) float32, multiplied by row and by column."""
+
+    @classmethod
+    def of_products(cls, products: torch.Tensor, unit: torch.Tensor) -> "Similarity":
+        """Return the similarities of one set, see ``products``."""
+        known = cls(unit[None, :, None])
+        known.products = products, unit
+        return known
 
     @classmethod
     def of_cosines(cls, cosines: torch.Tensor) -> "Similarity":
-        """Return the similarities of one set whose cosines (n, n) float32 are known."""
-        known = cls(cosines[None, :, :1])
-        known._whole = _finish(cosines[None], first_row=0)
+        """Return the similarities of sets whose cosines (B, n, n) float32 are known."""
+        known = cls(cosines[:, :, :1])
+        known._whole = _symmetric(cosines)
         return known
 
     def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """Yield (sets, rows, cosines (sets, rows, n) float32) until all rows were covered."""
         every_row = slice(0, self.size)
         if self.num_sets * self.size**2 <= BLOCK_ELEMENTS:
-            if self._whole is None:
+            if self._whole is None and self.products is not None:
+                product, unit = self.products
+                self._whole = _symmetric((product * unit[:, None] * unit)[None])
+            elif self._whole is None:
                 self._whole = self._square(slice(0, self.num_sets))
+            assert self._whole is not None
             yield slice(0, self.num_sets), every_row, self._whole
         elif self.size**2 <= BLOCK_ELEMENTS:
             step = BLOCK_ELEMENTS // self.size**2
@@ -90,9 +103,7 @@ class Similarity:
 
     def _square(self, sets: slice) -> torch.Tensor:
         unit = self._unit[sets]
-        product = _matmul(unit, unit.transpose(1, 2))
-        cosines = torch.maximum(product, product.transpose(1, 2))
-        return _finish(cosines, first_row=0)
+        return _symmetric(_matmul(unit, unit.transpose(1, 2)))
 
     def _rows(self, index: int, rows: slice, step: int) -> torch.Tensor:
         """Return rows of one set, (1, rows, n); a tile and its mirror come from one product."""
@@ -114,6 +125,11 @@ class Similarity:
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     with exact_float32(left.device):
         return left @ right
+
+
+def _symmetric(cosines: torch.Tensor) -> torch.Tensor:
+    """Return whole sets of cosines as they are compared."""
+    return _finish(torch.maximum(cosines, cosines.transpose(1, 2)), first_row=0)
 
 
 def _finish(cosines: torch.Tensor, first_row: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ def sums(rows: torch.Tensor, part: torch.Tensor, count: torch.Tensor) -> torch.T
         part: (n,) int64, the part of each row.
         count: (parts,) int64, the number of rows of each part.
     """
-    order, first = _grouped(part, count)
+    order, first = grouped(part, count)
     step = max(1, similarity.BLOCK_ELEMENTS // (2 * len(rows)))
     return torch.cat(
         [
@@ -40,12 +40,12 @@ def weighted_sums(
     rows: torch.Tensor, weight: torch.Tensor, part: torch.Tensor, count: torch.Tensor
 ) -> torch.Tensor:
     """Return the sum of each part's rows times their weights, (parts, D) in the rows' dtype."""
-    order, first = _grouped(part, count)
+    order, first = grouped(part, count)
     return torch.nn.functional.embedding_bag(
         order, rows, first, mode="sum", per_sample_weights=weight[order]
     )
 
 
-def _grouped(part: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped(part: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows by part and number, and where each part begins among them."""
     return torch.argsort(part, stable=True), torch.cumsum(count, 0) - count

@@ -79,6 +79,8 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         """Return (K + 1, D) for each video; images, and equally long videos that are all
         kept whole, as vLLM does.
         """
+        newline = self.image_newline[None]
+        self.video_compression.warm_up(newline.shape[1], newline.dtype, newline.device)
         num_retained = kwargs.pop(NUM_RETAINED, None)
         if not isinstance(num_retained, torch.Tensor):
             return super().embed_multimodal(**kwargs)
@@ -91,7 +93,6 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         if isinstance(pixels, torch.Tensor) and self.video_compression.keeps_all(videos, counts):
             return super().embed_multimodal(**kwargs)
         encode = partial(self._video_pixels_to_features, self.vision_tower)
-        newline = self.image_newline[None]
         return tuple(
             torch.cat([rows, newline]) for rows in self.video_compression(videos, counts, encode)
         )
