@@ -74,7 +74,7 @@ def _union_above(
         if has_unit:
             scale_row = tl.load(unit + row, mask=row < num_rows, other=0.0)
             scale_column = tl.load(unit + column, mask=column < size, other=0.0)
-            value = value * scale_row * scale_column
+            value = value * (scale_row * scale_column)
             value = tl.where(value > one_above, 1.0, tl.maximum(value, -1.0))
         above = inside & (value > threshold)
         first = first_node + which.to(tl.int32) * size

@@ -91,7 +91,9 @@ class Products:
         size = len(self.product) // num_sets
         blocks = self.product.view(num_sets, size, num_sets, size).diagonal(dim1=0, dim2=2)
         unit = self._unit().view(num_sets, size)
-        return Similarity.of_cosines(blocks.permute(2, 0, 1) * unit[:, :, None] * unit[:, None, :])
+        return Similarity.of_cosines(
+            blocks.permute(2, 0, 1) * (unit[:, :, None] * unit[:, None, :])
+        )
 
     def _unit(self) -> torch.Tensor:
         """Return one over the length of each group's sum, 0 for a sum of zero."""

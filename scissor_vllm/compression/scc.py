@@ -33,7 +33,7 @@ from scissor_vllm.compression.components import (
 )
 from scissor_vllm.compression.products import Products
 from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.similarity import Similarity, most_similar
+from scissor_vllm.compression.similarity import RESOLUTION, Similarity, most_similar
 from scissor_vllm.compression.sums import sizes, sums
 from scissor_vllm.compression.validation import (
     check_finite,
@@ -272,9 +272,9 @@ class _Search:
         interval_end = self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
         # What is above the threshold is merged: at most the num_merges strongest may be.
         start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
-        if start >= interval_end > self._starts[interval]:
+        if interval_end - start <= RESOLUTION and interval_end > self._starts[interval]:
             return None
-        num_above = bisect.bisect_left(weights, -start, key=operator.neg)
+        num_above = bisect.bisect_left(weights, -start - RESOLUTION, key=operator.neg)
         end = min([interval_end, 1.0, *weights[max(num_above - 1, 0) : num_above]])
         threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
         if not start <= threshold < end:

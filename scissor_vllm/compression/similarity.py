@@ -9,9 +9,12 @@ BLOCK_ELEMENTS = 1 << 26
 """Most similarities that are held at once: 256 MiB in float32. A set of up to 8192 tokens is held
 whole and computed once; a larger one is computed again, block by block, on each pass."""
 
-ONE = 1.0 - 2.0**-20
-"""Cosines above this count as 1: float32 does not tell them from those of two equal vectors, and
-its last bits would otherwise order duplicates by chance."""
+RESOLUTION = 2.0**-20
+"""Cosines nearer than this to each other are not told apart where chance would order them: float32
+gives copies of one pair of tokens cosines that differ in their last bits."""
+
+ONE = 1.0 - RESOLUTION
+"""Cosines above this count as 1."""
 
 NO_EDGE = -2.0
 """On the diagonal: below every threshold, so a token is never its own neighbour."""
@@ -84,7 +87,7 @@ class Similarity:
         if self.num_sets * self.size**2 <= BLOCK_ELEMENTS:
             if self._whole is None and self.products is not None:
                 product, unit = self.products
-                self._whole = _symmetric((product * unit[:, None] * unit)[None])
+                self._whole = _symmetric((product * (unit[:, None] * unit))[None])
             elif self._whole is None:
                 self._whole = self._square(slice(0, self.num_sets))
             assert self._whole is not None
@@ -142,13 +145,13 @@ def _finish(cosines: torch.Tensor, first_row: int) -> torch.Tensor:
 def most_similar(tokens: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
     """Return for each of tokens (N, D) the row of representatives (K, D) of highest cosine.
 
-    (N,) int64. Of representatives within 2**-20 of the highest, the first.
+    (N,) int64. Of representatives within ``RESOLUTION`` of the highest, the first.
     """
     unit_tokens, unit_representatives = unit_rows(tokens), unit_rows(representatives)
     step = max(1, BLOCK_ELEMENTS // len(representatives))
     found = []
     for start in range(0, len(tokens), step):
         cosines = _matmul(unit_tokens[start : start + step], unit_representatives.T)
-        near = cosines >= cosines.amax(dim=1, keepdim=True) - (1.0 - ONE)
+        near = cosines >= cosines.amax(dim=1, keepdim=True) - RESOLUTION
         found.append(near.to(torch.uint8).argmax(dim=1))
     return torch.cat(found)
