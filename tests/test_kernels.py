@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -14,7 +18,7 @@ from scissor_vllm.compression.components import (
 )
 from scissor_vllm.compression.similarity import Similarity
 
-pytestmark = pytest.mark.gpu
+gpu = pytest.mark.gpu
 
 SHAPES = [(1, 1, 4), (1, 2, 4), (3, 17, 8), (1, 129, 8), (32, 196, 64), (1, 1000, 32), (1, 5000, 8)]
 
@@ -30,6 +34,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("threshold", [-1.0, -0.3, 0.0, 0.2, 0.5, 0.8, 0.95, 1.0])
+@gpu
 def test_components_are_those_of_torch(
     shape: tuple[int, int, int], threshold: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +45,7 @@ def test_components_are_those_of_torch(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@gpu
 def test_trees_are_those_of_torch(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,6 +58,7 @@ def test_trees_are_those_of_torch(
 
 
 @pytest.mark.parametrize("block", [700, 20_000])
+@gpu
 def test_blocks_of_rows_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = make_sets((2, 300, 16))
     whole = threshold_labels(Similarity(sets), 0.4), maximum_spanning_trees(Similarity(sets))
@@ -62,6 +69,7 @@ def test_blocks_of_rows_change_nothing(block: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(whole[1].right, blocks[1].right)
 
 
+@gpu
 def test_joins_that_meet_are_not_lost() -> None:
     # Chains in random order, of all lengths: nearly every hook meets another.
     generator = torch.Generator().manual_seed(1)
@@ -75,6 +83,7 @@ def test_joins_that_meet_are_not_lost() -> None:
         assert torch.equal(labels.cpu(), node // length * length), length
 
 
+@gpu
 def test_equal_weights_are_ordered_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     things = make_sets((1, 12, 8)).repeat(1, 30, 1)
     graph = Similarity(things)
@@ -83,6 +92,55 @@ def test_equal_weights_are_ordered_by_their_nodes(monkeypatch: pytest.MonkeyPatc
     expected = maximum_spanning_trees(graph)
     assert torch.equal(trees.left, expected.left)
     assert torch.equal(trees.right, expected.right)
+
+
+INTERPRETED = """
+import torch
+
+from scissor_vllm.compression import components, kernels, products
+from scissor_vllm.compression.components import (
+    by_lowest_node,
+    maximum_spanning_trees,
+    threshold_labels,
+)
+from scissor_vllm.compression.products import Products
+from scissor_vllm.compression.similarity import Similarity
+
+generator = torch.Generator().manual_seed(0)
+
+
+def results():
+    generator.manual_seed(0)
+    found = []
+    for shape, threshold in (((1, 5, 4), 0.2), ((2, 33, 8), 0.3), ((1, 140, 8), 0.5)):
+        graph = Similarity(torch.randn(shape, generator=generator))
+        trees = maximum_spanning_trees(graph)
+        found += [threshold_labels(graph, threshold), trees.left, trees.right, trees.weight]
+    rows = Products.of_rows(torch.randn(60, 16, generator=generator), torch.float32)
+    joined = rows.joined(by_lowest_node(torch.arange(60) // 3 * 3, 20))
+    return [*found, joined.product, joined.exponent, threshold_labels(joined.similarity(), 0.1)]
+
+
+expected = results()
+components.kernels_for = products.kernels_for = lambda device: kernels
+for one, other in zip(expected, results(), strict=True):
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+assert threshold_labels(Similarity(torch.ones(1, 9, 2)), 0.9).tolist() == [0] * 9
+print("the same")
+"""
+
+
+def test_interpreted_on_the_cpu_they_give_what_torch_gives() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert run.stdout.strip() == "the same", run.stderr
 
 
 def make_video(num_things: int, noise: float, seed: int) -> torch.Tensor:
@@ -94,6 +152,7 @@ def make_video(num_things: int, noise: float, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("noise", [0.0, 0.3, 0.7])
+@gpu
 def test_bfloat16_gives_what_the_cpu_gives(seed: int, noise: float) -> None:
     tokens = make_video(60, noise, seed)
     for kept in (1, 12, 60, 120, 600, 1200):
@@ -107,6 +166,7 @@ def test_bfloat16_gives_what_the_cpu_gives(seed: int, noise: float) -> None:
         assert torch.equal(cpu.assignment, cuda.assignment.cpu()), threshold
 
 
+@gpu
 def test_a_found_threshold_gives_the_same_again_in_bfloat16() -> None:
     tokens = make_video(60, 0.5, 9).cuda()
     for kept in (20, 100, 333, 1000):
@@ -117,6 +177,7 @@ def test_a_found_threshold_gives_the_same_again_in_bfloat16() -> None:
             assert torch.equal(again.assignment, found.assignment)
 
 
+@gpu
 def test_magnitudes_at_the_ends_of_bfloat16_are_compressed() -> None:
     tokens = make_video(20, 0.2, 3)
     for scale in (2.0**-120, 2.0**-60, 2.0**60, 2.0**120):
