@@ -1,0 +1,62 @@
+"""The benchmarks run, and what they write says where it was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+
+
+def run(script: str, result: Path, *arguments: str) -> dict[str, Any]:
+    subprocess.run(
+        [sys.executable, f"bench/{script}", *arguments, "--json", str(result)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    content: dict[str, Any] = json.loads(result.read_text())
+    return content
+
+
+def test_compress_measures_every_form(tmp_path: Path) -> None:
+    shape = ("--shape", "4", "40", "16", "--dtype", "float32", "--device", "cpu", "--repeats", "2")
+    measured = run("compress.py", tmp_path / "result.json", *shape)
+    assert {row["form"] for row in measured["runs"]} >= {"budget 0.1", "threshold 0.8"}
+    assert all(len(row["milliseconds"]) == 2 for row in measured["runs"])
+    assert all(row["kept"] == 16 for row in measured["runs"] if row["form"] == "budget 0.1")
+    assert measured["environment"]["num_cpus"] >= 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]
+
+
+def test_decode_measures_both_loaders(tmp_path: Path) -> None:
+    measured = run("decode.py", tmp_path / "result.json", "--quick", "--repeats", "1")
+    assert all(row["seconds"].keys() == {"decord", "opencv"} for row in measured["runs"])
+
+
+def test_shapes_are_those_of_the_published_model(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "bench/shapes.py", "7b", str(tmp_path / "model")],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["text_config"]["hidden_size"] == 3584
+    assert config["vision_config"]["image_size"] // config["vision_config"]["patch_size"] == 27
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_kept_result_names_its_hardware_and_its_commit(path: Path) -> None:
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["cpu"]
+    assert len(environment["commit"]) == 40
+    assert environment["versions"]
