@@ -8,16 +8,9 @@ downloaded. Answers mean nothing.
 import argparse
 from pathlib import Path
 
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+from transformers import Qwen2Config, SiglipVisionConfig
 
-from scissor_vllm.demo.model import CHAT_TEMPLATE, build_tokenizer
+from scissor_vllm.demo.model import build_config, build_tokenizer, save_processor
 
 SIDE, PATCH = 384, 14
 VOCABULARY = 152000
@@ -63,32 +56,12 @@ def build(size: str, folder: Path) -> None:
         patch_size=PATCH,
         vision_use_head=False,
     )
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=pinpoints,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        vision_aspect_ratio="anyres_max_9",
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+    config = build_config(tokenizer, vision, text, pinpoints)
     config.architectures = ["LlavaOnevisionForConditionalGeneration"]
     config.dtype = "bfloat16"
-    size_of = {"height": SIDE, "width": SIDE}
-    processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=size_of, image_grid_pinpoints=pinpoints),
-        video_processor=LlavaOnevisionVideoProcessor(size=size_of),
-        tokenizer=tokenizer,
-        num_image_tokens=(SIDE // PATCH) ** 2,
-        vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE,
-    )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_processor(tokenizer, config, folder)
 
 
 def main() -> None:

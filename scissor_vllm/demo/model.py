@@ -66,11 +66,7 @@ def build_demo_model(folder: Path) -> None:
     """
     import torch
     from transformers import (
-        LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
-        LlavaOnevisionImageProcessor,
-        LlavaOnevisionProcessor,
-        LlavaOnevisionVideoProcessor,
         Qwen2Config,
         SiglipVisionConfig,
     )
@@ -99,16 +95,8 @@ def build_demo_model(folder: Path) -> None:
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     )
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=[[side, side], [side, 2 * side], [2 * side, side]],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        vision_aspect_ratio="anyres_max_9",
-        tie_word_embeddings=False,
+    config = build_config(
+        tokenizer, vision, text, pinpoints=[[side, side], [side, 2 * side], [2 * side, side]]
     )
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
@@ -117,18 +105,45 @@ def build_demo_model(folder: Path) -> None:
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "embed" not in name:
                 torch.nn.init.orthogonal_(weight.data.flatten(1))
-    size = {"height": side, "width": side}
+    model.save_pretrained(folder)
+    save_processor(tokenizer, config, folder)
+
+
+def build_config(tokenizer: Any, vision: Any, text: Any, pinpoints: list[list[int]]) -> Any:
+    """Return LLaVA-OneVision's config around a vision and a text config."""
+    from transformers import LlavaOnevisionConfig
+
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def save_processor(tokenizer: Any, config: Any, folder: Path) -> None:
+    """Write the tokenizer and the processor that fit a config."""
+    from transformers import (
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+    )
+
+    vision, pinpoints = config.vision_config, config.image_grid_pinpoints
+    size = {"height": vision.image_size, "width": vision.image_size}
     processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(
-            size=size, image_grid_pinpoints=config.image_grid_pinpoints
-        ),
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
         video_processor=LlavaOnevisionVideoProcessor(size=size),
         tokenizer=tokenizer,
-        num_image_tokens=(side // 7) ** 2,
-        vision_feature_select_strategy="full",
+        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=CHAT_TEMPLATE,
     )
-    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
