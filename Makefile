@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
-WANTED := pyproject.toml $(wildcard deploy/cpu/*)
+WANTED := pyproject.toml $(wildcard deploy/cpu/*.py deploy/cpu/*.txt)
 
 .PHONY: demo serve test lint clean
 
@@ -22,16 +22,19 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(INSTALLED): $(WANTED)
+# $(call install,FLAGS)
+define install
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "make: $(PYTHON) not found: install Python 3.11, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) deploy/cpu/install.py $(VENV)
+	@$(PYTHON) deploy/cpu/install.py $(VENV) $(1)
+endef
+
+$(INSTALLED): $(WANTED)
+	$(call install,)
 	@touch $@
 
 $(INSTALLED_DEV): $(WANTED)
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "make: $(PYTHON) not found: install Python 3.11, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) deploy/cpu/install.py $(VENV) --dev
+	$(call install,--dev)
 	@touch $(INSTALLED) $@
 
 clean:

@@ -127,3 +127,15 @@ def test_another_failure_of_torchvision_is_passed_on(tmp_path: Path) -> None:
     fake_torchvision(tmp_path, "raise RuntimeError('something else')")
     run = run_with_operators(tmp_path, "import operators, torchvision")
     assert "something else" in run.stderr
+
+
+def test_bytecode_beside_the_installer_does_not_install_again() -> None:
+    run = subprocess.run(
+        ["make", "-n", "-o", "pyproject.toml", "-W", "deploy/cpu/__pycache__", "demo"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert "scissor-vllm demo" in run.stdout
+    assert "install.py" not in run.stdout
