@@ -24,6 +24,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_FRAMES, resized_frames
 from scissor_vllm.retention import (
     RETENTION,
     RETENTION_RATIO,
@@ -159,15 +160,18 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {**fields, NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True)}
+        return {
+            **fields,
+            NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            VIDEO_FRAMES: MultiModalFieldConfig.batched("video"),
+            PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
+        }
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
         ratio = float(hf_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
-        processed = super()._apply_hf_processor_main(
-            mm_items=mm_items, hf_kwargs=without_own_keys(hf_kwargs)
-        )
+        processed = self._prepare(mm_items, without_own_keys(hf_kwargs))
         # None of these is in the cache: all have pixels.
         counts = [count for count in self._get_num_video_tokens(mm_items) if count is not None]
         if counts:
@@ -177,6 +181,38 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 [num_retained_tokens(num_tokens, ratio) for num_tokens in counts]
             )
         return processed
+
+    def _prepare(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        """Return what the Hugging Face processor makes of the items, videos resized only if that
+        comes to the same; see ``scissor_vllm.pixels``.
+        """
+        videos = self._resized_videos(mm_items, hf_kwargs)
+        if videos:
+            mm_items = MultiModalDataItems(
+                {modality: items for modality, items in mm_items.items() if modality != "video"}
+            )
+        processed = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=hf_kwargs)
+        if videos:
+            processed[VIDEO_FRAMES] = [frames for frames, _ in videos]
+            processed[PIXEL_NORMALIZATION] = [normalization for _, normalization in videos]
+        return processed
+
+    def _resized_videos(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return frames and normalization of every video, [] if one must go stock's way."""
+        if "video" not in mm_items:
+            return []
+        hf_processor = self.info.get_hf_processor(**hf_kwargs)
+        resized = []
+        for video in mm_items.get_items("video", VideoProcessorItems).get_all():
+            prepared = resized_frames(self.info.ctx, hf_processor, video, hf_kwargs)
+            if prepared is None:
+                return []
+            resized.append(prepared)
+        return resized
 
     def _check_num_tokens(self, processed: BatchFeature, index: int, num_tokens: int) -> None:
         """Raise if the pixels of a video will not give the N tokens that were counted.

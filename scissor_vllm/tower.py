@@ -1,7 +1,7 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 import torch
 from vllm.config import VllmConfig
@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from scissor_vllm.compression import Compressor, get_compressor
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 from scissor_vllm.compression.uniform import select_evenly
+from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.retention import RetentionPolicy
 
 logger = init_logger(__name__)
@@ -49,30 +50,30 @@ class VideoCompression:
         tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
         self._compress(tokens, max(1, num_frames * self._tokens_per_frame // 10))
 
-    def keeps_all(self, videos: list[torch.Tensor], num_retained: list[int]) -> bool:
+    def keeps_all(self, videos: Sequence[Sized], num_retained: list[int]) -> bool:
         """Return whether no video is to be compressed."""
         return all(
-            count == len(pixels) * self._tokens_per_frame
-            for pixels, count in zip(videos, num_retained, strict=True)
+            count == len(video) * self._tokens_per_frame
+            for video, count in zip(videos, num_retained, strict=True)
         )
 
     def __call__(
         self,
-        videos: list[torch.Tensor],
+        videos: Sequence[VideoPixels],
         num_retained: list[int],
         encode: Callable[[torch.Tensor], torch.Tensor],
     ) -> Iterator[torch.Tensor]:
         """Yield (K, D) for each video.
 
         Args:
-            videos: pixels of each, (T, C, H, W).
+            videos: T frames each.
             num_retained: K of each.
-            encode: frames (t, C, H, W) to tokens (t, P, D); called with at most
+            encode: pixels (t, C, H, W) to tokens (t, P, D); called with at most
                 ``max_frames_per_call`` frames of one video.
         """
-        for pixels, count in zip(videos, num_retained, strict=True):
-            calls = torch.split(pixels, self.max_frames_per_call)
-            tokens = torch.cat([encode(frames) for frames in calls])
+        for video, count in zip(videos, num_retained, strict=True):
+            calls = video.split(self.max_frames_per_call)
+            tokens = torch.cat([encode(pixels) for pixels in calls])
             yield self._exactly(tokens, count)
 
     def _exactly(self, tokens: torch.Tensor, num_retained: int) -> torch.Tensor:

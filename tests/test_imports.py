@@ -24,6 +24,12 @@ ALLOWED = {
 SEPARATE = {
     "scissor_vllm.retention": ("scissor_vllm.processor", "scissor_vllm.server"),
     "scissor_vllm.compression": ("scissor_vllm.processor", "scissor_vllm.tower"),
+    "scissor_vllm.pixels": (
+        "scissor_vllm.processor",
+        "scissor_vllm.server",
+        "scissor_vllm.tower",
+        "scissor_vllm.models",
+    ),
     "scissor_vllm.tower": ("scissor_vllm.processor", "scissor_vllm.server", "scissor_vllm.models"),
     "scissor_vllm.processor": ("scissor_vllm.server", "scissor_vllm.models", "scissor_vllm.tower"),
     "scissor_vllm.models.llava_onevision": ("scissor_vllm.server", "scissor_vllm.plugin"),

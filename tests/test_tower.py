@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.tower import VideoCompression
 
 TOKENS_PER_FRAME = 4
@@ -39,8 +40,10 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_videos(*lengths: int) -> list[torch.Tensor]:
-    return [torch.randn(length, 3, 2, 2, generator=_seeded(length)) for length in lengths]
+def make_videos(*lengths: int) -> list[VideoPixels]:
+    return [
+        VideoPixels(torch.randn(length, 3, 2, 2, generator=_seeded(length))) for length in lengths
+    ]
 
 
 def test_a_call_sees_no_more_frames_than_the_encoder_budget_covers() -> None:

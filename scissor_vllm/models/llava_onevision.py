@@ -15,11 +15,13 @@ import regex as re
 import torch
 from transformers import BatchFeature
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import llava_onevision as stock
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from scissor_vllm.pixels import VIDEO_FRAMES, VideoPixels, stacked, take_video_pixels
 from scissor_vllm.processor import NUM_RETAINED, RetentionProcessingInfo, RetentionProcessor
 from scissor_vllm.tower import VideoCompression
 
@@ -46,8 +48,20 @@ class LlavaOnevisionProcessor(RetentionProcessor, stock.LlavaOnevisionMultiModal
     """Gives a video K + 1 placeholders."""
 
     def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
-        frames, _, height, width = processed["pixel_values_videos"][index].shape
-        return self.info.get_num_compressible_tokens(width=width, height=height, num_frames=frames)
+        if VIDEO_FRAMES in processed:
+            num_frames, height, width, _ = processed[VIDEO_FRAMES][index].shape
+        else:
+            num_frames, _, height, width = processed["pixel_values_videos"][index].shape
+        side = self.info.get_hf_config().vision_config.image_size
+        if (height, width) != (side, side):
+            raise VLLMValidationError(
+                f"the vision tower takes frames of {side}x{side}, but video {index} was resized to "
+                f"{width}x{height}: leave size and crop_size out of mm_processor_kwargs",
+                parameter="mm_processor_kwargs",
+            )
+        return self.info.get_num_compressible_tokens(
+            width=width, height=height, num_frames=num_frames
+        )
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -73,6 +87,7 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         vision = self.config.vision_config
         side = math.ceil(vision.image_size // vision.patch_size / _POOLING_STRIDE)
+        self.video_dtype = vllm_config.model_config.dtype
         self.video_compression = VideoCompression(vllm_config, tokens_per_frame=side * side)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -84,14 +99,17 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         num_retained = kwargs.pop(NUM_RETAINED, None)
         if not isinstance(num_retained, torch.Tensor):
             return super().embed_multimodal(**kwargs)
-        inputs = self._parse_and_validate_video_input(**kwargs)
-        assert inputs is not None
-        pixels, counts = inputs["pixel_values_videos"], num_retained.flatten().tolist()
-        videos = list(pixels)
-        # A list holds videos of unlike length, for which vLLM 0.32 and 0.33 return tensors of a
-        # shape that their own engine refuses.
-        if isinstance(pixels, torch.Tensor) and self.video_compression.keeps_all(videos, counts):
-            return super().embed_multimodal(**kwargs)
+        counts = num_retained.flatten().tolist()
+        videos = take_video_pixels(kwargs, self.video_dtype)
+        if not videos:
+            inputs = self._parse_and_validate_video_input(**kwargs)
+            assert inputs is not None
+            videos = [VideoPixels(pixels) for pixels in inputs["pixel_values_videos"]]
+        # For videos of unlike length vLLM 0.32 and 0.33 return tensors of a shape that their own
+        # engine refuses.
+        alike = len(set(map(len, videos))) == 1
+        if alike and self.video_compression.keeps_all(videos, counts):
+            return super().embed_multimodal(pixel_values_videos=stacked(videos))
         encode = partial(self._video_pixels_to_features, self.vision_tower)
         return tuple(
             torch.cat([rows, newline]) for rows in self.video_compression(videos, counts, encode)

@@ -1,0 +1,210 @@
+"""A video's pixels on their way from the processor to the vision tower, shared by all models.
+
+A Hugging Face video processor resizes uint8 frames to uint8 and then makes float32 of them,
+(value - mean) / std for each channel. Here it only resizes. The frames travel as they are, with the
+mean and the standard deviation beside them, and the model does the rest on its own device: a
+quarter of float32's bytes between the processes, and most of the processor's time saved. The tower
+gets the same values to the bit, since the model does the same two operations in float32 and rounds
+to the model's dtype once, as vLLM does.
+
+Whatever is not certain to be the same goes stock's way: other frames than uint8 RGB in host memory,
+a processor that rescales or normalizes otherwise, or an option that could change that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.multimodal.processing import InputProcessingContext
+
+VIDEO_FRAMES = "video_frames"
+"""Field of a video's data: resized frames, uint8 (T, H, W, C)."""
+PIXEL_NORMALIZATION = "pixel_normalization"
+"""Field of a video's data: mean and standard deviation of each channel, float32 (2, C), in units of
+uint8's values. Frames and this come together."""
+
+_NUM_CHANNELS = 3
+_NUM_VALUES = 256
+_FRAMES_AT_ONCE = 16
+"""Frames that are held in float32 at a time: 27 MiB of 384 x 384."""
+
+_OPTIONS_BEFORE_NORMALIZATION = {
+    "crop_size",
+    "default_to_square",
+    "do_center_crop",
+    "do_convert_rgb",
+    "do_resize",
+    "do_sample_frames",
+    "fps",
+    "num_frames",
+    "resample",
+    "size",
+    "truncation",
+}
+"""Options of a processor that touch no pixel after the resize. Any other goes stock's way."""
+
+_INTEGER_RESIZE = ("AVX2", "AVX512")
+"""Where torch resizes uint8 in integers, so that the order of channels in memory changes nothing.
+It is twice as fast with a pixel's channels side by side, as a decoder gives them."""
+
+
+def resized_frames(
+    context: InputProcessingContext, hf_processor: Any, video: Any, options: Mapping[str, object]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return a video's ``VIDEO_FRAMES`` and ``PIXEL_NORMALIZATION``, None if stock must do it.
+
+    Args:
+        context: vLLM's, which knows the engine's options and how to call the processor.
+        hf_processor: a Hugging Face processor, its ``video_processor`` as it was loaded.
+        video: sampled frames in any form that vLLM takes; uint8 (T, H, W, 3) is treated here.
+        options: the request's options for the processor.
+
+    Raises:
+        ValueError: the processor fails on these frames, as in stock vLLM.
+    """
+    pixels = _rgb_frames(video)
+    if pixels is None or context.get_merged_mm_kwargs(options).keys() - (
+        _OPTIONS_BEFORE_NORMALIZATION
+    ):
+        return None
+    normalization = get_normalization(getattr(hf_processor, "video_processor", None))
+    if normalization is None:
+        return None
+    pixels = pixels.permute(0, 3, 1, 2)
+    if torch.backends.cpu.get_cpu_capability() not in _INTEGER_RESIZE:
+        pixels = pixels.contiguous()
+    # Named for videos alone: of an image in the same call nothing changes. Without a text the
+    # processor makes and tokenizes none; vLLM writes the placeholders itself.
+    only_resize = {
+        "do_rescale": False,
+        "do_normalize": False,
+        "input_data_format": "channels_first",
+    }
+    output = context.call_hf_processor(
+        hf_processor, {"videos": pixels}, {**options, "videos_kwargs": only_resize}
+    )
+    resized = output["pixel_values_videos"][0]
+    if resized.dtype != torch.uint8:
+        return None
+    return resized.permute(0, 2, 3, 1).contiguous(), normalization
+
+
+def _rgb_frames(video: Any) -> torch.Tensor | None:
+    """Return frames that are uint8 (T, H, W, 3) in host memory as a tensor, None for others."""
+    if isinstance(video, np.ndarray) and video.dtype == np.uint8:
+        with warnings.catch_warnings():
+            # Of frames that may not be written to; nothing here does.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            video = torch.from_numpy(video)
+    if not isinstance(video, torch.Tensor) or video.dtype != torch.uint8 or not video.is_cpu:
+        return None
+    # A height of 1 or 3 makes the processor guess where the channels are.
+    if video.ndim != 4 or video.shape[3] != _NUM_CHANNELS or video.shape[1] in (1, _NUM_CHANNELS):
+        return None
+    return video
+
+
+def get_normalization(video_processor: Any) -> torch.Tensor | None:
+    """Return mean and standard deviation, float32 (2, 3), as the processor applies them to uint8.
+
+    None if it does anything else: what it makes of each of the 256 values of each channel is
+    compared with what the model would.
+    """
+    if not getattr(video_processor, "do_rescale", None) or not getattr(
+        video_processor, "do_normalize", None
+    ):
+        return None
+    factor = video_processor.rescale_factor
+    mean, std = video_processor.image_mean, video_processor.image_std
+    try:
+        scaled = [torch.tensor(tuple(each)) * (1.0 / factor) for each in (mean, std)]
+        normalization = torch.stack([each.expand(_NUM_CHANNELS) for each in scaled])
+        every = torch.arange(_NUM_VALUES, dtype=torch.uint8)
+        every = every[:, None, None, None].repeat(1, _NUM_CHANNELS, 1, 1)
+        expected = video_processor.rescale_and_normalize(
+            every, True, factor, True, tuple(mean), tuple(std)
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError, ZeroDivisionError):
+        return None
+    frames = every.permute(0, 2, 3, 1).contiguous()
+    ours = normalized(frames, normalization, torch.float32)
+    same = expected.dtype == torch.float32 and torch.equal(ours, expected)
+    return normalization if same else None
+
+
+def normalized(
+    frames: torch.Tensor, normalization: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return (T, C, H, W) in ``dtype``: (frames - mean) / std, computed in float32.
+
+    Args:
+        frames: uint8 (T, H, W, C).
+        normalization: float32 (2, C) on the same device.
+        dtype: the model's.
+    """
+    num_frames, height, width, num_channels = frames.shape
+    mean, std = normalization[:, :, None, None].unbind()
+    out = torch.empty((num_frames, num_channels, height, width), dtype=dtype, device=frames.device)
+    for few, place in zip(frames.split(_FRAMES_AT_ONCE), out.split(_FRAMES_AT_ONCE), strict=True):
+        values = few.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        place.copy_(values.sub_(mean).div_(std))
+    return out
+
+
+@dataclass(frozen=True)
+class VideoPixels:
+    """One video's pixels on the model's device, given to the tower in the model's dtype."""
+
+    pixels: torch.Tensor
+    """As stock's processor prepares them, (T, C, H, W) in the model's dtype, or
+    ``VIDEO_FRAMES``."""
+    normalization: torch.Tensor | None = None
+    """``PIXEL_NORMALIZATION`` of frames, None for stock's pixels."""
+    dtype: torch.dtype | None = None
+    """The model's, for frames."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def split(self, num_frames: int) -> Iterator[torch.Tensor]:
+        """Yield pixels of at most so many frames, (t, C, H, W), made when they are asked for."""
+        for few in self.pixels.split(num_frames):
+            yield self._for_tower(few)
+
+    def whole(self) -> torch.Tensor:
+        """Return all pixels, (T, C, H, W)."""
+        return self._for_tower(self.pixels)
+
+    def _for_tower(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.normalization is None or self.dtype is None:
+            return pixels
+        return normalized(pixels, self.normalization, self.dtype)
+
+
+def stacked(videos: list[VideoPixels]) -> torch.Tensor:
+    """Return all pixels of equally long videos, (B, T, C, H, W)."""
+    whole = [video.whole() for video in videos]
+    return whole[0][None] if len(whole) == 1 else torch.stack(whole)
+
+
+def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoPixels]:
+    """Take ``VIDEO_FRAMES`` out of the fields of a batch and return them, [] if there are none.
+
+    Args:
+        fields: what vLLM calls ``embed_multimodal`` with: frames (B, T, H, W, C), or a list if
+            lengths differ, and their normalization (B, 2, C).
+        dtype: the model's.
+    """
+    frames = fields.pop(VIDEO_FRAMES, None)
+    normalization = fields.pop(PIXEL_NORMALIZATION, None)
+    if frames is None:
+        return []
+    return [
+        VideoPixels(pixels, scale, dtype)
+        for pixels, scale in zip(frames, normalization, strict=True)
+    ]

@@ -1,0 +1,338 @@
+"""uint8 frames between the processes: the tower gets stock's pixels to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+from vllm.config import ModelConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models import llava_onevision as stock
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.utils import group_and_batch_mm_items
+
+from scissor_vllm.demo.model import demo_model_path
+from scissor_vllm.pixels import (
+    PIXEL_NORMALIZATION,
+    VIDEO_FRAMES,
+    VideoPixels,
+    get_normalization,
+    normalized,
+    stacked,
+    take_video_pixels,
+)
+from scissor_vllm.plugin import register
+from scissor_vllm.processor import NUM_RETAINED
+
+SIDE = 98
+STOCK_FIELD = "pixel_values_videos"
+
+CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+SIGLIP = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+BICUBIC, BILINEAR, NEAREST = 3, 2, 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    register()
+
+
+class Processors:
+    """Ours and stock's processor for one checkpoint."""
+
+    def __init__(self, model: Path, dtype: str = "float32", **config: Any) -> None:
+        model_config = ModelConfig(model=str(model), dtype=dtype, **config)
+        self.ours = MULTIMODAL_REGISTRY.create_processor(model_config)
+        info = stock.LlavaOnevisionProcessingInfo(self.ours.info.ctx)
+        self.stock = stock.LlavaOnevisionMultiModalProcessor(
+            info, stock.LlavaOnevisionDummyInputsBuilder(info)
+        )
+        self.dtype = model_config.dtype
+
+    def run(self, which: Any, data: dict[str, Any], **options: object) -> Any:
+        """Return the items that go to the engine."""
+        counts = {name: len(items) for name, items in data.items()}
+        tokenizer = which.info.get_tokenizer()
+        prompt = tokenizer.encode(which.dummy_inputs.get_dummy_text(counts))
+        items = which.info.parse_mm_data(data)
+        inputs = ProcessorInputs(prompt, items, hf_processor_mm_kwargs=options)
+        return which.apply(inputs, TimingContext(enabled=False))["mm_kwargs"]
+
+    def tower_pixels(self, video: Any, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the tower gets from us and in stock vLLM, (T, 3, H, W) each."""
+        (item,) = self.run(self.ours, {"video": [video]}, **options)["video"]
+        fields = {name: elem.data[None] for name, elem in item.items()}
+        (pixels,) = take_video_pixels(fields, self.dtype)
+        (expected,) = self.run(self.stock, {"video": [video]}, **options)["video"]
+        return pixels.whole(), expected[STOCK_FIELD].data
+
+
+def checkpoint(folder: Path, **settings: Any) -> Path:
+    """The demo model with other settings of its video processor."""
+    shutil.copytree(demo_model_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["video_processor"].update(settings)
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo() -> Processors:
+    return Processors(demo_model_path())
+
+
+def frames(num_frames: int, height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    shape = (num_frames, height, width, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def assert_same(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ours, expected = pair
+    assert ours.dtype == expected.dtype
+    assert ours.is_contiguous()
+    assert torch.equal(ours, expected)
+
+
+# The same to the bit.
+
+SIZES = [(360, 640), (240, 320), (97, 99), (98, 98), (98, 300), (41, 55), (5, 7), (2, 2), (2, 900),
+         (1080, 1920), (331, 98), (720, 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_size_gives_the_tower_stocks_pixels(demo: Processors, size: tuple[int, int]) -> None:
+    assert_same(demo.tower_pixels(frames(3, *size)))
+
+
+def test_pictures_are_frames(demo: Processors) -> None:
+    assert_same(demo.tower_pixels([Image.fromarray(frame) for frame in frames(2, 50, 60)]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("statistics", [CLIP, SIGLIP, IMAGENET], ids=["clip", "siglip", "imagenet"])
+def test_every_model_gets_stocks_pixels_in_its_dtype(
+    tmp_path: Path, dtype: str, statistics: tuple[list[float], list[float]]
+) -> None:
+    mean, std = statistics
+    model = checkpoint(tmp_path / "model", image_mean=mean, image_std=std)
+    # More frames than are held in float32 at a time, and every value of uint8.
+    video = frames(37, 120, 161)
+    ours, expected = Processors(model, dtype).tower_pixels(video)
+    assert_same((ours, expected))
+    assert ours.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"resample": BILINEAR},
+        {"resample": NEAREST},
+        {"do_resize": False, "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}},
+        {"rescale_factor": 1 / 127.5},
+    ],
+    ids=["bilinear", "nearest", "crop", "factor"],
+)
+def test_other_settings_of_a_checkpoint_are_followed(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    processors = Processors(checkpoint(tmp_path / "model", **settings))
+    assert_same(processors.tower_pixels(frames(3, 90, 130)))
+
+
+def test_a_requests_resampling_is_followed(demo: Processors) -> None:
+    video = frames(2, 90, 130)
+    assert_same(demo.tower_pixels(video, resample=BILINEAR))
+    assert not torch.equal(
+        demo.tower_pixels(video, resample=BILINEAR)[0], demo.tower_pixels(video)[0]
+    )
+
+
+def test_frames_that_may_not_be_written_to_are_taken_as_they_are(demo: Processors) -> None:
+    video = frames(3, 100, 120)
+    video.flags.writeable = False
+    before = video.copy()
+    assert_same(demo.tower_pixels(video))
+    np.testing.assert_array_equal(video, before)
+
+
+def test_where_torch_has_no_integer_resize_stocks_order_of_channels_is_kept(
+    demo: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    call = type(demo.ours.info.ctx).call_hf_processor
+
+    def recording(self: Any, processor: Any, data: Any, kwargs: Any) -> Any:
+        seen.append(data["videos"].is_contiguous())
+        return call(self, processor, data, kwargs)
+
+    monkeypatch.setattr(type(demo.ours.info.ctx), "call_hf_processor", recording)
+    for capability in ("AVX512", "DEFAULT"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        demo.run(demo.ours, {"video": [frames(2, 50, 60)]})
+    assert seen == [False, True]
+
+
+# What travels.
+
+
+def test_frames_travel_as_bytes(demo: Processors) -> None:
+    (item,) = demo.run(demo.ours, {"video": [frames(5, 50, 60)]})["video"]
+    assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, NUM_RETAINED}
+    sent = item[VIDEO_FRAMES].data
+    assert (sent.dtype, tuple(sent.shape)) == (torch.uint8, (5, SIDE, SIDE, 3))
+    assert sent.is_contiguous()
+    (expected,) = demo.run(demo.stock, {"video": [frames(5, 50, 60)]})["video"]
+    assert 4 * sent.nbytes == expected[STOCK_FIELD].data.nbytes
+
+
+def test_a_picture_beside_a_video_is_stocks(demo: Processors) -> None:
+    picture = Image.fromarray(frames(1, 60, 90)[0])
+    data = {"image": [picture], "video": [frames(2, 50, 60), frames(3, 70, 60)]}
+    ours, expected = demo.run(demo.ours, data), demo.run(demo.stock, data)
+    (image,), (stock_image,) = ours["image"], expected["image"]
+    assert set(image) == set(stock_image)
+    for name in image:
+        assert torch.equal(image[name].data, stock_image[name].data)
+    assert [len(item[VIDEO_FRAMES].data) for item in ours["video"]] == [2, 3]
+
+
+def test_memory_is_profiled_with_frames_as_they_will_travel(demo: Processors) -> None:
+    items = demo.ours.get_dummy_mm_inputs({"video": 1})["mm_kwargs"]["video"]
+    assert VIDEO_FRAMES in items[0]
+
+
+def test_frames_and_stocks_pixels_never_share_a_batch(demo: Processors) -> None:
+    video = frames(2, 50, 60)
+    items = [
+        demo.run(demo.ours, {"video": [each]})["video"][0]
+        for each in (video, video, video.astype(np.float32), video)
+    ]
+    batches = list(group_and_batch_mm_items(items))
+    assert [count for count, _ in batches] == [2, 1, 1]
+    pixels = [take_video_pixels(fields, torch.float32) for _, fields in batches]
+    assert list(map(len, pixels)) == [2, 0, 1]
+    assert torch.equal(stacked(pixels[0])[1], pixels[2][0].whole())
+
+
+# What goes stock's way.
+
+
+def channels_first(video: npt.NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(video).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        frames(2, 50, 60).astype(np.float32),
+        frames(2, 50, 60)[..., :1],
+        channels_first(frames(2, 50, 60)),
+        # Three rows look like three channels.
+        frames(2, 3, 60),
+    ],
+    ids=["float", "grey", "channels first", "three rows"],
+)
+def test_other_frames_go_stocks_way(demo: Processors, video: Any) -> None:
+    assert_stocks_way(demo, video)
+
+
+def assert_stocks_way(processors: Processors, video: Any, **options: object) -> None:
+    results = []
+    for which in (processors.ours, processors.stock):
+        try:
+            (item,) = processors.run(which, {"video": [video]}, **options)["video"]
+        except ValueError as error:
+            results.append(str(error).split(" on data=")[0])
+        else:
+            assert VIDEO_FRAMES not in item
+            results.append(item[STOCK_FIELD].data)
+    ours, expected = results
+    assert ours == expected if isinstance(expected, str) else torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"image_std": [0.1, 0.2, 0.3]},
+        {"rescale_factor": 0.5},
+        {"input_data_format": "channels_last"},
+        {"videos_kwargs": {"do_rescale": False}},
+        {"an_option_to_come": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_touch_more_than_the_resize_go_stocks_way(
+    demo: Processors, options: dict[str, object]
+) -> None:
+    assert_stocks_way(demo, frames(2, 50, 60), **options)
+
+
+def test_the_operators_options_count_as_well(tmp_path: Path) -> None:
+    options = {"do_normalize": False}
+    processors = Processors(demo_model_path(), mm_processor_kwargs=options)
+    assert_stocks_way(processors, frames(2, 50, 60))
+
+
+@pytest.mark.parametrize("setting", ["do_rescale", "do_normalize"])
+def test_a_checkpoint_that_leaves_a_step_out_goes_stocks_way(tmp_path: Path, setting: str) -> None:
+    assert_stocks_way(
+        Processors(checkpoint(tmp_path / "model", **{setting: False})), frames(2, 50, 60)
+    )
+
+
+def test_a_processor_of_other_arithmetic_goes_stocks_way(demo: Processors) -> None:
+    class Other(type(demo.ours.info.get_hf_processor().video_processor)):  # type: ignore[misc]
+        def rescale_and_normalize(self, images: torch.Tensor, *settings: Any) -> torch.Tensor:
+            same = super().rescale_and_normalize(images, *settings)
+            # One step of float32, at one value of one channel.
+            same[images == 200] = torch.nextafter(same[images == 200], torch.tensor(9.0))
+            return same
+
+    mean, std = CLIP
+    assert get_normalization(Other(image_mean=mean, image_std=std)) is None
+    assert get_normalization(Other.__mro__[1](image_mean=mean, image_std=std)) is not None
+    assert get_normalization(None) is None
+    assert get_normalization(Other.__mro__[1](image_mean=mean, image_std=[0.1, 0.2])) is None
+
+
+def test_a_size_that_the_tower_cannot_take_is_refused(demo: Processors) -> None:
+    for video in (frames(2, 50, 60), frames(2, 50, 60).astype(np.float32)):
+        with pytest.raises(VLLMValidationError, match=r"frames of 98x98, but video 0.*40x30"):
+            demo.run(demo.ours, {"video": [video]}, size={"height": 30, "width": 40})
+
+
+# In the model.
+
+
+def test_pixels_are_made_for_one_call_of_the_tower_at_a_time() -> None:
+    video = torch.from_numpy(frames(7, 4, 4))
+    normalization = torch.tensor([[120.0, 110.0, 100.0], [60.0, 61.0, 62.0]])
+    pixels = VideoPixels(video, normalization, torch.float32)
+    parts = list(pixels.split(3))
+    assert list(map(len, parts)) == [3, 3, 1]
+    assert torch.equal(torch.cat(parts), pixels.whole())
+    assert len(pixels) == 7
+
+
+def test_normalizing_is_two_operations_in_float32() -> None:
+    video = torch.from_numpy(frames(2, 3, 5))
+    normalization = torch.tensor([[120.3, 110.2, 100.1], [60.7, 61.9, 62.3]])
+    out = normalized(video, normalization, torch.float64)
+    for channel in range(3):
+        mean, std = normalization[:, channel]
+        expected = (video[..., channel].float() - mean) / std
+        assert torch.equal(out[:, channel], expected.double())
