@@ -23,13 +23,14 @@ PLUGIN = "scissor_vllm"
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"serve": serve, "demo": demo}
+    commands = {"serve": serve, "demo": demo, "bench": bench}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     asked = argv[:1] in (["-h"], ["--help"])
     print(
         "usage: scissor-vllm serve MODEL [options]  serve MODEL ('demo': a small one)\n"
-        "       scissor-vllm demo [options]         serve the small one, send it a clip, stop\n\n"
+        "       scissor-vllm demo [options]         serve the small one, send it a clip, stop\n"
+        "       scissor-vllm bench [options]        load a server at every ratio\n\n"
         "scissor-vllm COMMAND --help lists a command's options.",
         file=sys.stdout if asked else sys.stderr,
     )
@@ -39,6 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 def demo(argv: list[str]) -> int:
     """Show the ratio at work; see ``scissor_vllm.demo.client``."""
     from scissor_vllm.demo.client import main as run
+
+    return run(argv)
+
+
+def bench(argv: list[str]) -> int:
+    """Load a server and measure it; see ``scissor_vllm.bench``."""
+    from scissor_vllm.bench.command import main as run
 
     return run(argv)
 

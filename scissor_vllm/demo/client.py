@@ -123,8 +123,11 @@ def ask(client, model: str, video: Path, question: str, ratio: float) -> Answer:
 
 
 @contextmanager
-def demo_server() -> Iterator[str]:
+def demo_server(*flags: str) -> Iterator[str]:
     """Yield the base URL of a server of the demo model, stopped at the end.
+
+    Args:
+        flags: more flags of ``scissor-vllm serve``.
 
     Raises:
         RuntimeError: it did not start; the message ends with its log.
@@ -134,7 +137,7 @@ def demo_server() -> Iterator[str]:
         port = free.getsockname()[1]
     with tempfile.NamedTemporaryFile("w+", prefix="scissor-vllm-demo-", suffix=".log") as log:
         print("starting the server (about a minute)", end="", flush=True)
-        command = ["serve", DEMO_MODEL, "--host", "127.0.0.1", "--port", str(port)]
+        command = ["serve", DEMO_MODEL, "--host", "127.0.0.1", "--port", str(port), *flags]
         server = subprocess.Popen(
             [sys.executable, "-m", "scissor_vllm.cli", *command], stdout=log, stderr=log
         )

@@ -1,0 +1,265 @@
+"""Sends requests with vLLM's benchmark client, and keeps what that client leaves out.
+
+``vllm.benchmarks.serve.benchmark`` paces, sends and times the requests. It drops the server's
+``video_compression`` and the reason of a refusal: a wrapper around its HTTP session keeps both,
+outside of what is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import math
+import uuid
+import warnings
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from scissor_vllm.bench.workload import Cell, VideoRequest
+
+BACKEND = "scissor-vllm-chat"
+"""Our request function's name among those of vLLM's benchmark."""
+CHAT_PATH = "/v1/chat/completions"
+_MAX_REASON = 300
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What all requests of a run have in common."""
+
+    base_url: str
+    """Of the server, without ``/v1``."""
+    model: str
+    question: str
+    output_len: int
+    ignore_eos: bool
+    seed: int
+
+
+@dataclass
+class Measured:
+    """What came of a cell."""
+
+    duration_seconds: float
+    requests: list[dict[str, Any]]
+    """Raw values of each request, in the order they were sent."""
+
+
+async def measure(
+    requests: Sequence[VideoRequest],
+    cell: Cell,
+    settings: ChatSettings,
+    *,
+    progress: Any = None,
+    keep_itl: bool = False,
+) -> Measured:
+    """Send the requests as the cell says and return what came of them.
+
+    Args:
+        requests: what to send, in order.
+        cell: its concurrency and its request rate; the ratios are the requests' own.
+        settings: what all requests share.
+        progress: a tqdm bar that is moved by each answer.
+        keep_itl: keep the time between each two tokens.
+    """
+    import numpy as np
+    from vllm.benchmarks.datasets import SampleRequest
+    from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
+    from vllm.benchmarks.serve import TaskType, benchmark
+
+    run = uuid.uuid4().hex[:8]
+    samples = {
+        f"bench-{run}-{number}": SampleRequest(
+            prompt="",
+            prompt_len=0,
+            expected_output_len=settings.output_len,
+            chat_messages=request.messages(settings.question),
+            request_overrides=request.body(),
+            request_id=f"bench-{run}-{number}",
+        )
+        for number, request in enumerate(requests)
+    }
+    recorder = _Recorder(progress)
+    # vLLM draws the times between arrivals from numpy's global generator.
+    np.random.seed(settings.seed)
+    ASYNC_REQUEST_FUNCS[BACKEND] = recorder
+    try:
+        with _quiet(), _no_garbage_collection_of_what_is_there():
+            result = await benchmark(
+                task_type=TaskType.GENERATION,
+                endpoint_type=BACKEND,
+                api_url=settings.base_url + CHAT_PATH,
+                base_url=settings.base_url,
+                model_id=settings.model,
+                model_name=settings.model,
+                tokenizer=None,
+                input_requests=list(samples.values()),
+                logprobs=None,
+                request_rate=math.inf if cell.request_rate is None else cell.request_rate,
+                burstiness=1.0,
+                disable_tqdm=True,
+                num_warmups=0,
+                profile=False,
+                selected_percentile_metrics=[],
+                selected_percentiles=[],
+                ignore_eos=settings.ignore_eos,
+                goodput_config_dict={},
+                max_concurrency=cell.max_concurrency,
+                lora_modules=None,
+                extra_headers=None,
+                extra_body={"temperature": 0},
+                ready_check_timeout_sec=0,
+            )
+    finally:
+        del ASYNC_REQUEST_FUNCS[BACKEND]
+    answers = [recorder.answers[request_id] for request_id in samples]
+    begin = min((answer.output.start_time for answer in answers), default=0.0)
+    rows = [
+        _row(request, answer, begin, keep_itl)
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    return Measured(round(result["duration"], 6), rows)
+
+
+@dataclass
+class _Answer:
+    """What vLLM's client measured, and what the session saw."""
+
+    output: Any
+    video_compression: dict[str, Any] | None
+    error: str | None
+
+
+def _row(request: VideoRequest, answer: _Answer, begin: float, keep_itl: bool) -> dict[str, Any]:
+    output, error = answer.output, answer.error
+    if error is None and not output.success:
+        error = _last_line(output.error) or "no reason given"
+    row: dict[str, Any] = {
+        "video": request.clip.path.name,
+        "video_seconds": request.clip.seconds,
+        "retention_ratio": request.retention_ratio,
+        "start_seconds": round(output.start_time - begin, 6),
+        "client_queue_seconds": round(output.client_queue_time, 6),
+        "error": error,
+    }
+    if error is not None:
+        return row
+    compression = answer.video_compression or {}
+    row |= {
+        "ttft_seconds": round(output.ttft, 6),
+        "e2e_seconds": round(output.latency, 6),
+        "prompt_tokens": output.prompt_len,
+        "output_tokens": output.output_tokens,
+        "video_tokens": compression.get("num_video_tokens"),
+        "retained_video_tokens": compression.get("num_retained_video_tokens"),
+    }
+    if keep_itl:
+        row["itl_seconds"] = [round(seconds, 6) for seconds in output.itl]
+    return row
+
+
+@dataclass
+class _Recorder:
+    """A request function for vLLM's benchmark: vLLM's own, observed."""
+
+    progress: Any = None
+    answers: dict[str, _Answer] = field(default_factory=dict)
+
+    async def __call__(self, request_func_input: Any, session: Any, pbar: Any = None) -> Any:
+        """Send one request and keep its answer under its id."""
+        from vllm.benchmarks.lib.endpoint_request_func import async_request_openai_chat_completions
+
+        observed = _ObservedSession(session)
+        output = await async_request_openai_chat_completions(request_func_input, observed, pbar)
+        compression, error = read_stream(observed.body)
+        if error is not None:
+            # vLLM's client takes a stream that breaks off after its first token for an answer.
+            output.success, output.error = False, error
+        self.answers[request_func_input.request_id] = _Answer(output, compression, error)
+        if self.progress is not None:
+            self.progress.update(1)
+        return output
+
+
+class _ObservedSession:
+    """An aiohttp session that keeps the body of its one answer."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.body = b""
+
+    @asynccontextmanager
+    async def post(self, *args: Any, **kwargs: Any) -> AsyncIterator[_ObservedResponse]:
+        """Post as aiohttp does; a refusal's reason is the server's own words."""
+        async with self._session.post(*args, **kwargs) as response:
+            if response.status == 200:
+                yield _ObservedResponse(self, response, response.reason)
+            else:
+                reason = f"{response.status} {response.reason}: {refusal(await response.text())}"
+                yield _ObservedResponse(self, response, reason)
+
+
+class _ObservedResponse:
+    """What vLLM's client uses of a response."""
+
+    def __init__(self, session: _ObservedSession, response: Any, reason: str) -> None:
+        self._session, self._response = session, response
+        self.status, self.reason = response.status, reason
+        self.content = self
+
+    async def iter_any(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes."""
+        async for chunk in self._response.content.iter_any():
+            self._session.body += chunk
+            yield chunk
+
+
+def read_stream(body: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the ``video_compression`` and the error that a stream carried, None where none."""
+    compression = error = None
+    for line in body.decode(errors="replace").splitlines():
+        if not line.startswith("data: {"):
+            continue
+        if '"video_compression"' in line or '"error"' in line:
+            event = json.loads(line.removeprefix("data: "))
+            compression = event.get("video_compression", compression)
+            if "error" in event:
+                error = f"stream broken off: {refusal(line.removeprefix('data: '))}"
+    return compression, error
+
+
+def refusal(text: str) -> str:
+    """Return what the body of a refusal says, on one line."""
+    with contextlib.suppress(ValueError, AttributeError):
+        content = json.loads(text)
+        error = content.get("error") or content
+        text = str(error.get("message") or error.get("detail") or text)
+    return " ".join(text.split())[:_MAX_REASON]
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1][:_MAX_REASON] if lines else ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keep vLLM's own report of each run off the screen: the table has it."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All requests failed")
+        yield
+
+
+@contextlib.contextmanager
+def _no_garbage_collection_of_what_is_there() -> Any:
+    """Spare the measured time the collector's passes over all that vLLM's import made."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,193 @@
+"""The videos that the load test sends: made, with motion, or a user's own.
+
+Made clips are textured backgrounds, still or panned, that shapes cross, with one cut: neighbouring
+tokens are alike but not equal, as in footage, and no two clips share a frame.
+"""
+
+from __future__ import annotations
+
+import base64
+import mimetypes
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+_FORMAT = 1
+"""Raised when what is drawn changes, so that older clips are not taken for it."""
+
+
+class ClipError(Exception):
+    """There are no clips to send; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """What made clips look like: pixels, frames and frames a second."""
+
+    width: int = 640
+    height: int = 360
+    num_frames: int = 64
+    fps: int = 16
+    seed: int = 0
+
+    @property
+    def folder_name(self) -> str:
+        """A name that differs where the clips do."""
+        size = f"{self.width}x{self.height}-{self.num_frames}-frames-{self.fps}-fps"
+        return f"{size}-seed-{self.seed}-v{_FORMAT}"
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the values by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file."""
+
+    path: Path
+    seconds: float | None
+    """Its length; None if the file does not tell."""
+
+    def data_url(self) -> str:
+        """Return the file as a data URL."""
+        return _data_url(self.path)
+
+
+@cache
+def _data_url(path: Path) -> str:
+    media_type = mimetypes.guess_type(path.name)[0] or "video/mp4"
+    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def default_folder() -> Path:
+    """Return where made clips are kept: under ``$XDG_CACHE_HOME/scissor_vllm`` (``~/.cache``)."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "scissor_vllm" / "bench-clips"
+
+
+def load_clips(folder: Path) -> list[Clip]:
+    """Return the videos of a folder, by name.
+
+    Raises:
+        ClipError: there is none.
+    """
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    if not paths:
+        raise ClipError(
+            f"--videos must name a folder with {', '.join(VIDEO_SUFFIXES)} files, got {folder}: "
+            "check the path, or make clips with `scissor-vllm bench clips FOLDER`"
+        )
+    return [Clip(path, _seconds(path)) for path in paths]
+
+
+def _seconds(path: Path) -> float | None:
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    try:
+        num_frames = video.get(cv2.CAP_PROP_FRAME_COUNT)
+        fps = video.get(cv2.CAP_PROP_FPS)
+    finally:
+        video.release()
+    return num_frames / fps if num_frames > 0 and fps > 0 else None
+
+
+def make_clips(folder: Path, num_clips: int, shape: ClipShape) -> list[Clip]:
+    """Return the first `num_clips` clips of this shape and seed, making those that are missing.
+
+    They are mp4 files with H.264, under a folder of their shape.
+
+    Raises:
+        ClipError: some are missing and PyAV, which makes them, is not installed.
+    """
+    from tqdm import tqdm
+
+    folder = folder / shape.folder_name
+    paths = [folder / f"clip-{number:04}.mp4" for number in range(num_clips)]
+    missing = [(number, path) for number, path in enumerate(paths) if not path.exists()]
+    if missing:
+        try:
+            import av  # noqa: F401
+        except ImportError as error:
+            raise ClipError(
+                f"making clips needs PyAV ({len(missing)} of {num_clips} are missing in {folder}): "
+                "pip install av, or copy clips made elsewhere by `scissor-vllm bench clips` and "
+                "name their folder with --videos"
+            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, path in tqdm(missing, desc="making clips", unit="clip"):
+            _make_clip(path, number, shape)
+    return [Clip(path, shape.num_frames / shape.fps) for path in paths]
+
+
+def _make_clip(path: Path, number: int, shape: ClipShape) -> None:
+    import av
+    import numpy as np
+
+    rng = np.random.default_rng([shape.seed, number])
+    cut = int(shape.num_frames * rng.uniform(0.3, 0.7))
+    scenes = [_Scene(rng, shape), _Scene(rng, shape)]
+    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")
+    with av.open(str(unfinished), "w") as container:
+        options = {"crf": "26", "preset": "veryfast"}
+        stream: Any = container.add_stream("libx264", rate=shape.fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = shape.width, shape.height, "yuv420p"
+        for index in range(shape.num_frames):
+            picture = scenes[index >= cut].draw(index)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+    unfinished.replace(path)
+
+
+class _Scene:
+    """A drifting background and the shapes that cross it."""
+
+    def __init__(self, rng: Any, shape: ClipShape) -> None:
+        import numpy as np
+
+        self._height, self._width = shape.height, shape.width
+        self._background = _texture(rng, shape.height, shape.width)
+        # A camera that stands still, or one that pans.
+        self._drift = rng.uniform(-3, 3, 2) * (rng.uniform() < 0.6)
+        count = int(rng.integers(2, 6))
+        size = np.array([shape.height, shape.width])
+        self._places = rng.uniform(0, 1, (count, 2)) * size
+        self._speeds = rng.uniform(-0.02, 0.02, (count, 2)) * size
+        self._radii = rng.uniform(0.04, 0.16, count) * shape.height
+        self._colors = rng.integers(0, 256, (count, 3))
+        self._round = rng.uniform(0, 1, count) < 0.5
+        self._rows, self._columns = np.ogrid[: shape.height, : shape.width]
+
+    def draw(self, index: int) -> Any:
+        """Return the RGB picture (height, width, 3), uint8, of a frame."""
+        import numpy as np
+
+        down, right = (self._drift * index).astype(int)
+        picture = np.roll(self._background, (down, right), axis=(0, 1))
+        size = np.array([self._height, self._width])
+        for place, speed, radius, color, is_round in zip(
+            self._places, self._speeds, self._radii, self._colors, self._round, strict=True
+        ):
+            row, column = (place + speed * index) % size
+            rows, columns = np.abs(self._rows - row), np.abs(self._columns - column)
+            inside = rows**2 + columns**2 < radius**2 if is_round else np.maximum(rows, columns)
+            picture[inside if is_round else inside < radius] = color
+        return picture
+
+
+def _texture(rng: Any, height: int, width: int) -> Any:
+    """Return an RGB picture (height, width, 3), uint8: smooth areas with finer detail on them."""
+    import cv2
+    import numpy as np
+
+    picture = np.empty((height, width, 3))
+    picture[:] = rng.uniform(60, 195, 3)
+    for step, strength in ((height // 3, 45), (height // 12, 14), (8, 6), (2, 3)):
+        cells = rng.normal(size=(height // step + 2, width // step + 2, 1 if step <= 8 else 3))
+        grown = cv2.resize(cells * strength, (width, height), interpolation=cv2.INTER_CUBIC)
+        picture += grown.reshape(height, width, -1)
+    return picture.clip(0, 255).astype(np.uint8)

@@ -1,0 +1,260 @@
+"""What the server under test says: its model, its version, and ``/metrics``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HISTOGRAMS = (
+    "vllm:time_to_first_token_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "scissor_vllm:video_stage_seconds",
+)
+"""Read as sum and count; the last is ours, by ``stage``. A server may have any of them or none."""
+COUNTERS = (
+    "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits",
+    "vllm:mm_cache_queries",
+    "vllm:mm_cache_hits",
+    "vllm:num_preemptions",
+)
+"""Read where they are, without the ``_total`` that the exposition adds."""
+FINISHED = "vllm:e2e_request_latency_seconds"
+_SETTLE_SECONDS = 3.0
+_TIMEOUT_SECONDS = 30.0
+_USAGE = re.compile(rb"^vllm:kv_cache_usage_perc(?:\{[^\n]*\})? (\S+)$", re.M)
+_RUNNING = re.compile(rb"^vllm:num_requests_running(?:\{[^\n]*\})? (\S+)$", re.M)
+
+
+class ServerError(Exception):
+    """The server cannot be measured; the message says what to do."""
+
+
+def get(url: str) -> bytes:
+    """Return the body of a GET, with the key of ``OPENAI_API_KEY`` if it is set."""
+    request = urllib.request.Request(url)
+    if key := os.environ.get("OPENAI_API_KEY"):
+        request.add_header("Authorization", f"Bearer {key}")
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+        return bytes(response.read())
+
+
+def describe_server(base_url: str, model: str | None) -> dict[str, Any]:
+    """Return the server's model, its version and the size of its KV cache, as far as it tells.
+
+    Raises:
+        ServerError: nothing answers there, or it does not serve `model`.
+    """
+    try:
+        models = json.loads(get(f"{base_url}/v1/models"))["data"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ServerError(
+            f"--base-url must name a running server, {base_url}/v1/models gave: {error}; start one "
+            "with `scissor-vllm serve MODEL`, and set OPENAI_API_KEY if it wants a key"
+        ) from error
+    names = [entry["id"] for entry in models]
+    if model is not None and model not in names:
+        raise ServerError(f"--model must be one of {', '.join(names)}, got {model}")
+    entry = models[0] if model is None else models[names.index(model)]
+    return {
+        "model": entry["id"],
+        "model_path": entry.get("root"),
+        "max_model_len": entry.get("max_model_len"),
+        "vllm_version": _version(base_url),
+    }
+
+
+def _version(base_url: str) -> str | None:
+    try:
+        return str(json.loads(get(f"{base_url}/version"))["version"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def kv_cache_bytes_per_token(model_path: str | None) -> int | None:
+    """Return the bytes that one token takes in the KV cache, None if the config is not at hand.
+
+    Keys and values of every layer, in the dtype of the config: 2 x layers x KV heads x head size x
+    bytes of a number. The config is looked for in the model's folder and in the hub's local cache;
+    nothing is downloaded.
+    """
+    path = _config_path(model_path)
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_text())
+        text = config.get("text_config") or config
+        heads = text["num_attention_heads"]
+        head_size = text.get("head_dim") or text["hidden_size"] // heads
+        kv_heads = text.get("num_key_value_heads") or heads
+        names = (c.get(key) for c in (text, config) for key in ("dtype", "torch_dtype"))
+        dtype = next((name for name in names if name), "bfloat16")
+        width = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+        return int(2 * text["num_hidden_layers"] * kv_heads * head_size * width)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _config_path(model_path: str | None) -> Path | None:
+    if not model_path:
+        return None
+    local = Path(model_path, "config.json")
+    if local.is_file():
+        return local
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model_path, "config.json")
+    except (ImportError, ValueError):
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The server's running totals at one moment."""
+
+    histograms: dict[str, tuple[float, float]]
+    """Sum and count by name, with ``{stage="..."}`` where there is one."""
+    counters: dict[str, float]
+    num_kv_cache_tokens: int | None
+    """What the KV cache holds."""
+
+
+def parse_metrics(text: str) -> Snapshot:
+    """Return the totals in a Prometheus exposition, added over engines and models."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    histograms: dict[str, tuple[float, float]] = {}
+    counters: dict[str, float] = {}
+    capacity: int | None = None
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name, value = sample.name, sample.value
+            stage = sample.labels.get("stage")
+            if name.endswith(("_sum", "_count")):
+                base, which = name.rsplit("_", 1)
+                if base in HISTOGRAMS:
+                    key = f'{base}{{stage="{stage}"}}' if stage else base
+                    total, count = histograms.get(key, (0.0, 0.0))
+                    histograms[key] = (
+                        (total + value, count) if which == "sum" else (total, count + value)
+                    )
+            elif name.removesuffix("_total") in COUNTERS:
+                base = name.removesuffix("_total")
+                counters[base] = counters.get(base, 0.0) + value
+            elif name == "vllm:cache_config_info":
+                capacity = (capacity or 0) + _capacity(sample.labels)
+    return Snapshot(histograms, counters, capacity or None)
+
+
+def _capacity(labels: dict[str, str]) -> int:
+    try:
+        return int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+    except (KeyError, ValueError):
+        return 0
+
+
+def difference(before: Snapshot | None, after: Snapshot | None) -> dict[str, Any] | None:
+    """Return what happened between two snapshots; None without both or if the server restarted.
+
+    ``histograms`` maps names to their ``sum_seconds`` and ``count``, ``counters`` to a number.
+    """
+    if before is None or after is None:
+        return None
+    histograms = {}
+    for name, (total, count) in after.histograms.items():
+        old_total, old_count = before.histograms.get(name, (0.0, 0.0))
+        if count < old_count:
+            return None
+        histograms[name] = {
+            "sum_seconds": round(total - old_total, 6),
+            "count": int(count - old_count),
+        }
+    counters = {k: v - before.counters.get(k, 0.0) for k, v in after.counters.items()}
+    return {"histograms": histograms, "counters": counters}
+
+
+@dataclass
+class Metrics:
+    """The ``/metrics`` of a server; one without them is measured all the same."""
+
+    url: str
+
+    def read(self) -> Snapshot | None:
+        """Return the totals now, None if there are none to read."""
+        try:
+            return parse_metrics(get(self.url).decode())
+        except (OSError, ValueError):
+            return None
+
+    def read_after(self, before: Snapshot | None, num_finished: int) -> Snapshot | None:
+        """Return the totals once they hold `num_finished` more requests, or after a while.
+
+        The engine reports a request a moment after its last token is sent.
+        """
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            now = self.read()
+            if now is None or before is None or FINISHED not in now.histograms:
+                return now
+            old = before.histograms.get(FINISHED, (0.0, 0.0))[1]
+            if now.histograms[FINISHED][1] - old >= num_finished or time.monotonic() > deadline:
+                return now
+            time.sleep(0.1)
+
+
+@dataclass
+class UsageSampler:
+    """Reads how full the KV cache is, again and again, in a thread."""
+
+    url: str
+    interval_seconds: float
+    """0: never."""
+    samples: list[dict[str, float]] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> UsageSampler:
+        if self.interval_seconds > 0:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        begin = time.monotonic()
+        while not self._stop.wait(self.interval_seconds):
+            try:
+                text = get(self.url)
+            except OSError:
+                return
+            if (sample := usage(text)) is not None:
+                self.samples.append({"seconds": round(time.monotonic() - begin, 3), **sample})
+
+
+def usage(text: bytes) -> dict[str, float] | None:
+    """Return the share of the KV cache in use (mean of the engines) and the requests running."""
+    shares = [float(share) for share in _USAGE.findall(text)]
+    if not shares:
+        return None
+    running = sum(float(number) for number in _RUNNING.findall(text))
+    return {
+        "kv_cache_usage": round(sum(shares) / len(shares), 6),
+        "num_requests_running": running,
+    }

@@ -1,0 +1,119 @@
+"""Measures each cell in turn and saves the result file after each."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scissor_vllm.bench.client import ChatSettings, measure
+from scissor_vllm.bench.clips import Clip
+from scissor_vllm.bench.results import ResultFile, find_cell
+from scissor_vllm.bench.server import Metrics, UsageSampler, difference
+from scissor_vllm.bench.summary import summarize
+from scissor_vllm.bench.workload import Cell, build_requests
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is sent in a cell."""
+
+    num_prompts: int | None
+    """Requests measured; None: 4 for each that may be in flight, at least 16."""
+    num_warmups: int | None
+    """Requests sent before; None: as many as may be in flight, at most 32."""
+
+    def prompts(self, cell: Cell) -> int:
+        """Return how many requests of this cell are measured."""
+        if self.num_prompts is not None:
+            return self.num_prompts
+        return max(16, 4 * (cell.max_concurrency or 16))
+
+    def warmups(self, cell: Cell) -> int:
+        """Return how many requests are sent before."""
+        if self.num_warmups is not None:
+            return self.num_warmups
+        return min(32, cell.max_concurrency or 16)
+
+    def num_clips(self, cells: Sequence[Cell]) -> int:
+        """Return how many clips let no request of a cell repeat another's."""
+        return max(self.prompts(cell) + self.warmups(cell) for cell in cells)
+
+
+def sweep(
+    file: ResultFile,
+    run: dict[str, object],
+    cells: Sequence[Cell],
+    clips: Sequence[Clip],
+    settings: ChatSettings,
+    load: Load,
+    *,
+    metrics_url: str,
+    metrics_interval_seconds: float,
+    keep_itl: bool,
+) -> None:
+    """Measure the cells that the run does not have yet and save each."""
+    metrics = Metrics(metrics_url)
+    for number, cell in enumerate(cells, 1):
+        name = f"[{number}/{len(cells)}] {run['label']}, {cell.name}"
+        if find_cell(run, cell) is not None:
+            print(f"{name}: measured before, left as it is", flush=True)
+            continue
+        measured = _measure_cell(
+            name, cell, clips, settings, load, metrics, metrics_interval_seconds, keep_itl
+        )
+        done: list[object] = run["cells"]  # type: ignore[assignment]
+        done.append(measured)
+        file.save()
+        row = summarize(run, measured)
+        print(
+            f"{name}: {row['requests_per_second']:.2f} requests/s"
+            + (f", {row['failed']} failed: {row['errors']}" if row["failed"] else ""),
+            flush=True,
+        )
+
+
+def _measure_cell(
+    name: str,
+    cell: Cell,
+    clips: Sequence[Clip],
+    settings: ChatSettings,
+    load: Load,
+    metrics: Metrics,
+    interval_seconds: float,
+    keep_itl: bool,
+) -> dict[str, object]:
+    from tqdm import tqdm
+
+    warmups, requests = build_requests(
+        clips,
+        cell,
+        num_prompts=load.prompts(cell),
+        num_warmups=load.warmups(cell),
+        seed=settings.seed,
+    )
+    if warmups:
+        with tqdm(total=len(warmups), desc=f"{name}: warm-up", unit="request") as progress:
+            asyncio.run(measure(warmups, cell, settings, progress=progress))
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    before = metrics.read()
+    sampler = UsageSampler(metrics.url, interval_seconds if before else 0)
+    with tqdm(total=len(requests), desc=name, unit="request") as progress, sampler:
+        measured = asyncio.run(
+            measure(requests, cell, settings, progress=progress, keep_itl=keep_itl)
+        )
+    completed = sum(row["error"] is None for row in measured.requests)
+    after = metrics.read_after(before, completed)
+    return {
+        **cell.as_dict(),
+        "started_at": started,
+        "num_warmups": len(warmups),
+        "duration_seconds": measured.duration_seconds,
+        "requests": measured.requests,
+        "server_metrics": difference(before, after),
+        "kv_cache": {
+            "num_tokens": before.num_kv_cache_tokens if before else None,
+            "samples": sampler.samples,
+        },
+    }
