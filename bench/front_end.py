@@ -1,0 +1,180 @@
+"""Prints what one video costs the API server's CPU before the engine has it, stock against ours.
+
+    python bench/front_end.py [--threads N] [--frames N] [--size WxH] [--repeats N] [--json FILE]
+
+The stages are run as the server runs them, on one clip in the shapes of LLaVA-OneVision-7B, stock
+and ours in turns: decode the file, name it for vLLM's caches, prepare it (Hugging Face's processor,
+placeholders), and send it through vLLM's serializer and a socket. The last line is what the model
+has to do instead, here on the CPU; a GPU does it in a fraction of a millisecond.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import zmq  # noqa: E402
+from vllm.config import ModelConfig  # noqa: E402
+from vllm.model_executor.models import llava_onevision as stock  # noqa: E402
+from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
+from vllm.multimodal.inputs import MultiModalKwargsItem  # noqa: E402
+from vllm.multimodal.media import MediaWithBytes  # noqa: E402
+from vllm.multimodal.processing import TimingContext  # noqa: E402
+from vllm.multimodal.processing.inputs import ProcessorInputs  # noqa: E402
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY  # noqa: E402
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
+
+from bench.record import environment, write_json  # noqa: E402
+from bench.shapes import build  # noqa: E402
+from scissor_vllm.pixels import take_video_pixels  # noqa: E402
+from scissor_vllm.plugin import register  # noqa: E402
+from tests.clips import make_clip  # noqa: E402
+
+RATIO = 0.1
+
+
+class Link:
+    """A socket between two processes' ends, as vLLM has one from API server to engine."""
+
+    def __init__(self, folder: str) -> None:
+        context = zmq.Context(io_threads=2)
+        address = f"ipc://{folder}/link"
+        self._sender, self._receiver = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+        self._sender.bind(address)
+        self._receiver.connect(address)
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(MultiModalKwargsItem)
+
+    def send(self, item: MultiModalKwargsItem) -> tuple[MultiModalKwargsItem, int]:
+        """Return what arrives, and the number of bytes that it took."""
+        frames: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: frames.extend(self._receiver.recv_multipart(copy=False))
+        )
+        thread.start()
+        message = self._encoder.encode(item)
+        self._sender.send_multipart(message, copy=False)
+        thread.join()
+        buffers = [frame.buffer for frame in frames]
+        return self._decoder.decode(buffers), sum(map(len, buffers))
+
+
+class Way:
+    """A request's way to the engine: a video loader and a processor."""
+
+    def __init__(self, loader: str, processor: Any, options: dict[str, object]) -> None:
+        self.loader = VIDEO_LOADER_REGISTRY.load(loader)
+        self.processor = processor
+        self.options = options
+        self.num_bytes = 0
+
+    def stages(self, data: bytes, num_frames: int, link: Link) -> dict[str, float]:
+        """Return the milliseconds of each stage of one request."""
+        times: dict[str, float] = {}
+
+        def timed(stage: str, work: Callable[[], Any]) -> Any:
+            start = time.perf_counter()
+            result = work()
+            times[stage] = (time.perf_counter() - start) * 1e3
+            return result
+
+        processor = self.processor
+        video = timed("decode", lambda: self.loader.load_bytes(data, num_frames=num_frames))
+        items = processor.info.parse_mm_data({"video": [MediaWithBytes(video, data)]})
+        text = processor.dummy_inputs.get_dummy_text({"video": 1})
+        prompt = processor.info.get_tokenizer().encode(text)
+        inputs = ProcessorInputs(prompt, items, hf_processor_mm_kwargs=self.options)
+        timed("name", lambda: processor._get_mm_hashes(inputs))
+        # As with all caches off, where vLLM names each item by its request.
+        inputs.mm_uuid_items = {"video": ["request-0"]}
+        timing = TimingContext()
+        output = timed("prepare", lambda: processor.apply(inputs, timing))
+        times["of it, Hugging Face"] = timing.stage_secs["apply_hf_processor"] * 1e3
+        (item,) = output["mm_kwargs"]["video"]
+        arrived, self.num_bytes = timed("send", lambda: link.send(item))
+        fields = {name: elem.data[None] for name, elem in arrived.items()}
+        dtype = processor.info.ctx.model_config.dtype
+        timed(
+            "(in the model) normalize",
+            lambda: [video.whole() for video in take_video_pixels(fields, dtype)],
+        )
+        return times
+
+
+def make_ways(model: Path) -> dict[str, Way]:
+    """Return stock's way and ours, of one model."""
+    register()
+    ours = MULTIMODAL_REGISTRY.create_processor(ModelConfig(model=str(model)))
+    info = stock.LlavaOnevisionProcessingInfo(ours.info.ctx)
+    dummy_inputs = stock.LlavaOnevisionDummyInputsBuilder(info)
+    return {
+        "stock": Way("opencv", stock.LlavaOnevisionMultiModalProcessor(info, dummy_inputs), {}),
+        "ours": Way("decord", ours, {"retention_ratio": RATIO}),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the times of all runs to this file")
+    parser.add_argument("--threads", type=int, default=1, help="torch's, as in a server: 1")
+    parser.add_argument("--frames", type=int, default=32, help="frames to sample (default: 32)")
+    parser.add_argument("--size", default="640x360", help="of the clip (default: 640x360)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs (default: 10)")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    width, height = map(int, args.size.split("x"))
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder, "clip.mp4")
+        data = make_clip(clip, width=width, height=height, num_frames=64).read_bytes()
+        model = Path(folder, "model")
+        build("7b", model)
+        ways, link = make_ways(model), Link(folder)
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        for turn in range(args.repeats + 2):
+            for name, way in ways.items():
+                times = way.stages(data, args.frames, link)
+                if turn >= 2:
+                    runs[name].append(times)
+    medians = {
+        name: {stage: statistics.median(run[stage] for run in rows) for stage in rows[0]}
+        for name, rows in runs.items()
+    }
+    for stages in medians.values():
+        stages["front end"] = sum(stages[each] for each in ("decode", "prepare", "send"))
+    num_bytes = {name: way.num_bytes for name, way in ways.items()}
+    title = f"median ms, {args.frames} frames of {args.size}"
+    print(f"{title:36}   stock    ours   ratio")
+    for stage, before in medians["stock"].items():
+        after = medians["ours"][stage]
+        ratio = f"{after / before:7.2f}" if before > 0.1 else ""
+        print(f"{stage:36} {before:7.1f} {after:7.1f} {ratio}")
+    before, after = (count / 2**20 for count in num_bytes.values())
+    print(f"{'MiB sent':36} {before:7.1f} {after:7.1f} {after / before:7.2f}")
+    if args.json:
+        measured = {
+            "unit": "ms",
+            "num_frames": args.frames,
+            "size": args.size,
+            "num_threads": args.threads,
+            "retention_ratio": RATIO,
+            "num_bytes": num_bytes,
+            "runs": runs,
+        }
+        write_json(args.json, {"environment": environment(), **measured})
+
+
+if __name__ == "__main__":
+    main()
