@@ -15,6 +15,8 @@ ALLOWED = {
     "scissor_vllm.compression": (),
     "scissor_vllm.compression.methods": (),
     "scissor_vllm.cli": (),
+    "scissor_vllm.bench.command": (),
+    "scissor_vllm.bench.plot": (),
     "scissor_vllm.models": (),
     "scissor_vllm.demo.client": (),
     "scissor_vllm.demo.model": (),

@@ -102,10 +102,15 @@ def make_clips(folder: Path, num_clips: int, shape: ClipShape) -> list[Clip]:
     They are mp4 files with H.264, under a folder of their shape.
 
     Raises:
-        ClipError: some are missing and PyAV, which makes them, is not installed.
+        ClipError: the shape cannot be made, or PyAV, which makes clips, is not installed.
     """
     from tqdm import tqdm
 
+    if shape.width % 2 or shape.height % 2 or min(shape.width, shape.height) < 64:
+        raise ClipError(
+            "--width and --height must be even and at least 64 (H.264 halves its colours), got "
+            f"{shape.width} x {shape.height}"
+        )
     folder = folder / shape.folder_name
     paths = [folder / f"clip-{number:04}.mp4" for number in range(num_clips)]
     missing = [(number, path) for number, path in enumerate(paths) if not path.exists()]
@@ -150,9 +155,11 @@ class _Scene:
         import numpy as np
 
         self._height, self._width = shape.height, shape.width
-        self._background = _texture(rng, shape.height, shape.width)
-        # A camera that stands still, or one that pans.
-        self._drift = rng.uniform(-3, 3, 2) * (rng.uniform() < 0.6)
+        self._margin = shape.height // 4
+        margins = 2 * self._margin
+        self._background = _texture(rng, shape.height + margins, shape.width + margins)
+        # A camera that stands still, or one that pans to and fro.
+        self._pan = rng.uniform(-3, 3, 2) * (rng.uniform() < 0.6)
         count = int(rng.integers(2, 6))
         size = np.array([shape.height, shape.width])
         self._places = rng.uniform(0, 1, (count, 2)) * size
@@ -166,8 +173,9 @@ class _Scene:
         """Return the RGB picture (height, width, 3), uint8, of a frame."""
         import numpy as np
 
-        down, right = (self._drift * index).astype(int)
-        picture = np.roll(self._background, (down, right), axis=(0, 1))
+        panned = (self._margin + self._pan * index) % (4 * self._margin)
+        top, left = np.minimum(panned, 4 * self._margin - panned).astype(int)
+        picture = self._background[top : top + self._height, left : left + self._width].copy()
         size = np.array([self._height, self._width])
         for place, speed, radius, color, is_round in zip(
             self._places, self._speeds, self._radii, self._colors, self._round, strict=True
@@ -186,7 +194,7 @@ def _texture(rng: Any, height: int, width: int) -> Any:
 
     picture = np.empty((height, width, 3))
     picture[:] = rng.uniform(60, 195, 3)
-    for step, strength in ((height // 3, 45), (height // 12, 14), (8, 6), (2, 3)):
+    for step, strength in ((height // 4, 45), (height // 16, 14), (8, 6), (2, 3)):
         cells = rng.normal(size=(height // step + 2, width // step + 2, 1 if step <= 8 else 3))
         grown = cv2.resize(cells * strength, (width, height), interpolation=cv2.INTER_CUBIC)
         picture += grown.reshape(height, width, -1)

@@ -157,7 +157,7 @@ def accuracy_figure(rows: Sequence[Row], accuracy: Sequence[dict[str, Any]]) -> 
         )
         for rate, a in points:
             _annotate(axes, rate, a["accuracy"], _ratio(a))
-    return _finish(figure, axes)
+    return _finish(figure, axes, from_zero=False)
 
 
 def read_accuracy(path: Path) -> list[dict[str, Any]]:
@@ -196,10 +196,11 @@ def _figure(x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _finish(figure: Any, axes: Any) -> Any:
+def _finish(figure: Any, axes: Any, *, from_zero: bool = True) -> Any:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.set_ylim(bottom=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     return figure
 
 

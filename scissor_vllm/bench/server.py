@@ -50,6 +50,21 @@ def get(url: str) -> bytes:
         return bytes(response.read())
 
 
+def check_health(base_url: str) -> None:
+    """Return if the server is up.
+
+    Raises:
+        ServerError: it is not.
+    """
+    try:
+        get(f"{base_url}/health")
+    except OSError as error:
+        raise ServerError(
+            f"the server at {base_url} stopped answering ({error}): see its log, start it again, "
+            "and go on with --append"
+        ) from error
+
+
 def describe_server(base_url: str, model: str | None) -> dict[str, Any]:
     """Return the server's model, its version and the size of its KV cache, as far as it tells.
 

@@ -6,11 +6,12 @@ import asyncio
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scissor_vllm.bench.client import ChatSettings, measure
 from scissor_vllm.bench.clips import Clip
 from scissor_vllm.bench.results import ResultFile, find_cell
-from scissor_vllm.bench.server import Metrics, UsageSampler, difference
+from scissor_vllm.bench.server import Metrics, UsageSampler, check_health, difference
 from scissor_vllm.bench.summary import summarize
 from scissor_vllm.bench.workload import Cell, build_requests
 
@@ -43,7 +44,7 @@ class Load:
 
 def sweep(
     file: ResultFile,
-    run: dict[str, object],
+    run: dict[str, Any],
     cells: Sequence[Cell],
     clips: Sequence[Clip],
     settings: ChatSettings,
@@ -53,20 +54,30 @@ def sweep(
     metrics_interval_seconds: float,
     keep_itl: bool,
 ) -> None:
-    """Measure the cells that the run does not have yet and save each."""
+    """Measure the cells that the run does not have yet and save each.
+
+    A cell is measured again if none of its requests was answered.
+
+    Raises:
+        ServerError: the server stopped answering; what was measured before is saved.
+    """
     metrics = Metrics(metrics_url)
     for number, cell in enumerate(cells, 1):
         name = f"[{number}/{len(cells)}] {run['label']}, {cell.name}"
-        if find_cell(run, cell) is not None:
+        there = find_cell(run, cell)
+        if there is not None and summarize(run, there)["completed"]:
             print(f"{name}: measured before, left as it is", flush=True)
             continue
         measured = _measure_cell(
             name, cell, clips, settings, load, metrics, metrics_interval_seconds, keep_itl
         )
-        done: list[object] = run["cells"]  # type: ignore[assignment]
-        done.append(measured)
-        file.save()
         row = summarize(run, measured)
+        if not row["completed"]:
+            check_health(settings.base_url)
+        if there is not None:
+            run["cells"].remove(there)
+        run["cells"].append(measured)
+        file.save()
         print(
             f"{name}: {row['requests_per_second']:.2f} requests/s"
             + (f", {row['failed']} failed: {row['errors']}" if row["failed"] else ""),
@@ -83,7 +94,7 @@ def _measure_cell(
     metrics: Metrics,
     interval_seconds: float,
     keep_itl: bool,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     from tqdm import tqdm
 
     warmups, requests = build_requests(
