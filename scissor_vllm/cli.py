@@ -53,7 +53,14 @@ def bench(argv: list[str]) -> int:
 
 def serve(argv: list[str]) -> int:
     """Serve a model with vLLM; every flag of ``vllm serve`` is taken."""
+    from scissor_vllm.metrics import metrics_directory
+
     set_environment(os.environ)
+    with metrics_directory(os.environ):
+        return _serve(argv)
+
+
+def _serve(argv: list[str]) -> int:
     # vLLM reads the environment as it is imported.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args

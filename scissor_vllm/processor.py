@@ -8,6 +8,7 @@ video; the model gives back exactly that many rows.
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from scissor_vllm.metrics import CLOCK
 from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_FRAMES, resized_frames
 from scissor_vllm.retention import (
     RETENTION,
@@ -171,7 +173,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
         ratio = float(hf_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
-        processed = self._prepare(mm_items, without_own_keys(hf_kwargs))
+        with CLOCK.stage("preprocess") if "video" in mm_items else nullcontext():
+            processed = self._prepare(mm_items, without_own_keys(hf_kwargs))
         # None of these is in the cache: all have pixels.
         counts = [count for count in self._get_num_video_tokens(mm_items) if count is not None]
         if counts:

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, model_parallel_is_initialized
 from vllm.logger import init_logger
 
 from scissor_vllm.compression import Compressor, get_compressor
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 from scissor_vllm.compression.uniform import select_evenly
+from scissor_vllm.metrics import CLOCK
 from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.retention import RetentionPolicy
 
@@ -34,6 +38,15 @@ class VideoCompression:
         self._tokens_per_frame = tokens_per_frame
         self._is_warm = False
         self.max_frames_per_call = max(1, budget // tokens_per_frame)
+
+    def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
+        """Return a context whose time is recorded, by one of the workers that share a model."""
+        return CLOCK.stage(name, device) if self._is_recording() else nullcontext()
+
+    @staticmethod
+    @cache
+    def _is_recording() -> bool:
+        return not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
 
     def warm_up(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         """Compress made-up tokens, once, on a GPU.
@@ -72,8 +85,9 @@ class VideoCompression:
                 ``max_frames_per_call`` frames of one video.
         """
         for video, count in zip(videos, num_retained, strict=True):
-            calls = video.split(self.max_frames_per_call)
-            tokens = torch.cat([encode(pixels) for pixels in calls])
+            with self.stage("tower", video.pixels.device):
+                calls = video.split(self.max_frames_per_call)
+                tokens = torch.cat([encode(pixels) for pixels in calls])
             yield self._exactly(tokens, count)
 
     def _exactly(self, tokens: torch.Tensor, num_retained: int) -> torch.Tensor:
@@ -90,7 +104,8 @@ class VideoCompression:
             )
             return torch.cat([flat, flat[-1:].expand(num_retained - len(flat), -1)])
         try:
-            return self._compress(tokens, num_retained).tokens
+            with self.stage("compress", tokens.device):
+                return self._compress(tokens, num_retained).tokens
         except ValueError as error:
             logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
             return select_evenly(tokens, num_retained).tokens

@@ -37,6 +37,8 @@ from vllm.multimodal.video_decoders import (
 )
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
+from scissor_vllm.metrics import CLOCK
+
 logger = logging.getLogger(__name__)
 
 BACKEND = "decord"
@@ -141,6 +143,24 @@ class DecordVideoBackend(VideoBackend):
         _check_number("max_duration", max_duration, int, float)
 
         _check_container(data)
+        with CLOCK.stage("decode"):
+            return cls._decode(
+                data, num_frames, fps, max_duration, frame_recovery, backend=backend, **kwargs
+            )
+
+    @classmethod
+    def _decode(
+        cls,
+        data: bytes,
+        num_frames: int,
+        fps: float,
+        max_duration: float,
+        frame_recovery: bool,
+        *,
+        backend: str,
+        **kwargs: Any,
+    ) -> tuple[DecodedFrames, dict[str, Any]]:
+        """What `load_bytes` returns, of checked arguments."""
         try:
             if backend == BACKEND and not frame_recovery:
                 target = VideoTargetMetadata(num_frames, fps, max_duration)

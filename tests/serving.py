@@ -87,12 +87,14 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
             return str(response.read().decode())
 
-    def counter(self, name: str) -> float:
-        """Return the sum of a Prometheus counter over its labels."""
-        found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.get("/metrics"), re.M)
+    def counter(self, name: str, **labels: str) -> float:
+        """Return the sum of a Prometheus counter over those labels that are not given."""
+        lines = re.findall(rf"^{re.escape(name)}(?:\{{(.*)\}})? (\S+)$", self.get("/metrics"), re.M)
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        found = [float(value) for text, value in lines if all(each in text for each in wanted)]
         if not found:
-            raise LookupError(f"no counter {name}")
-        return sum(map(float, found))
+            raise LookupError(f"no counter {name} {labels}")
+        return sum(found)
 
 
 def message(*parts: Path | str) -> dict[str, Any]:

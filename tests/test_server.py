@@ -157,6 +157,33 @@ def test_the_openapi_document_shows_the_field(server: Server) -> None:
         assert "at most 1" in found[0]["description"]
 
 
+# What the server tells of itself.
+
+
+def stage_counts(server: Server) -> dict[str, float]:
+    name = "scissor_vllm:video_stage_seconds_count"
+    stages = ("decode", "preprocess", "tower", "compress")
+    return {stage: server.counter(name, stage=stage) for stage in stages}
+
+
+def test_metrics_tell_the_time_of_each_stage_of_a_video(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    server.ask(clips["tall"], "x", ratio=0.91)
+    before = stage_counts(server)
+    server.ask(clips["tall"], clips["short"], "x", ratio=0.92)
+    server.ask("no video", ratio=0.92)
+    compressed = stage_counts(server)
+    added = {stage: compressed[stage] - before[stage] for stage in before}
+    assert added == {"decode": 2, "preprocess": 1, "tower": 2, "compress": 2}
+    server.ask(clips["webm"], "kept whole", ratio=1.0)
+    whole = stage_counts(server)
+    added = {stage: whole[stage] - compressed[stage] for stage in before}
+    assert added == {"decode": 1, "preprocess": 1, "tower": 1, "compress": 0}
+    seconds = server.counter("scissor_vllm:video_stage_seconds_sum", stage="tower")
+    assert 0 < seconds < 60
+
+
 # Law 6: caches, and requests side by side.
 
 

@@ -109,7 +109,8 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         # engine refuses.
         alike = len(set(map(len, videos))) == 1
         if alike and self.video_compression.keeps_all(videos, counts):
-            return super().embed_multimodal(pixel_values_videos=stacked(videos))
+            with self.video_compression.stage("tower", newline.device):
+                return super().embed_multimodal(pixel_values_videos=stacked(videos))
         encode = partial(self._video_pixels_to_features, self.vision_tower)
         return tuple(
             torch.cat([rows, newline]) for rows in self.video_compression(videos, counts, encode)
