@@ -6,13 +6,18 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 WANTED := pyproject.toml $(wildcard deploy/cpu/*.py deploy/cpu/*.txt)
 
-.PHONY: demo serve test lint clean
+.PHONY: demo serve bench test lint clean
 
 demo: $(INSTALLED)  ## serve the small model, send it a clip at four ratios, stop
 	@$(BIN)/scissor-vllm demo
 
 serve: $(INSTALLED)  ## serve the small model until interrupted
 	$(BIN)/scissor-vllm serve demo
+
+bench: $(INSTALLED_DEV)  ## load the small model's server at three ratios; table, CSV and plots
+	@$(BIN)/scissor-vllm bench --demo --retention-ratio 1.0 0.25 0.1 --max-concurrency 1 4 \
+	  --num-prompts 12 --num-warmups 4 --output-len 16 --output build/bench/result.json --overwrite
+	@$(BIN)/scissor-vllm bench plot build/bench/result.json
 
 test: $(INSTALLED_DEV) lint  ## all tests, on a real engine and server
 	$(BIN)/python -m pytest

@@ -50,6 +50,8 @@ class FakeServer:
     has_metrics: bool = True
     token_seconds: float = 0.0
     """Before each token."""
+    metrics_seconds: float = 0.0
+    """From an answer to its place in /metrics."""
     refuse: Callable[[dict[str, Any]], str | None] = lambda body: None
     """The reason of a 400 to this body, None to answer it."""
     break_off: Callable[[dict[str, Any]], bool] = lambda body: False
@@ -82,7 +84,11 @@ class FakeServer:
         finally:
             with self._lock:
                 self._in_flight -= 1
-                self.num_answered += 1
+            threading.Timer(self.metrics_seconds, self._report).start()
+
+    def _report(self) -> None:
+        with self._lock:
+            self.num_answered += 1
 
     def metrics(self) -> str:
         """Return the /metrics."""

@@ -134,18 +134,21 @@ def test_stock_requests_name_no_ratio_and_a_stock_server_is_measured(
     assert row["stage_video_tower_seconds"] is None
 
 
-def test_a_request_rate_spaces_the_requests(bench: Callable[..., Any]) -> None:
+def test_a_request_rate_spaces_the_requests_by_the_seed(bench: Callable[..., Any]) -> None:
     with fake_server() as fake:
-        _, content = bench(
-            fake.base_url, "--retention-ratio", "0.5", "--request-rate", "20", "--num-prompts", "8"
-        )
-    (cell,) = content["runs"][0]["cells"]
-    starts = [request["start_seconds"] for request in cell["requests"]]
-    assert starts == sorted(starts)
+        arguments = ("--retention-ratio", "0.5", "--request-rate", "6", "--num-prompts", "6")
+        bench(fake.base_url, *arguments, "--num-warmups", "0")
+        again = ("--append", "--label", "again")
+        _, content = bench(fake.base_url, *arguments, "--num-warmups", "0", *again)
+    (first,), (second,) = (run["cells"] for run in content["runs"])
+    starts = [request["start_seconds"] for request in first["requests"]]
     # vLLM scales its Poisson arrivals so that the last of n comes after n / rate seconds.
-    assert 0.2 < starts[-1] < 0.6
-    assert cell["max_concurrency"] is None
-    assert cell["request_rate_per_second"] == 20
+    assert starts == sorted(starts)
+    assert 0.5 < starts[-1] < 1.2
+    repeated = [request["start_seconds"] for request in second["requests"]]
+    assert repeated == pytest.approx(starts, abs=0.06)
+    assert first["max_concurrency"] is None
+    assert first["request_rate_per_second"] == 6
 
 
 # What is measured
@@ -279,9 +282,11 @@ def test_a_server_without_metrics_is_measured(bench: Callable[..., Any]) -> None
 
 
 def test_stages_are_the_differences_that_a_cell_made(bench: Callable[..., Any]) -> None:
-    with fake_server() as fake:
-        fake.num_answered = 1000
-        _, content = bench(fake.base_url, "--retention-ratio", "0.5", "--num-prompts", "4")
+    with fake_server(metrics_seconds=0.3, num_answered=1000) as fake:
+        _, content = bench(
+            *(fake.base_url, "--retention-ratio", "0.5"),
+            *("--num-prompts", "4", "--num-warmups", "3", "--max-concurrency", "4"),
+        )
     (cell,) = content["runs"][0]["cells"]
     tower = cell["server_metrics"]["histograms"]['scissor_vllm:video_stage_seconds{stage="tower"}']
     assert tower == {"sum_seconds": 2.0, "count": 4}
@@ -364,6 +369,18 @@ def test_a_cell_without_an_answer_is_measured_again(bench: Callable[..., Any]) -
     assert [row["completed"] for row in rows_of(content)] == [2]
 
 
+def test_a_run_takes_more_cells_later(bench: Callable[..., Any]) -> None:
+    with fake_server() as fake:
+        bench(fake.base_url, "--retention-ratio", "0.5", "--num-prompts", "2")
+        _, content = bench(
+            *(fake.base_url, "--retention-ratio", "0.5", "0.1", "--num-prompts", "2"),
+            *("--max-concurrency", "1", "2", "--append"),
+        )
+    (run,) = content["runs"]
+    assert len(run["cells"]) == 4
+    assert len(run["commands"]) == 2
+
+
 def test_servers_are_merged_by_label_and_compared_with_stock(bench: Callable[..., Any]) -> None:
     arguments = ("--num-prompts", "4", "--max-concurrency", "2")
     with fake_server(compresses=False, token_seconds=0.04) as fake:
@@ -389,7 +406,11 @@ def test_a_result_is_never_mixed_with_another_measurement(
         assert bench(fake.base_url, *arguments)[0] == 1
         assert "--append adds to it" in capsys.readouterr().err
         assert bench(fake.base_url, *arguments, "--append", "--question", "Why?")[0] == 1
-        assert "question" in capsys.readouterr().err
+        assert "label 'scissor-vllm' with question" in capsys.readouterr().err
+        other = ("--append", "--label", "other")
+        assert bench(fake.base_url, *arguments, *other, "--seed", "1")[0] == 1
+        assert "was measured with seed 0, this is 1" in capsys.readouterr().err
+        assert (tmp_path / "result.json").read_bytes() == saved
         elsewhere = json.loads(saved)
         elsewhere["environment"]["cpu"] = "another"
         (tmp_path / "result.json").write_text(json.dumps(elsewhere))
@@ -435,7 +456,7 @@ def test_the_result_says_what_was_run_and_where(bench: Callable[..., Any]) -> No
     assert run["commands"][0].startswith(f"scissor-vllm bench --base-url {fake.base_url}")
     assert run["server"]["model"] == "fake"
     assert run["server"]["vllm_version"] == "0.0.1"
-    assert run["settings"]["videos"] == {"num_distinct": NUM_VIDEOS}
+    assert run["settings"]["videos"] == {"folder": SMALL.folder_name}
     assert content["environment"] == environment()
     assert content["environment"]["num_cpus"] >= 1
 
@@ -585,7 +606,7 @@ def test_accuracy_is_drawn_against_the_throughput_of_its_ratio(measured: Path) -
     rows = summarize_all(read_results(measured).runs)
     accuracy: list[dict[str, Any]] = [
         {"method": "stock", "retention_ratio": None, "accuracy": 0.6},
-        {"method": "scc", "retention_ratio": 1.0, "accuracy": 0.6, "low": 0.58, "high": 0.62},
+        {"method": "scc", "retention_ratio": 1.0, "accuracy": 0.6, "low": 0.57, "high": 0.62},
         {"method": "scc", "retention_ratio": 0.1, "accuracy": 0.5},
         {"method": "scc", "retention_ratio": 0.3, "accuracy": 0.55},
     ]
@@ -595,7 +616,7 @@ def test_accuracy_is_drawn_against_the_throughput_of_its_ratio(measured: Path) -
     assert set(bars) == {"stock", "scc"}
     line, _, (spread,) = bars["scc"].lines
     assert [*zip(line.get_xdata(), line.get_ydata(), strict=True)] == [(2.0, 0.6), (5.0, 0.5)]
-    assert spread.get_segments()[0][:, 1].tolist() == pytest.approx([0.58, 0.62])
+    assert spread.get_segments()[0][:, 1].tolist() == pytest.approx([0.57, 0.62])
 
 
 def test_plots_are_pictures(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

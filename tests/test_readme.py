@@ -29,11 +29,17 @@ def test_shell_blocks_are_those_that_are_run_here() -> None:
     assert [block.split("\n")[0] for block in blocks("sh")] == [
         "make demo",
         "VIDEO=$(base64 -w0 scissor_vllm/demo/clip.mp4)",
+        "make bench",
     ]
     assert len(blocks("python")) == 2
     assert len(blocks("json")) == 1
     # Of the make targets in the text, `make test` runs this and `make serve` is `server`'s command.
-    assert set(re.findall(r"`?make (\w+)", README)) == {"demo", "serve", "test"}
+    assert set(re.findall(r"`?make (\w+)", README)) == {
+        "bench",
+        "demo",
+        "serve",
+        "test",
+    }
 
 
 @pytest.mark.server
@@ -96,3 +102,38 @@ def test_make_demo_prints_the_table_and_stops_its_server(servers: OneServer) -> 
     assert prompts[1.0] - prompts[0.1] == 1568 - 157
     assert "server stopped" in run.stdout
     assert "installing" not in run.stdout  # What is set up is not set up again.
+
+
+@pytest.mark.server
+def test_make_bench_prints_a_row_a_cell_and_leaves_result_and_plots(servers: OneServer) -> None:
+    servers.stop()
+    run = subprocess.run(
+        ["make", "bench"], capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = re.findall(r"^scissor-vllm +(\S+) +(\d+) +12 +0 ", run.stdout, re.M)
+    assert rows == [(ratio, n) for n in "14" for ratio in ("1.0", "0.25", "0.1")]
+    left = {path.name for path in (ROOT / "build" / "bench").iterdir()}
+    assert left >= {"result.json", "result.csv", "throughput.png", "latency.png"}
+    assert "server stopped" in run.stdout
+
+
+def test_the_flags_of_the_load_test_exist() -> None:
+    (section,) = re.findall(r"^## Load test\n(.*?)^## ", README, re.M | re.S)
+    helped = {
+        part: subprocess.run(
+            [sys.executable, "-m", "scissor_vllm.cli", "bench", *part, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for part in ((), ("table",), ("plot",), ("clips",))
+    }
+    commands = re.findall(r"scissor-vllm bench(?: (table|plot|clips))?((?:[^`\n]|\\\n)*)", section)
+    assert len(commands) == 5
+    for part, arguments in commands:
+        for flag in re.findall(r"--[\w-]+", arguments):
+            assert flag in helped[(part,) if part else ()], flag
+    for flag in re.findall(r"`(?:bench plot )?(--[\w-]+)", section):
+        assert any(flag in text for text in helped.values()), flag

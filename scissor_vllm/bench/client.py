@@ -48,6 +48,11 @@ class Measured:
     requests: list[dict[str, Any]]
     """Raw values of each request, in the order they were sent."""
 
+    @property
+    def num_completed(self) -> int:
+        """How many were answered whole."""
+        return sum(request["error"] is None for request in self.requests)
+
 
 async def measure(
     requests: Sequence[VideoRequest],
@@ -176,9 +181,6 @@ class _Recorder:
         observed = _ObservedSession(session)
         output = await async_request_openai_chat_completions(request_func_input, observed, pbar)
         compression, error = read_stream(observed.body)
-        if error is not None:
-            # vLLM's client takes a stream that breaks off after its first token for an answer.
-            output.success, output.error = False, error
         self.answers[request_func_input.request_id] = _Answer(output, compression, error)
         if self.progress is not None:
             self.progress.update(1)
@@ -219,7 +221,10 @@ class _ObservedResponse:
 
 
 def read_stream(body: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the ``video_compression`` and the error that a stream carried, None where none."""
+    """Return the ``video_compression`` and the error that a stream carried, None where none.
+
+    vLLM's client takes a stream that breaks off after its first token for an answer.
+    """
     compression = error = None
     for line in body.decode(errors="replace").splitlines():
         if not line.startswith("data: {"):

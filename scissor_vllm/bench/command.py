@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
             "ignore_eos": args.ignore_eos,
             "question": args.question,
             "seed": args.seed,
-            "videos": {"num_distinct": len(chosen), **({} if args.videos else shape.as_dict())},
+            "videos": {"folder": args.videos.resolve().name} if args.videos else shape.as_dict(),
             "goodput_milliseconds": args.goodput,
         }
         command = shlex.join(["scissor-vllm", "bench", *argv])

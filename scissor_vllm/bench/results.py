@@ -19,6 +19,8 @@ from scissor_vllm.bench.record import write_json
 from scissor_vllm.bench.workload import Cell
 
 FORMAT = 1
+_OF_EVERY_RUN = ("output_len", "ignore_eos", "question", "seed", "videos")
+"""Settings without which the runs of a file would not compare."""
 
 
 class ResultError(Exception):
@@ -92,10 +94,19 @@ def open_run(
     """Return the run of this label, begun now or gone on with.
 
     Raises:
-        ResultError: the label was measured on another server or with other settings.
+        ResultError: the label was measured on another server or with other settings, or another
+            label of the file with another workload.
     """
     run = next((run for run in file.runs if run["label"] == label), None)
     if run is None:
+        for other in file.runs[:1]:
+            for key in _OF_EVERY_RUN:
+                if (there := other["settings"].get(key)) != settings[key]:
+                    raise ResultError(
+                        f"{file.path} was measured with {key} {there}, this is {settings[key]}: "
+                        "the runs of a file are compared, so give the same again, or write to "
+                        "another file"
+                    )
         run = {
             "label": label,
             "commands": [command],

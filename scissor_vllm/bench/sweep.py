@@ -104,18 +104,18 @@ def _measure_cell(
         num_warmups=load.warmups(cell),
         seed=settings.seed,
     )
+    before = metrics.read()
     if warmups:
         with tqdm(total=len(warmups), desc=f"{name}: warm-up", unit="request") as progress:
-            asyncio.run(measure(warmups, cell, settings, progress=progress))
+            warmed = asyncio.run(measure(warmups, cell, settings, progress=progress))
+        before = metrics.read_after(before, warmed.num_completed)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    before = metrics.read()
     sampler = UsageSampler(metrics.url, interval_seconds if before else 0)
     with tqdm(total=len(requests), desc=name, unit="request") as progress, sampler:
         measured = asyncio.run(
             measure(requests, cell, settings, progress=progress, keep_itl=keep_itl)
         )
-    completed = sum(row["error"] is None for row in measured.requests)
-    after = metrics.read_after(before, completed)
+    after = metrics.read_after(before, measured.num_completed)
     return {
         **cell.as_dict(),
         "started_at": started,
