@@ -1,248 +1,230 @@
-"""What is kept of a video for the next question about it, at whatever ratio.
+"""Draws summarized cells: throughput, latency, and the trade-off with accuracy.
 
-An API server keeps decoded frames, a worker keeps the tokens of the vision tower before they are
-compressed. Both are found by content, by a cryptographic hash, never by a name that a client chose;
-both are bounded in bytes and drop what was not used for the longest time.
+An accuracy file is a JSON list of objects: ``method`` (a label of the results), ``retention_ratio``
+(a number, or null for requests without one), ``accuracy``, and if known the bounds of its
+confidence interval, ``low`` and ``high``.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from scissor_vllm.bench.results import ResultError
+from scissor_vllm.bench.workload import STOCK
 
-from scissor_vllm.metrics import count_cache_query
-from scissor_vllm.retention import VIDEO_FEATURE_CACHE_GB, VIDEO_FRAME_CACHE_GB
-
-DEFAULT_FRAME_CACHE_GB = 1.0
-DEFAULT_FEATURE_CACHE_GB = 2.0
-"""In GiB. Where vLLM's own cache of processed inputs is off, these are too, unless set."""
-
-_GIB = 1024**3
-_PAGE_BYTES = 1024**2
-_PAGES_AT_ONCE = 64
+Row = dict[str, Any]
+_MARKERS = "osD^vP*X"
+_STYLES = ("-", "--", ":", "-.")
 
 
-@dataclass(frozen=True)
-class CacheSizes:
-    """Bytes that each cache may take."""
+def save_plots(
+    rows: Sequence[Row], folder: Path, accuracy: Sequence[dict[str, Any]] | None = None
+) -> list[Path]:
+    """Write the pictures that the rows allow, as PNG, and return their paths.
 
-    frames: int
-    """Decoded frames, in each API-server process."""
-    features: int
-    """Tokens of the vision tower, in each worker, in host memory."""
-
-    @classmethod
-    def of(cls, kwargs: Mapping[str, object] | None, mm_processor_cache_gb: float) -> CacheSizes:
-        """Return the sizes that an engine's ``mm_processor_kwargs`` set, or the defaults.
-
-        Raises:
-            TypeError: a size is not a number.
-            ValueError: a size is negative or not finite.
-        """
-        kwargs = kwargs or {}
-        is_on = mm_processor_cache_gb > 0
-        return cls(
-            frames=_num_bytes(kwargs, VIDEO_FRAME_CACHE_GB, DEFAULT_FRAME_CACHE_GB * is_on),
-            features=_num_bytes(kwargs, VIDEO_FEATURE_CACHE_GB, DEFAULT_FEATURE_CACHE_GB * is_on),
-        )
-
-
-def _num_bytes(kwargs: Mapping[str, object], name: str, default: float) -> int:
-    return int(check_cache_gb(name, kwargs.get(name, default)) * _GIB)
-
-
-def check_cache_gb(name: str, size: object) -> float:
-    """Return the size if it is a number of GiB, 0 or more.
+    ``throughput.png``: requests/s against the ratio, a line per label and concurrency.
+    ``latency.png``: TTFT against requests/s, a line per label and ratio.
+    ``accuracy.png``, with an accuracy file: accuracy against requests/s, a line per label.
 
     Raises:
-        TypeError: not a number.
-        ValueError: negative or not finite.
+        ResultError: matplotlib is missing, or no row fits the accuracy file.
     """
-    if isinstance(size, bool) or not isinstance(size, (int, float)):
-        raise TypeError(f"{name} must be a number of GiB, got {size!r}: 0 switches it off")
-    if not (math.isfinite(size) and size >= 0):
-        raise ValueError(f"{name} must be 0 or more GiB, got {size!r}: 0 switches it off")
-    return float(size)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ResultError("plots need matplotlib: pip install 'scissor-vllm[bench]'") from error
+    matplotlib.use("Agg")
+    figures = {"throughput": throughput_figure(rows), "latency": latency_figure(rows)}
+    if accuracy is not None:
+        figures["accuracy"] = accuracy_figure(rows, accuracy)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        unfinished = folder / f"{name}.png.part"
+        figure.savefig(unfinished, dpi=150, format="png")
+        unfinished.replace(path)
+        paths.append(path)
+    return paths
 
 
-@dataclass
-class _Decoding:
-    """A video that some thread decodes; others that want it wait."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    num_threads: int = 0
-
-
-class FrameCache:
-    """Decoded frames with their metadata. Safe to use from several threads."""
-
-    def __init__(self, max_bytes: int = 0) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._lock = threading.Lock()
-        self._videos: OrderedDict[Hashable, tuple[np.ndarray, dict[str, Any]]] = OrderedDict()
-        self._decoding: dict[Hashable, _Decoding] = {}
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything may be kept."""
-        return self._max_bytes > 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the frames that are kept now."""
-        return self._num_bytes
-
-    def resize(self, max_bytes: int) -> None:
-        """Set what all frames together may take; 0 switches the cache off."""
-        with self._lock:
-            self._max_bytes = max_bytes
-            self._drop_oldest()
-
-    def get(
-        self, key: Hashable, decode: Callable[[], tuple[Any, dict[str, Any]]]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Return frames and metadata, decoded if they are not kept; by one thread at a time.
-
-        Kept frames are shared and must not be written to: the array says so. What `decode` raises
-        is passed on and nothing is kept.
-        """
-        if not self.is_on:
-            return decode()
-        with self._turn(key):
-            with self._lock:
-                kept = self._videos.get(key)
-                if kept is not None:
-                    self._videos.move_to_end(key)
-            count_cache_query("frames", is_hit=kept is not None)
-            if kept is None:
-                frames, metadata = decode()
-                if not isinstance(frames, np.ndarray):
-                    return frames, metadata
-                frames.flags.writeable = False
-                kept = frames, metadata
-                self._keep(key, frames, metadata)
-        frames, metadata = kept
-        return frames, copy.deepcopy(metadata)
-
-    @contextmanager
-    def _turn(self, key: Hashable) -> Iterator[None]:
-        with self._lock:
-            decoding = self._decoding.setdefault(key, _Decoding())
-            decoding.num_threads += 1
-        try:
-            with decoding.lock:
-                yield
-        finally:
-            with self._lock:
-                decoding.num_threads -= 1
-                if decoding.num_threads == 0:
-                    del self._decoding[key]
-
-    def _keep(self, key: Hashable, frames: np.ndarray, metadata: dict[str, Any]) -> None:
-        with self._lock:
-            if frames.nbytes > self._max_bytes:
-                return
-            self._videos[key] = frames, metadata
-            self._num_bytes += frames.nbytes
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        while self._num_bytes > self._max_bytes:
-            _, (frames, _) = self._videos.popitem(last=False)
-            self._num_bytes -= frames.nbytes
+def throughput_figure(rows: Sequence[Row]) -> Any:
+    """Return requests/s against the ratio; cells without a ratio are horizontal lines."""
+    figure, axes = _figure("retention ratio (fraction of video tokens kept)", "requests/s")
+    labels = _distinct(rows, "label")
+    loads = list(dict.fromkeys(map(_load, rows)))
+    for label in labels:
+        for load in loads:
+            color = f"C{loads.index(load) % 10}"
+            style = _STYLES[labels.index(label) % len(_STYLES)]
+            cells = [row for row in rows if row["label"] == label and _load(row) == load]
+            points = sorted(
+                (float(row["retention_ratio"]), row["requests_per_second"])
+                for row in cells
+                if _is_number(row["retention_ratio"])
+            )
+            if points:
+                marker = _MARKERS[labels.index(label) % len(_MARKERS)]
+                name = f"{label}, {load}"
+                axes.plot(*zip(*points, strict=True), style, marker=marker, color=color, label=name)
+            for row in cells:
+                if row["retention_ratio"] == STOCK:
+                    axes.axhline(
+                        row["requests_per_second"],
+                        linestyle=":",
+                        color=color,
+                        label=f"{label}, no ratio, {load}",
+                    )
+    return _finish(figure, axes)
 
 
-FRAMES = FrameCache()
-"""The one of this process: vLLM calls a loader without telling it any setting."""
+def latency_figure(rows: Sequence[Row]) -> Any:
+    """Return the median TTFT against requests/s; a line's points are its concurrencies."""
+    figure, axes = _figure("requests/s", "time to first token, p50, s")
+    labels, ratios = _distinct(rows, "label"), _distinct(rows, "retention_ratio")
+    for label in labels:
+        for ratio in ratios:
+            cells = [
+                row
+                for row in rows
+                if row["label"] == label
+                and row["retention_ratio"] == ratio
+                and row["ttft_p50_seconds"] is not None
+            ]
+            cells.sort(key=lambda row: (row["max_concurrency"] or 0, row["requests_per_second"]))
+            if cells:
+                axes.plot(
+                    [row["requests_per_second"] for row in cells],
+                    [row["ttft_p50_seconds"] for row in cells],
+                    _STYLES[labels.index(label) % len(_STYLES)],
+                    marker=_MARKERS[labels.index(label) % len(_MARKERS)],
+                    color=f"C{ratios.index(ratio) % 10}",
+                    label=f"{label}, {'no ratio' if ratio == STOCK else f'ratio {ratio}'}",
+                )
+                for row in cells:
+                    _annotate(axes, row["requests_per_second"], row["ttft_p50_seconds"], _at(row))
+    return _finish(figure, axes)
 
 
-@dataclass(frozen=True)
-class _Features:
-    """Where a video's tokens lie."""
+def accuracy_figure(rows: Sequence[Row], accuracy: Sequence[dict[str, Any]]) -> Any:
+    """Return accuracy against requests/s at the highest load that all labels share.
 
-    pages: list[int]
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-class FeatureCache:
-    """Tokens of videos as the vision tower gives them, kept in host memory.
-
-    The memory is taken once, at the start: no request waits for it or fails by it. Copies run in
-    the GPU's stream, and nothing waits for them. What is dropped follows from the calls alone, so
-    that workers that share a model by tensor parallelism agree on every video.
+    Raises:
+        ResultError: no label and ratio of the accuracy file was measured.
     """
+    measured = {(row["label"], row["retention_ratio"]) for row in rows}
+    known = [a for a in accuracy if (a["method"], _ratio(a)) in measured]
+    if not known:
+        raise ResultError(
+            "no method and retention_ratio of the accuracy file is a label and ratio of the "
+            f"results, which have {sorted(measured)}: name them alike"
+        )
+    methods = list(dict.fromkeys(a["method"] for a in known))
+    load = max(
+        (_load(row) for row in rows),
+        key=lambda load: (
+            len({row["label"] for row in rows if _load(row) == load} & set(methods)),
+            max(row["requests_per_second"] for row in rows if _load(row) == load),
+        ),
+    )
+    rates = {
+        (row["label"], row["retention_ratio"]): row["requests_per_second"]
+        for row in rows
+        if _load(row) == load
+    }
+    figure, axes = _figure(f"requests/s at {load}", "accuracy")
+    for number, method in enumerate(methods):
+        points = [
+            (rates[method, _ratio(a)], a)
+            for a in known
+            if a["method"] == method and (method, _ratio(a)) in rates
+        ]
+        points.sort(key=lambda point: point[0])
+        if not points:
+            continue
+        below = [a["accuracy"] - a.get("low", a["accuracy"]) for _, a in points]
+        above = [a.get("high", a["accuracy"]) - a["accuracy"] for _, a in points]
+        axes.errorbar(
+            [rate for rate, _ in points],
+            [a["accuracy"] for _, a in points],
+            yerr=[below, above],
+            marker=_MARKERS[number % len(_MARKERS)],
+            capsize=3,
+            label=method,
+        )
+        for rate, a in points:
+            _annotate(axes, rate, a["accuracy"], _ratio(a))
+    return _finish(figure, axes, from_zero=False)
 
-    def __init__(self, max_bytes: int, pin_memory: bool = False) -> None:
-        num_pages = max_bytes // _PAGE_BYTES
-        self._pages: list[torch.Tensor] = []
-        # Pinned memory comes in powers of two: in one piece it could be twice as much.
-        for start in range(0, num_pages, _PAGES_AT_ONCE):
-            shape = (min(_PAGES_AT_ONCE, num_pages - start), _PAGE_BYTES)
-            pages = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
-            self._pages.extend(pages.unbind())
-        self._free = list(range(num_pages))
-        self._videos: OrderedDict[Hashable, _Features] = OrderedDict()
-        self._last_copy: torch.cuda.Event | None = None
 
-    def get(self, key: Hashable, device: torch.device) -> torch.Tensor | None:
-        """Return a video's tokens on the device, to the bit as they were kept; None if not kept."""
-        features = self._videos.get(key)
-        if features is None:
-            return None
-        self._videos.move_to_end(key)
-        tokens = torch.empty(features.shape, dtype=features.dtype, device=device)
-        with self._in_order(device):
-            for page, part in self._parts(features.pages, tokens):
-                part.copy_(page, non_blocking=True)
-        return tokens
+def read_accuracy(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of an accuracy file.
 
-    def put(self, key: Hashable, tokens: torch.Tensor) -> None:
-        """Keep a copy of a video's tokens, unless they are larger than the whole cache."""
-        num_pages = -(-tokens.nbytes // _PAGE_BYTES)
-        if key in self._videos or num_pages > len(self._pages):
-            return
-        while len(self._free) < num_pages:
-            _, dropped = self._videos.popitem(last=False)
-            self._free.extend(dropped.pages)
-        pages = [self._free.pop() for _ in range(num_pages)]
-        self._videos[key] = _Features(pages, tokens.shape, tokens.dtype)
-        with self._in_order(tokens.device):
-            for page, part in self._parts(pages, tokens.contiguous()):
-                page.copy_(part, non_blocking=True)
+    Raises:
+        ResultError: it has another form.
+    """
+    try:
+        entries = json.loads(path.read_text())
+        for entry in entries:
+            float(entry["accuracy"])
+            _ratio(entry)
+            str(entry["method"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultError(
+            f"{path} must be a JSON list of objects with method, retention_ratio and accuracy, "
+            f"low and high if known; reading it gave {type(error).__name__}: {error}"
+        ) from error
+    return list(entries)
 
-    def clear(self) -> None:
-        """Forget all videos: the tower is about to change."""
-        for features in self._videos.values():
-            self._free.extend(features.pages)
-        self._videos.clear()
 
-    def _parts(
-        self, pages: list[int], tokens: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield each page, as much of it as is used, with its part of the tokens."""
-        parts = tokens.view(-1).view(torch.uint8).split(_PAGE_BYTES)
-        for page, part in zip(pages, parts, strict=True):
-            yield self._pages[page][: len(part)], part
+def _ratio(entry: dict[str, Any]) -> str:
+    ratio = entry["retention_ratio"]
+    return STOCK if ratio in (None, STOCK) else str(float(ratio))
 
-    @contextmanager
-    def _in_order(self, device: torch.device) -> Iterator[None]:
-        """Let copies follow those before them, even if they run in another stream."""
-        if device.type != "cuda":
-            yield
-            return
-        if self._last_copy is not None:
-            torch.cuda.current_stream(device).wait_event(self._last_copy)
-        yield
-        self._last_copy = torch.cuda.Event()
-        self._last_copy.record(torch.cuda.current_stream(device))
+
+def _figure(x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, *, from_zero: bool = True) -> Any:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def _annotate(axes: Any, x: float, y: float, text: str) -> None:
+    axes.annotate(text, (x, y), textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+
+
+def _load(row: Row) -> str:
+    parts = []
+    if row["max_concurrency"] is not None:
+        parts.append(f"concurrency {row['max_concurrency']}")
+    if row["request_rate_per_second"] is not None:
+        parts.append(f"{row['request_rate_per_second']:g} requests/s sent")
+    return ", ".join(parts) or "no bound"
+
+
+def _at(row: Row) -> str:
+    rate = row["request_rate_per_second"]
+    return f"{row['max_concurrency'] or ''}" if rate is None else f"{rate:g}/s"
+
+
+def _is_number(text: str) -> bool:
+    return text != STOCK and "," not in text
+
+
+def _distinct(rows: Sequence[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
