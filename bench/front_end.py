@@ -115,7 +115,8 @@ class Way:
 def make_ways(model: Path) -> dict[str, Way]:
     """Return stock's way and ours, of one model."""
     register()
-    ours = MULTIMODAL_REGISTRY.create_processor(ModelConfig(model=str(model)))
+    config = ModelConfig(model=str(model), mm_processor_cache_gb=0)
+    ours = MULTIMODAL_REGISTRY.create_processor(config)
     info = stock.LlavaOnevisionProcessingInfo(ours.info.ctx)
     dummy_inputs = stock.LlavaOnevisionDummyInputsBuilder(info)
     return {

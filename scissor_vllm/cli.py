@@ -13,6 +13,8 @@ from scissor_vllm.retention import (
     MIN_RETENTION_RATIO,
     RETENTION_RATIO,
     VIDEO_COMPRESSION,
+    VIDEO_FEATURE_CACHE_GB,
+    VIDEO_FRAME_CACHE_GB,
     check_retention_ratio,
 )
 
@@ -107,6 +109,7 @@ def set_environment(environment: Any) -> None:
 def add_retention_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``vllm serve`` does not have."""
     from scissor_vllm.compression import METHODS
+    from scissor_vllm.reuse import DEFAULT_FEATURE_CACHE_GB, DEFAULT_FRAME_CACHE_GB
 
     group = parser.add_argument_group("Video compression")
     group.add_argument(
@@ -129,6 +132,31 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         help="scc: Semantic Connected Components; uniform: evenly spaced tokens, for comparison "
         f"(default {DEFAULT_VIDEO_COMPRESSION})",
     )
+    group.add_argument(
+        "--video-frame-cache-gb",
+        type=_gigabytes,
+        default=None,
+        help="GiB of decoded frames that each API server keeps, so that a video asked about again "
+        f"is not decoded again; 0 keeps none (default {DEFAULT_FRAME_CACHE_GB:g}, or 0 with "
+        "--mm-processor-cache-gb 0)",
+    )
+    group.add_argument(
+        "--video-feature-cache-gb",
+        type=_gigabytes,
+        default=None,
+        help="GiB of host memory in which each worker keeps videos as the vision tower sees them, "
+        "so that one asked about at another ratio below 1.0 is not encoded again; 0 keeps none "
+        f"(default {DEFAULT_FEATURE_CACHE_GB:g}, or 0 with --mm-processor-cache-gb 0)",
+    )
+
+
+def _gigabytes(text: str) -> float:
+    from scissor_vllm.reuse import check_cache_gb
+
+    try:
+        return check_cache_gb("the size", float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _ratio(text: str) -> float:
@@ -142,19 +170,23 @@ def apply_retention_options(args: argparse.Namespace) -> None:
     """Move our options into the engine's ``mm_processor_kwargs``, which reach every process.
 
     Raises:
-        SystemExit: the default ratio is below the minimum.
+        SystemExit: the default ratio is below the minimum, or a setting is no number.
     """
     from scissor_vllm.retention import RetentionPolicy
+    from scissor_vllm.reuse import CacheSizes
 
     own = {
         RETENTION_RATIO: args.default_retention_ratio,
         MIN_RETENTION_RATIO: args.min_retention_ratio,
         VIDEO_COMPRESSION: args.video_compression,
+        VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
+        VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
     }
     given = {key: value for key, value in own.items() if value is not None}
     merged = {**(args.mm_processor_kwargs or {}), **given}
     try:
         RetentionPolicy.from_mm_processor_kwargs(merged)
+        CacheSizes.of(merged, args.mm_processor_cache_gb)
     except (TypeError, ValueError) as error:
         raise SystemExit(f"scissor-vllm serve: {error}") from error
     if merged:

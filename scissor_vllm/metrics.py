@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from prometheus_client import Histogram
+    from prometheus_client import Counter, Histogram
 
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -26,6 +26,10 @@ VIDEO_STAGE_SECONDS = "scissor_vllm:video_stage_seconds"
 """Histogram by ``stage``: "decode" (a file to frames, in the API server), "preprocess" (a request's
 frames to the engine's input, there too), "tower" and "compress" (in the worker; one call may hold
 several videos that are kept whole)."""
+
+VIDEO_CACHE_QUERIES = "scissor_vllm:video_cache_queries"
+VIDEO_CACHE_HITS = "scissor_vllm:video_cache_hits"
+"""Counters by ``cache``: "frames" (decoded, in the API server) and "features" (in the worker)."""
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _MAX_UNREAD = 256
@@ -111,6 +115,26 @@ def _video_stage_seconds() -> Histogram:
 
     documentation = "Seconds that a video takes in each stage before the language model."
     return Histogram(VIDEO_STAGE_SECONDS, documentation, ["stage"], buckets=_SECONDS)
+
+
+def count_cache_query(cache: str, is_hit: bool) -> None:
+    """Count that a video was looked for in a cache."""
+    with _lock:
+        queries, hits = _video_cache_counters()
+    queries.labels(cache=cache).inc()
+    hits.labels(cache=cache).inc(int(is_hit))
+
+
+@cache
+def _video_cache_counters() -> tuple[Counter, Counter]:
+    from prometheus_client import Counter
+
+    queries = "Videos looked for among those that are kept for another question."
+    hits = "Videos found among those that are kept for another question."
+    return (
+        Counter(VIDEO_CACHE_QUERIES, queries, ["cache"]),
+        Counter(VIDEO_CACHE_HITS, hits, ["cache"]),
+    )
 
 
 CLOCK = StageClock()

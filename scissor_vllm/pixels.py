@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config.multimodal import MMHasherAlgorithm
+from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import InputProcessingContext
 
 VIDEO_FRAMES = "video_frames"
@@ -28,8 +30,13 @@ PIXEL_NORMALIZATION = "pixel_normalization"
 """Field of a video's data: mean and standard deviation of each channel, float32 (2, C), in units of
 uint8's values. Frames and this come together."""
 
+VIDEO_IDENTITY = "video_identity"
+"""Field of a video's data: hash of its two fields above, int64 (4,), kept on the CPU. Only where
+the model keeps what its tower makes of them."""
+
 _NUM_CHANNELS = 3
 _NUM_VALUES = 256
+_IDENTITY_BYTES = 32
 _FRAMES_AT_ONCE = 16
 """Frames that are held in float32 at a time: 27 MiB of 384 x 384."""
 
@@ -156,6 +163,22 @@ def normalized(
     return out
 
 
+def identity_of(
+    frames: torch.Tensor, normalization: torch.Tensor, algorithm: MMHasherAlgorithm
+) -> torch.Tensor:
+    """Return ``VIDEO_IDENTITY`` of ``VIDEO_FRAMES`` and ``PIXEL_NORMALIZATION``.
+
+    Args:
+        frames: in host memory, as the next.
+        normalization: of the same video.
+        algorithm: one of vLLM's (``--mm-hasher-algorithm``), of 32 bytes or more.
+    """
+    digest = MultiModalHasher.hash_kwargs(
+        algorithm, frames=frames.numpy(), normalization=normalization.numpy()
+    )
+    return torch.frombuffer(bytearray.fromhex(digest)[:_IDENTITY_BYTES], dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class VideoPixels:
     """One video's pixels on the model's device, given to the tower in the model's dtype."""
@@ -167,6 +190,8 @@ class VideoPixels:
     """``PIXEL_NORMALIZATION`` of frames, None for stock's pixels."""
     dtype: torch.dtype | None = None
     """The model's, for frames."""
+    identity: bytes | None = None
+    """``VIDEO_IDENTITY``, None for pixels that are not recognized again."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -197,14 +222,19 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
 
     Args:
         fields: what vLLM calls ``embed_multimodal`` with: frames (B, T, H, W, C), or a list if
-            lengths differ, and their normalization (B, 2, C).
+            lengths differ, their normalization (B, 2, C), and their identities (B, 4) if any.
         dtype: the model's.
     """
     frames = fields.pop(VIDEO_FRAMES, None)
     normalization = fields.pop(PIXEL_NORMALIZATION, None)
+    identities = fields.pop(VIDEO_IDENTITY, None)
     if frames is None:
         return []
+    if identities is None:
+        names: list[bytes | None] = [None] * len(frames)
+    else:
+        names = [identity.numpy().tobytes() for identity in identities]
     return [
-        VideoPixels(pixels, scale, dtype)
-        for pixels, scale in zip(frames, normalization, strict=True)
+        VideoPixels(pixels, scale, dtype, name)
+        for pixels, scale, name in zip(frames, normalization, names, strict=True)
     ]

@@ -26,7 +26,13 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from scissor_vllm.metrics import CLOCK
-from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_FRAMES, resized_frames
+from scissor_vllm.pixels import (
+    PIXEL_NORMALIZATION,
+    VIDEO_FRAMES,
+    VIDEO_IDENTITY,
+    identity_of,
+    resized_frames,
+)
 from scissor_vllm.retention import (
     RETENTION,
     RETENTION_RATIO,
@@ -36,6 +42,7 @@ from scissor_vllm.retention import (
     num_retained_tokens,
     without_own_keys,
 )
+from scissor_vllm.reuse import FRAMES, CacheSizes
 
 NUM_RETAINED = "num_retained"
 """Field of each video's data: K, an int64 of its own, kept on the CPU."""
@@ -61,6 +68,10 @@ class RetentionProcessingInfo:
         self.retention_policy = RetentionPolicy.from_mm_processor_kwargs(
             mm_config.mm_processor_kwargs
         )
+        self.cache_sizes = CacheSizes.of(
+            mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb
+        )
+        FRAMES.resize(self.cache_sizes.frames)
         super().__init__(without_retention_settings(ctx))  # type: ignore[call-arg]
 
     @abstractmethod
@@ -167,6 +178,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_FRAMES: MultiModalFieldConfig.batched("video"),
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
+            VIDEO_IDENTITY: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
 
     def _apply_hf_processor_main(
@@ -200,6 +212,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if videos:
             processed[VIDEO_FRAMES] = [frames for frames, _ in videos]
             processed[PIXEL_NORMALIZATION] = [normalization for _, normalization in videos]
+            if self.info.cache_sizes.features > 0:
+                algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+                processed[VIDEO_IDENTITY] = [identity_of(*video, algorithm) for video in videos]
         return processed
 
     def _resized_videos(

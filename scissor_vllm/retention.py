@@ -15,6 +15,8 @@ RETENTION_RATIO = "retention_ratio"
 """Key of the ratio in a request's body and in vLLM's ``mm_processor_kwargs``."""
 MIN_RETENTION_RATIO = "min_retention_ratio"
 VIDEO_COMPRESSION = "video_compression"
+VIDEO_FRAME_CACHE_GB = "video_frame_cache_gb"
+VIDEO_FEATURE_CACHE_GB = "video_feature_cache_gb"
 RETENTION = "retention"
 """Our key in vLLM's ``media_io_kwargs``: a mapping with the two below, of one HTTP request."""
 RETENTION_REPORT = "retention_report"
@@ -152,5 +154,11 @@ class RetentionReport:
 
 def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return the kwargs that belong to the Hugging Face processor, ours taken out."""
-    own = {RETENTION_RATIO, MIN_RETENTION_RATIO, VIDEO_COMPRESSION}
+    own = {
+        RETENTION_RATIO,
+        MIN_RETENTION_RATIO,
+        VIDEO_COMPRESSION,
+        VIDEO_FRAME_CACHE_GB,
+        VIDEO_FEATURE_CACHE_GB,
+    }
     return {key: value for key, value in kwargs.items() if key not in own}

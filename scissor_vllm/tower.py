@@ -9,15 +9,28 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, model_parallel_is_initialized
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import Compressor, get_compressor
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 from scissor_vllm.compression.uniform import select_evenly
-from scissor_vllm.metrics import CLOCK
+from scissor_vllm.metrics import CLOCK, count_cache_query
 from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.retention import RetentionPolicy
+from scissor_vllm.reuse import CacheSizes, FeatureCache
 
 logger = init_logger(__name__)
+
+
+def make_feature_cache(vllm_config: VllmConfig) -> FeatureCache | None:
+    """Return the cache that the operator's settings ask for, None for none."""
+    mm_config = vllm_config.model_config.get_multimodal_config()
+    sizes = CacheSizes.of(mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb)
+    lora = vllm_config.lora_config
+    # With an adapter in the tower, tokens depend on more than the pixels.
+    if sizes.features == 0 or (lora is not None and lora.enable_tower_connector_lora):
+        return None
+    return FeatureCache(sizes.features, pin_memory=PIN_MEMORY)
 
 
 class VideoCompression:
@@ -37,6 +50,7 @@ class VideoCompression:
         budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame
         self._is_warm = False
+        self._features = make_feature_cache(vllm_config)
         self.max_frames_per_call = max(1, budget // tokens_per_frame)
 
     def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
@@ -85,10 +99,30 @@ class VideoCompression:
                 ``max_frames_per_call`` frames of one video.
         """
         for video, count in zip(videos, num_retained, strict=True):
-            with self.stage("tower", video.pixels.device):
-                calls = video.split(self.max_frames_per_call)
-                tokens = torch.cat([encode(pixels) for pixels in calls])
-            yield self._exactly(tokens, count)
+            yield self._exactly(self._tokens(video, encode), count)
+
+    def _tokens(
+        self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return (T, P, D), from an earlier question about this video if they are kept."""
+        device = video.pixels.device
+        if self._features is not None and video.identity is not None:
+            kept = self._features.get(video.identity, device)
+            if self._is_recording():
+                count_cache_query("features", is_hit=kept is not None)
+            if kept is not None:
+                return kept
+        with self.stage("tower", device):
+            calls = video.split(self.max_frames_per_call)
+            tokens = torch.cat([encode(pixels) for pixels in calls])
+        if self._features is not None and video.identity is not None:
+            self._features.put(video.identity, tokens)
+        return tokens
+
+    def forget_features(self) -> None:
+        """Drop what the tower made: its weights are about to change."""
+        if self._features is not None:
+            self._features.clear()
 
     def _exactly(self, tokens: torch.Tensor, num_retained: int) -> torch.Tensor:
         """Return K rows, whatever happens: an exception here would end every request's engine."""

@@ -14,6 +14,7 @@ whose colours differ by a few levels of 255.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -38,6 +39,7 @@ from vllm.multimodal.video_decoders import (
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from scissor_vllm.metrics import CLOCK
+from scissor_vllm.reuse import FRAMES
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ class DecordVideoBackend(VideoBackend):
         """Sampled frames, uint8 RGB (num_sampled, height, width, 3), and their metadata.
 
         The metadata's `frames_indices` name the frames, and its `video_backend` what decoded them.
+        Frames that are kept for another request (see `scissor_vllm.reuse`) cannot be written to.
 
         Args:
             data: the bytes of a video file.
@@ -143,10 +146,18 @@ class DecordVideoBackend(VideoBackend):
         _check_number("max_duration", max_duration, int, float)
 
         _check_container(data)
-        with CLOCK.stage("decode"):
-            return cls._decode(
-                data, num_frames, fps, max_duration, frame_recovery, backend=backend, **kwargs
-            )
+
+        def decode() -> tuple[DecodedFrames, dict[str, Any]]:
+            with CLOCK.stage("decode"):
+                return cls._decode(
+                    data, num_frames, fps, max_duration, frame_recovery, backend=backend, **kwargs
+                )
+
+        if not FRAMES.is_on:
+            return decode()
+        settings = (num_frames, fps, max_duration, frame_recovery, backend, sorted(kwargs.items()))
+        loader = f"{cls.__module__}.{cls.__qualname__}"
+        return FRAMES.get((hashlib.sha256(data).digest(), loader, repr(settings)), decode)
 
     @classmethod
     def _decode(

@@ -21,6 +21,7 @@ def parse(*argv: str) -> argparse.Namespace:
     add_retention_options(parser)
     args = parser.parse_args(argv)
     args.mm_processor_kwargs = None
+    args.mm_processor_cache_gb = 4
     return args
 
 
@@ -39,6 +40,28 @@ def test_our_flags_reach_the_engine_beside_the_operators_own_options() -> None:
         "retention_ratio": 0.5,
         "video_compression": "uniform",
     }
+
+
+def test_cache_sizes_reach_the_engine() -> None:
+    args = parse("--video-frame-cache-gb", "0.5", "--video-feature-cache-gb", "0")
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "much"])
+def test_a_cache_size_below_zero_is_a_usage_error(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--video-frame-cache-gb", text)
+    assert "--video-frame-cache-gb" in capsys.readouterr().err
+
+
+def test_a_cache_size_that_is_no_number_ends_the_start() -> None:
+    args = parse()
+    args.mm_processor_kwargs = {"video_feature_cache_gb": "2"}
+    with pytest.raises(SystemExit, match=r"video_feature_cache_gb must be a number of GiB"):
+        apply_retention_options(args)
 
 
 def test_a_default_below_the_minimum_ends_the_start() -> None:

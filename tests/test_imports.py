@@ -32,6 +32,7 @@ SEPARATE = {
         "scissor_vllm.tower",
         "scissor_vllm.models",
     ),
+    "scissor_vllm.reuse": ("scissor_vllm.video", "scissor_vllm.pixels", "vllm"),
     "scissor_vllm.tower": ("scissor_vllm.processor", "scissor_vllm.server", "scissor_vllm.models"),
     "scissor_vllm.processor": ("scissor_vllm.server", "scissor_vllm.models", "scissor_vllm.tower"),
     "scissor_vllm.models.llava_onevision": ("scissor_vllm.server", "scissor_vllm.plugin"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.pixels import (
     PIXEL_NORMALIZATION,
     VIDEO_FRAMES,
+    VIDEO_IDENTITY,
     VideoPixels,
     get_normalization,
     normalized,
@@ -32,6 +34,7 @@ from scissor_vllm.pixels import (
 )
 from scissor_vllm.plugin import register
 from scissor_vllm.processor import NUM_RETAINED
+from scissor_vllm.reuse import FRAMES
 
 SIDE = 98
 STOCK_FIELD = "pixel_values_videos"
@@ -43,8 +46,11 @@ BICUBIC, BILINEAR, NEAREST = 3, 2, 0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered() -> None:
+def registered() -> Iterator[None]:
     register()
+    yield
+    # A processor sets the size for its process.
+    FRAMES.resize(0)
 
 
 class Processors:
@@ -188,7 +194,7 @@ def test_where_torch_has_no_integer_resize_stocks_order_of_channels_is_kept(
 
 def test_frames_travel_as_bytes(demo: Processors) -> None:
     (item,) = demo.run(demo.ours, {"video": [frames(5, 50, 60)]})["video"]
-    assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, NUM_RETAINED}
+    assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, VIDEO_IDENTITY, NUM_RETAINED}
     sent = item[VIDEO_FRAMES].data
     assert (sent.dtype, tuple(sent.shape)) == (torch.uint8, (5, SIDE, SIDE, 3))
     assert sent.is_contiguous()
@@ -223,6 +229,54 @@ def test_frames_and_stocks_pixels_never_share_a_batch(demo: Processors) -> None:
     pixels = [take_video_pixels(fields, torch.float32) for _, fields in batches]
     assert list(map(len, pixels)) == [2, 0, 1]
     assert torch.equal(stacked(pixels[0])[1], pixels[2][0].whole())
+
+
+# Recognized again.
+
+
+def identity(processors: Processors, video: Any, **options: object) -> bytes:
+    (item,) = processors.run(processors.ours, {"video": [video]}, **options)["video"]
+    (pixels,) = take_video_pixels(
+        {name: elem.data[None] for name, elem in item.items()}, torch.float32
+    )
+    assert pixels.identity is not None
+    assert len(pixels.identity) == 32
+    return pixels.identity
+
+
+def test_a_video_is_recognized_by_its_pixels_alone(demo: Processors, tmp_path: Path) -> None:
+    video = frames(3, 120, 100)
+    own = identity(demo, video)
+    # The ratio is no part of it, nor is a container: only what the tower sees.
+    for same in (identity(demo, video.copy(), retention_ratio=0.1), identity(demo, [*video])):
+        assert same == own
+    changed = video.copy()
+    changed[1, 40:50, 40:50] ^= 1
+    mean, std = SIGLIP
+    model = checkpoint(tmp_path / "model", image_mean=mean, image_std=std)
+    others = [
+        identity(demo, changed),
+        identity(demo, video[::-1].copy()),
+        identity(demo, video[:2]),
+        identity(demo, video, resample=BILINEAR),
+        identity(Processors(model), video),
+    ]
+    assert len({own, *others}) == 6
+
+
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256", "sha512"])
+def test_every_hash_that_vllm_offers_tells_videos_apart(algorithm: str) -> None:
+    processors = Processors(demo_model_path(), mm_hasher_algorithm=algorithm)
+    assert identity(processors, frames(2, 9, 9)) != identity(processors, frames(2, 9, 9, seed=1))
+
+
+@pytest.mark.parametrize(
+    "config", [{"mm_processor_cache_gb": 0}, {"mm_processor_kwargs": {"video_feature_cache_gb": 0}}]
+)
+def test_where_nothing_is_kept_nothing_is_hashed(config: dict[str, Any]) -> None:
+    processors = Processors(demo_model_path(), **config)
+    (item,) = processors.run(processors.ours, {"video": [frames(2, 9, 9)]})["video"]
+    assert VIDEO_IDENTITY not in item
 
 
 # What goes stock's way.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from scissor_vllm import num_retained_tokens
-from tests.clips import make_audio
+from tests.clips import make_audio, make_clip
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME, stock_questions
 from tests.serving import SCISSOR, OneServer, Server, message, same_answer, steps
 
@@ -166,17 +167,28 @@ def stage_counts(server: Server) -> dict[str, float]:
     return {stage: server.counter(name, stage=stage) for stage in stages}
 
 
+NEW_WIDTHS = itertools.count(82, 2)
+
+
+@pytest.fixture
+def new_clips(tmp_path: Path) -> list[Path]:
+    """Three clips that no other test has sent."""
+    widths = itertools.islice(NEW_WIDTHS, 3)
+    return [make_clip(tmp_path / f"{w}.mp4", width=w, height=64, num_frames=5) for w in widths]
+
+
 def test_metrics_tell_the_time_of_each_stage_of_a_video(
-    server: Server, clips: dict[str, Path]
+    server: Server, clips: dict[str, Path], new_clips: list[Path]
 ) -> None:
     server.ask(clips["tall"], "x", ratio=0.91)
     before = stage_counts(server)
-    server.ask(clips["tall"], clips["short"], "x", ratio=0.92)
+    first, second, third = new_clips
+    server.ask(first, second, "x", ratio=0.92)
     server.ask("no video", ratio=0.92)
     compressed = stage_counts(server)
     added = {stage: compressed[stage] - before[stage] for stage in before}
     assert added == {"decode": 2, "preprocess": 1, "tower": 2, "compress": 2}
-    server.ask(clips["webm"], "kept whole", ratio=1.0)
+    server.ask(third, "kept whole", ratio=1.0)
     whole = stage_counts(server)
     added = {stage: whole[stage] - compressed[stage] for stage in before}
     assert added == {"decode": 1, "preprocess": 1, "tower": 1, "compress": 0}
@@ -211,6 +223,38 @@ def test_a_ratio_hits_its_own_cache_entry_and_no_others(
     assert after_again["prefix"] > after_other["prefix"]
     assert same_answer(again, first)
     assert other.usage.prompt_tokens != first.usage.prompt_tokens
+
+
+def test_a_video_asked_about_at_three_ratios_is_decoded_and_encoded_once(
+    server: Server, new_clips: list[Path]
+) -> None:
+    def cached() -> dict[str, float]:
+        caches, kinds = ("frames", "features"), ("queries", "hits")
+        return {
+            f"{cache} {kind}": server.counter(f"scissor_vllm:video_cache_{kind}_total", cache=cache)
+            for cache in caches
+            for kind in kinds
+        }
+
+    clip, other, _ = new_clips
+    server.ask(other, "x", ratio=0.5)
+    stages, lookups = stage_counts(server), cached()
+    answers = [server.ask(clip, "Three times?", ratio=ratio) for ratio in (0.61, 0.33, 0.12)]
+    stages_after, lookups_after = stage_counts(server), cached()
+    assert {name: stages_after[name] - stages[name] for name in stages} == {
+        "decode": 1,
+        "preprocess": 3,
+        "tower": 1,
+        "compress": 3,
+    }
+    assert {name: lookups_after[name] - lookups[name] for name in lookups} == {
+        "frames queries": 3,
+        "frames hits": 2,
+        "features queries": 3,
+        "features hits": 2,
+    }
+    kept = [answer.video_compression["num_retained_video_tokens"] for answer in answers]
+    assert kept == [num_retained_tokens(5 * TOKENS_PER_FRAME, r) for r in (0.61, 0.33, 0.12)]
 
 
 def test_a_cached_video_can_be_named_without_being_sent_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,13 @@ TOKENS_PER_FRAME = 4
 WIDTH = 8
 
 
-def make_compression(method: str = "scc", budget: int = 40) -> VideoCompression:
-    mm_config = SimpleNamespace(mm_processor_kwargs={"video_compression": method})
+def make_compression(
+    method: str = "scc", budget: int = 40, cache_gb: float = 0, lora: Any = None
+) -> VideoCompression:
+    settings = {"video_compression": method, "video_feature_cache_gb": cache_gb}
+    mm_config = SimpleNamespace(mm_processor_kwargs=settings, mm_processor_cache_gb=4)
     config: Any = SimpleNamespace(
+        lora_config=lora,
         model_config=SimpleNamespace(get_multimodal_config=lambda: mm_config),
         scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=budget),
     )
@@ -41,8 +46,12 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 def make_videos(*lengths: int) -> list[VideoPixels]:
+    """Videos that differ by their length, by which they are recognized."""
     return [
-        VideoPixels(torch.randn(length, 3, 2, 2, generator=_seeded(length))) for length in lengths
+        VideoPixels(
+            torch.randn(length, 3, 2, 2, generator=_seeded(length)), identity=bytes([length])
+        )
+        for length in lengths
     ]
 
 
@@ -94,6 +103,39 @@ def test_videos_kept_whole_are_told_from_compressed_ones() -> None:
     compression, videos = make_compression(), make_videos(2, 5)
     assert compression.keeps_all(videos, [8, 20])
     assert not compression.keeps_all(videos, [8, 19])
+
+
+@pytest.mark.parametrize("method", ["scc", "uniform"])
+def test_a_video_asked_about_again_is_encoded_once_and_gives_the_same_rows(method: str) -> None:
+    kept, plain = make_compression(method, cache_gb=0.01), make_compression(method)
+    tower = RecordingTower()
+    for count in (40, 9, 3, 9, 1):
+        (rows,) = kept(make_videos(25), [count], tower)
+        (expected,) = plain(make_videos(25), [count], RecordingTower())
+        assert torch.equal(rows, expected)
+    assert tower.calls == [10, 10, 5]
+    kept.forget_features()
+    list(kept(make_videos(25), [9], tower))
+    assert tower.calls == [10, 10, 5] * 2
+
+
+def test_only_the_same_content_is_recognized() -> None:
+    compression, tower = make_compression(cache_gb=0.01), RecordingTower()
+    (video,) = make_videos(5)
+    list(compression([video, replace(video, identity=b"another")], [2, 2], tower))
+    # Pixels that came stock's way carry no identity.
+    for _ in range(2):
+        list(compression([replace(video, identity=None)], [2], tower))
+    assert tower.calls == [5, 5, 5, 5]
+
+
+def test_with_an_adapter_in_the_tower_nothing_is_kept() -> None:
+    for in_tower, calls in ((True, [5, 5]), (False, [5])):
+        lora = SimpleNamespace(enable_tower_connector_lora=in_tower)
+        compression, tower = make_compression(cache_gb=0.01, lora=lora), RecordingTower()
+        for _ in range(2):
+            list(compression(make_videos(5), [2], tower))
+        assert tower.calls == calls
 
 
 def test_an_unknown_method_ends_the_start() -> None:

@@ -18,6 +18,7 @@ from vllm.multimodal.media import VideoMediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen3VLVideoBackend, VideoBackend
 
+from scissor_vllm.reuse import FrameCache
 from scissor_vllm.video import (
     MAX_DECODE_BYTES_VARIABLE,
     DecordVideoBackend,
@@ -203,6 +204,36 @@ def test_loads_at_once_do_not_disturb_each_other(folder: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         for frames, metadata in pool.map(lambda data: load(data, num_frames=9), clips * 4):
             assert [read_number(frame) for frame in frames] == metadata["frames_indices"]
+
+
+def test_a_file_that_is_kept_is_decoded_once_for_each_setting(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    decode = DecordVideoBackend._decode.__func__  # type: ignore[attr-defined]
+
+    def recording(cls: Any, data: bytes, *settings: Any, **options: Any) -> Any:
+        decoded.append(settings)
+        return decode(cls, data, *settings, **options)
+
+    class Other(DecordVideoBackend):
+        pass
+
+    monkeypatch.setattr(DecordVideoBackend, "_decode", classmethod(recording))
+    monkeypatch.setattr("scissor_vllm.video.FRAMES", FrameCache(2**30))
+    data = clip.read_bytes()
+    first, metadata = load(data, num_frames=4)
+    again, same_metadata = load(data[:1] + data[1:], num_frames=4)
+    np.testing.assert_array_equal(again, first)
+    assert same_metadata == metadata
+    assert len(decoded) == 1
+    for settings in ({"num_frames": 5}, {"num_frames": 4, "fps": 1.0}, {"backend": "opencv"}):
+        load(data, **settings)
+    Other.load_bytes(data, num_frames=4)
+    load(data + b"\0" * 8, num_frames=4)
+    assert len(decoded) == 6
+    load(data, num_frames=5)
+    assert len(decoded) == 6
 
 
 # --- what is refused -------------------------------------------------------------------------

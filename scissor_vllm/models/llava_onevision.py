@@ -9,6 +9,7 @@ Changed against vLLM's class:
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import regex as re
@@ -89,6 +90,11 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         side = math.ceil(vision.image_size // vision.patch_size / _POOLING_STRIDE)
         self.video_dtype = vllm_config.model_config.dtype
         self.video_compression = VideoCompression(vllm_config, tokens_per_frame=side * side)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load as vLLM does, also while serving."""
+        self.video_compression.forget_features()
+        return super().load_weights(weights)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Return (K + 1, D) for each video; images, and equally long videos that are all

@@ -1,0 +1,238 @@
+"""What is kept of a video: found by content alone, bounded, and equal to the bit."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scissor_vllm.reuse import CacheSizes, FeatureCache, FrameCache
+
+CPU = torch.device("cpu")
+MIB = 1024**2
+GIB = 1024**3
+
+
+class Decoder:
+    """Makes frames of a size and counts how often."""
+
+    def __init__(self, num_bytes: int = 100) -> None:
+        self.num_bytes = num_bytes
+        self.count = 0
+
+    def __call__(self) -> tuple[Any, dict[str, Any]]:
+        self.count += 1
+        return np.full(self.num_bytes, self.count, dtype=np.uint8), {"frames_indices": [0, 5]}
+
+
+# Decoded frames.
+
+
+def test_a_video_is_decoded_once() -> None:
+    frames, decoder = FrameCache(1000), Decoder()
+    first, metadata = frames.get("a", decoder)
+    second, same_metadata = frames.get("a", decoder)
+    assert decoder.count == 1
+    assert second is first
+    assert same_metadata == metadata == {"frames_indices": [0, 5]}
+
+
+def test_nobody_can_change_what_is_kept() -> None:
+    frames, decoder = FrameCache(1000), Decoder()
+    for _ in range(2):
+        video, metadata = frames.get("a", decoder)
+        with pytest.raises(ValueError, match="read-only"):
+            video[0] = 9
+        assert metadata["frames_indices"] == [0, 5]
+        metadata["frames_indices"].append(9)
+
+
+def test_frames_stay_within_their_bytes_and_the_longest_unused_go_first() -> None:
+    frames, decoder = FrameCache(350), Decoder(100)
+    for key in ("a", "b", "c", "a", "d", "e"):
+        frames.get(key, decoder)
+        assert frames.num_bytes <= 350
+    # c, b went for d and e.
+    decoder.count = 0
+    for key, count in (("a", 0), ("d", 0), ("e", 0), ("b", 1)):
+        frames.get(key, decoder)
+        assert decoder.count == count
+
+
+def test_a_video_larger_than_the_cache_displaces_nothing() -> None:
+    frames, small, large = FrameCache(350), Decoder(100), Decoder(351)
+    frames.get("small", small)
+    frames.get("large", large)
+    frames.get("large", large)
+    frames.get("small", small)
+    assert (small.count, large.count) == (1, 2)
+
+
+def test_of_size_zero_it_keeps_nothing_and_leaves_frames_as_they_are() -> None:
+    frames, decoder = FrameCache(), Decoder()
+    for _ in range(2):
+        video, _ = frames.get("a", decoder)
+        video[0] = 9
+    assert decoder.count == 2
+    frames.resize(1000)
+    frames.get("a", decoder)
+    assert frames.num_bytes == 100
+    frames.resize(0)
+    assert frames.num_bytes == 0
+
+
+def test_threads_that_want_one_video_wait_for_one_decode() -> None:
+    frames, started, go_on = FrameCache(1000), threading.Event(), threading.Event()
+    decoder = Decoder()
+
+    def slow() -> tuple[Any, dict[str, Any]]:
+        started.set()
+        go_on.wait(10)
+        return decoder()
+
+    with ThreadPoolExecutor(6) as pool:
+        waiting = [pool.submit(frames.get, "a", slow) for _ in range(5)]
+        started.wait(10)
+        # Another video is not held up.
+        other = Decoder()
+        pool.submit(frames.get, "b", other).result(10)
+        assert other.count == 1
+        go_on.set()
+        videos = [each.result(10)[0] for each in waiting]
+    assert decoder.count == 1
+    assert all(video is videos[0] for video in videos)
+    assert frames._decoding == {}
+
+
+def test_a_failure_is_not_kept() -> None:
+    frames, decoder = FrameCache(1000), Decoder()
+
+    def broken() -> tuple[Any, dict[str, Any]]:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        frames.get("a", broken)
+    frames.get("a", decoder)
+    assert decoder.count == 1
+
+
+# Tokens of the tower.
+
+
+def tokens(num_mib: float, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    num_frames = round(num_mib * MIB / 4 / 64 / dtype.itemsize)
+    return torch.randn(num_frames, 4, 64, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.01, 1, 2.3])
+def test_tokens_come_back_to_the_bit(dtype: torch.dtype, size: float) -> None:
+    cache, kept = FeatureCache(8 * MIB), tokens(size, seed=1, dtype=dtype)
+    cache.put(b"a", kept)
+    cache.put(b"b", tokens(size, seed=2, dtype=dtype))
+    found = cache.get(b"a", CPU)
+    assert found is not None
+    assert (found.dtype, found.is_contiguous()) == (dtype, True)
+    assert torch.equal(found, kept)
+    # What the caller does to it changes nothing.
+    found.zero_()
+    again = cache.get(b"a", CPU)
+    assert again is not None
+    assert torch.equal(again, kept)
+
+
+def test_tokens_that_lie_apart_in_memory_are_kept_as_well() -> None:
+    cache, kept = FeatureCache(8 * MIB), tokens(2, seed=1).transpose(0, 1)
+    cache.put(b"a", kept)
+    found = cache.get(b"a", CPU)
+    assert found is not None
+    assert torch.equal(found, kept)
+
+
+def test_tokens_stay_within_their_pages_whatever_comes() -> None:
+    cache = FeatureCache(5 * MIB)
+    rng = np.random.default_rng(0)
+    sizes = {key: float(rng.uniform(0.1, 6)) for key in range(12)}
+    oracle: list[int] = []
+
+    def pages(key: int) -> int:
+        return math.ceil(tokens(sizes[key], key).nbytes / MIB)
+
+    for key in rng.integers(0, 12, 300).tolist():
+        found = cache.get(key, CPU)
+        assert (found is not None) == (key in oracle)
+        if found is not None:
+            oracle.remove(key)
+            oracle.append(key)
+            assert torch.equal(found, tokens(sizes[key], key))
+            continue
+        cache.put(key, tokens(sizes[key], key))
+        if pages(key) <= 5:
+            oracle.append(key)
+            while sum(map(pages, oracle)) > 5:
+                oracle.pop(0)
+    assert oracle
+
+
+def test_what_is_forgotten_is_not_found_and_leaves_room() -> None:
+    cache = FeatureCache(2 * MIB)
+    cache.put(b"a", tokens(2, seed=1))
+    cache.clear()
+    assert cache.get(b"a", CPU) is None
+    cache.put(b"b", tokens(2, seed=2))
+    assert cache.get(b"b", CPU) is not None
+
+
+def test_keeping_a_video_again_takes_no_second_place() -> None:
+    cache = FeatureCache(3 * MIB)
+    cache.put(b"a", tokens(1, seed=1))
+    for _ in range(5):
+        cache.put(b"b", tokens(1, seed=2))
+    assert cache.get(b"a", CPU) is not None
+
+
+@pytest.mark.gpu
+def test_tokens_of_a_gpu_come_back_to_the_bit_without_a_wait() -> None:
+    cache = FeatureCache(64 * MIB, pin_memory=True)
+    kept = [tokens(20, seed).cuda() for seed in range(5)]
+    for seed, each in enumerate(kept):
+        cache.put(seed, each)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = {seed: cache.get(seed, torch.device("cuda")) for seed in (4, 2, 3)}
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    for seed, copied in found.items():
+        assert copied is not None
+        assert torch.equal(copied, kept[seed])
+
+
+# Settings.
+
+
+def test_sizes_are_those_that_were_set_or_the_defaults() -> None:
+    assert CacheSizes.of(None, 4) == CacheSizes(frames=GIB, features=2 * GIB)
+    given = {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
+    assert CacheSizes.of(given, 4) == CacheSizes(frames=GIB // 2, features=0)
+
+
+def test_with_vllms_own_cache_off_they_are_off_unless_set() -> None:
+    assert CacheSizes.of({}, 0) == CacheSizes(frames=0, features=0)
+    given = {"video_feature_cache_gb": 1}
+    assert CacheSizes.of(given, 0) == CacheSizes(frames=0, features=GIB)
+
+
+@pytest.mark.parametrize("name", ["video_frame_cache_gb", "video_feature_cache_gb"])
+@pytest.mark.parametrize("size", [-1, math.nan, math.inf, "1", True, None])
+def test_a_size_that_is_none_is_refused_by_its_name(name: str, size: object) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"{name} must be .* GiB, got"):
+        CacheSizes.of({name: size}, 4)
