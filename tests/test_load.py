@@ -25,7 +25,7 @@ from scissor_vllm.bench.record import environment, write_json
 from scissor_vllm.bench.results import read_results
 from scissor_vllm.bench.server import difference, kv_cache_bytes_per_token, parse_metrics
 from scissor_vllm.bench.summary import parse_goodput, summarize_all
-from scissor_vllm.bench.table import csv_table, markdown_table
+from scissor_vllm.bench.table import csv_table, markdown_table, text_table
 from scissor_vllm.bench.workload import Cell, build_requests, cells, draw_ratios, parse_ratios
 from tests.clips import decode_all
 from tests.fake_vllm import METRICS, NUM_VIDEO_TOKENS, STAGES, fake_server
@@ -302,7 +302,13 @@ def test_metrics_are_added_over_engines_and_none_after_a_restart() -> None:
         for line in METRICS.format(count=5, half=2.5).splitlines()
         if not line.startswith("#")
     )
-    both = parse_metrics(one + second)
+    caches = """\
+# TYPE scissor_vllm:video_cache_hits counter
+scissor_vllm:video_cache_hits_total{cache="frames",pid="1"} 1.0
+scissor_vllm:video_cache_hits_total{cache="frames",pid="2"} 2.0
+"""
+    both = parse_metrics(one + second + caches)
+    assert both.counters['scissor_vllm:video_cache_hits{cache="frames"}'] == 3.0
     assert both.histograms["vllm:request_queue_time_seconds"] == (4.0, 8.0)
     assert both.histograms['scissor_vllm:video_stage_seconds{stage="tower"}'] == (1.5, 3.0)
     assert both.counters["vllm:prefix_cache_queries"] == 8.0
@@ -571,7 +577,12 @@ def test_the_table_tells_of_caches_and_of_videos_sent_twice(
     assert f"more than once in 1 cells ({NUM_VIDEOS} distinct)" in capsys.readouterr().out
     counters = content["runs"][0]["cells"][0]["server_metrics"]["counters"]
     counters["vllm:prefix_cache_hits"] = counters["vllm:prefix_cache_queries"]
-    assert rows_of(content)[0]["prefix_cache_hit_rate"] == 1.0
+    counters['scissor_vllm:video_cache_queries{cache="features"}'] = 4
+    counters['scissor_vllm:video_cache_hits{cache="features"}'] = 3
+    (row,) = rows_of(content)
+    assert (row["prefix_cache_hit_rate"], row["features_cache_hit_rate"]) == (1.0, 0.75)
+    assert (row["mm_cache_hit_rate"], row["frames_cache_hit_rate"]) == (None, None)
+    assert "75% of a cell's lookups in the server's features cache" in text_table([row])
 
 
 def test_throughput_is_a_line_per_concurrency_against_the_ratio(measured: Path) -> None:
@@ -727,7 +738,10 @@ def test_measuring_needs_no_optional_package(videos: Path, tmp_path: Path) -> No
     assert rows_of(json.loads(output.read_text()))[0]["video_seconds_per_second"] > 0
 
 
-def test_clips_and_plots_say_what_they_need(tmp_path: Path, measured: Path) -> None:
+def test_each_part_says_what_it_needs(tmp_path: Path, measured: Path) -> None:
+    run = run_without(("vllm",))
+    assert run.returncode == 1
+    assert "vllm is not installed here" in run.stderr
     made = run_without(("av",), "clips", str(tmp_path))
     assert made.returncode == 1
     assert "pip install av" in made.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import shlex
 import sys
@@ -47,6 +48,11 @@ def run(argv: Sequence[str]) -> int:
     from scissor_vllm.bench.sweep import Load, sweep
 
     args = _run_parser().parse_args(argv)
+    if importlib.util.find_spec("vllm") is None:
+        raise RuntimeError(
+            "requests are sent by vLLM's benchmark client, and vllm is not installed here: install "
+            "it as the server's host has it"
+        )
     load = Load(args.num_prompts, args.num_warmups)
     concurrencies = args.max_concurrency or [None if args.request_rate else 1]
     planned = cells(args.retention_ratio, concurrencies, args.request_rate or [None])

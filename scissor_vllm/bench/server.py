@@ -28,8 +28,11 @@ COUNTERS = (
     "vllm:mm_cache_queries",
     "vllm:mm_cache_hits",
     "vllm:num_preemptions",
+    "scissor_vllm:video_cache_queries",
+    "scissor_vllm:video_cache_hits",
 )
-"""Read where they are, without the ``_total`` that the exposition adds."""
+"""Read where they are, without the exposition's ``_total``; the last two are ours, by ``cache``."""
+_LABELS = ("stage", "cache")
 FINISHED = "vllm:e2e_request_latency_seconds"
 _SETTLE_SECONDS = 3.0
 _TIMEOUT_SECONDS = 30.0
@@ -143,6 +146,7 @@ class Snapshot:
     histograms: dict[str, tuple[float, float]]
     """Sum and count by name, with ``{stage="..."}`` where there is one."""
     counters: dict[str, float]
+    """By name, with ``{cache="..."}`` where there is one."""
     num_kv_cache_tokens: int | None
     """What the KV cache holds."""
 
@@ -157,18 +161,19 @@ def parse_metrics(text: str) -> Snapshot:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             name, value = sample.name, sample.value
-            stage = sample.labels.get("stage")
+            label = "".join(
+                f'{{{key}="{sample.labels[key]}"}}' for key in _LABELS if key in sample.labels
+            )
             if name.endswith(("_sum", "_count")):
                 base, which = name.rsplit("_", 1)
                 if base in HISTOGRAMS:
-                    key = f'{base}{{stage="{stage}"}}' if stage else base
-                    total, count = histograms.get(key, (0.0, 0.0))
-                    histograms[key] = (
+                    total, count = histograms.get(base + label, (0.0, 0.0))
+                    histograms[base + label] = (
                         (total + value, count) if which == "sum" else (total, count + value)
                     )
             elif name.removesuffix("_total") in COUNTERS:
-                base = name.removesuffix("_total")
-                counters[base] = counters.get(base, 0.0) + value
+                key = name.removesuffix("_total") + label
+                counters[key] = counters.get(key, 0.0) + value
             elif name == "vllm:cache_config_info":
                 capacity = (capacity or 0) + _capacity(sample.labels)
     return Snapshot(histograms, counters, capacity or None)

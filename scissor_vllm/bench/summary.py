@@ -30,6 +30,17 @@ STAGES = {
 
 vLLM's prefill begins when a request is scheduled: tower and compression lie inside it.
 """
+CACHES = {
+    "prefix": ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits"),
+    "mm": ("vllm:mm_cache_queries", "vllm:mm_cache_hits"),
+    **{
+        cache: tuple(
+            f'scissor_vllm:video_cache_{what}{{cache="{cache}"}}' for what in ("queries", "hits")
+        )
+        for cache in ("frames", "features")
+    },
+}
+"""Counters of queries and hits of each cache that could spare the server work."""
 
 
 def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
@@ -197,8 +208,7 @@ def _stages(cell: dict[str, Any], completed: int) -> dict[str, float | None]:
 def _hit_rates(cell: dict[str, Any]) -> dict[str, float | None]:
     counters = (cell.get("server_metrics") or {}).get("counters", {})
     row: dict[str, float | None] = {}
-    for cache in ("prefix_cache", "mm_cache"):
-        queries = counters.get(f"vllm:{cache}_queries")
-        hits = counters.get(f"vllm:{cache}_hits", 0.0)
-        row[f"{cache}_hit_rate"] = hits / queries if queries else None
+    for cache, (queries_name, hits_name) in CACHES.items():
+        queries, hits = counters.get(queries_name), counters.get(hits_name, 0.0)
+        row[f"{cache}_cache_hit_rate"] = hits / queries if queries else None
     return row
