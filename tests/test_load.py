@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.bench.client import measure
+from scissor_vllm.bench.client import measure, read_stream
 from scissor_vllm.bench.clips import Clip, ClipShape, make_clips
 from scissor_vllm.bench.command import main
 from scissor_vllm.bench.plot import accuracy_figure, latency_figure, throughput_figure
@@ -270,6 +270,21 @@ def test_a_stream_that_breaks_off_is_an_error(bench: Callable[..., Any]) -> None
     assert (whole["completed"], whole["failed"]) == (3, 0)
     assert (broken["completed"], broken["failed"]) == (0, 3)
     assert broken["errors"] == "3 x stream broken off: the engine is gone"
+
+
+@pytest.mark.parametrize(
+    ("body", "compression", "error"),
+    [
+        (b'data: {"choices":[],"video_compression":{"a":1}}\n\ndata: [DONE]\n\n', {"a": 1}, None),
+        (b'data: {"choices":[],"video_compression":{"a"', None, None),
+        (b'data: {"choices":[{"delta":{"content":"\\"error\\""}}]}\n\n', None, None),
+        (b'data: {"error":{"message":"no\\nmemory"}}\n\n', None, "stream broken off: no memory"),
+    ],
+)
+def test_a_stream_is_read_for_what_vllms_client_leaves_out(
+    body: bytes, compression: dict[str, int] | None, error: str | None
+) -> None:
+    assert read_stream(body) == (compression, error)
 
 
 def test_a_server_without_metrics_is_measured(bench: Callable[..., Any]) -> None:

@@ -230,7 +230,10 @@ def read_stream(body: bytes) -> tuple[dict[str, Any] | None, str | None]:
         if not line.startswith("data: {"):
             continue
         if '"video_compression"' in line or '"error"' in line:
-            event = json.loads(line.removeprefix("data: "))
+            try:
+                event = json.loads(line.removeprefix("data: "))
+            except ValueError:  # The connection broke within the line: vLLM's client says so.
+                continue
             compression = event.get("video_compression", compression)
             if "error" in event:
                 error = f"stream broken off: {refusal(line.removeprefix('data: '))}"

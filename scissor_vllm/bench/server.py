@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -45,12 +46,19 @@ class ServerError(Exception):
 
 
 def get(url: str) -> bytes:
-    """Return the body of a GET, with the key of ``OPENAI_API_KEY`` if it is set."""
+    """Return the body of a GET, with the key of ``OPENAI_API_KEY`` if it is set.
+
+    Raises:
+        OSError: nothing answers, or not with 200 and a whole body.
+    """
     request = urllib.request.Request(url)
     if key := os.environ.get("OPENAI_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-        return bytes(response.read())
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+            return bytes(response.read())
+    except http.client.HTTPException as error:
+        raise OSError(f"{url} broke off: {error!r}") from error
 
 
 def check_health(base_url: str) -> None:
