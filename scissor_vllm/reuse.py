@@ -181,6 +181,9 @@ class FeatureCache:
     The memory is taken once, at the start: no request waits for it or fails by it. Copies run in
     the GPU's stream, and nothing waits for them. What is dropped follows from the calls alone, so
     that workers that share a model by tensor parallelism agree on every video.
+
+    Raises:
+        RuntimeError: the system does not give the memory.
     """
 
     def __init__(self, max_bytes: int, pin_memory: bool = False) -> None:
@@ -189,7 +192,13 @@ class FeatureCache:
         # Pinned memory comes in powers of two: in one piece it could be twice as much.
         for start in range(0, num_pages, _PAGES_AT_ONCE):
             shape = (min(_PAGES_AT_ONCE, num_pages - start), _PAGE_BYTES)
-            pages = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
+            try:
+                pages = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{VIDEO_FEATURE_CACHE_GB} must fit in host memory, but of {max_bytes} bytes "
+                    f"only {start * _PAGE_BYTES} could be had: lower it, 0 switches it off"
+                ) from error
             self._pages.extend(pages.unbind())
         self._free = list(range(num_pages))
         self._videos: OrderedDict[Hashable, _Features] = OrderedDict()

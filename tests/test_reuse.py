@@ -197,6 +197,23 @@ def test_keeping_a_video_again_takes_no_second_place() -> None:
     assert cache.get(b"a", CPU) is not None
 
 
+def test_memory_that_cannot_be_had_ends_the_start_and_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty, taken = torch.empty, []
+
+    def scarce(*args: Any, **options: Any) -> torch.Tensor:
+        if taken:
+            raise RuntimeError("CUDA error: out of memory")
+        taken.append(args)
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    message = rf"video_feature_cache_gb must fit .* of {100 * MIB} bytes only {64 * MIB} could"
+    with pytest.raises(RuntimeError, match=message):
+        FeatureCache(100 * MIB)
+
+
 @pytest.mark.gpu
 def test_tokens_of_a_gpu_come_back_to_the_bit_without_a_wait() -> None:
     cache = FeatureCache(64 * MIB, pin_memory=True)
