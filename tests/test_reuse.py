@@ -200,7 +200,8 @@ def test_keeping_a_video_again_takes_no_second_place() -> None:
 def test_memory_that_cannot_be_had_ends_the_start_and_names_the_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    empty, taken = torch.empty, []
+    empty = torch.empty
+    taken: list[Any] = []
 
     def scarce(*args: Any, **options: Any) -> torch.Tensor:
         if taken:
