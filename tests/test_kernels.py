@@ -1,169 +1,123 @@
-"""The Triton kernels against the torch code that they stand for."""
+"""The GPU's search against that of the CPU, on a GPU and by Triton's interpreter."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from scissor_vllm import compress
-from scissor_vllm.compression import components, similarity
-from scissor_vllm.compression.components import (
-    forest_labels,
-    maximum_spanning_trees,
-    threshold_labels,
-)
-from scissor_vllm.compression.similarity import Similarity
 
 gpu = pytest.mark.gpu
 
-SHAPES = [(1, 1, 4), (1, 2, 4), (3, 17, 8), (1, 129, 8), (32, 196, 64), (1, 1000, 32), (1, 5000, 8)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def make_sets(shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).cuda()
-
-
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "kernels_for", lambda device: None)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("threshold", [-1.0, -0.3, 0.0, 0.2, 0.5, 0.8, 0.95, 1.0])
-@gpu
-def test_components_are_those_of_torch(
-    shape: tuple[int, int, int], threshold: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph = Similarity(make_sets(shape))
-    labels = threshold_labels(graph, threshold)
-    without_kernels(monkeypatch)
-    assert torch.equal(labels, threshold_labels(graph, threshold))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@gpu
-def test_trees_are_those_of_torch(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph = Similarity(make_sets(shape))
-    trees = maximum_spanning_trees(graph)
-    without_kernels(monkeypatch)
-    expected = maximum_spanning_trees(graph)
-    for name in ("weight", "left", "right"):
-        assert torch.equal(getattr(trees, name), getattr(expected, name)), name
-
-
-@pytest.mark.parametrize("block", [700, 20_000])
-@gpu
-def test_blocks_of_rows_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = make_sets((2, 300, 16))
-    whole = threshold_labels(Similarity(sets), 0.4), maximum_spanning_trees(Similarity(sets))
-    monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
-    blocks = threshold_labels(Similarity(sets), 0.4), maximum_spanning_trees(Similarity(sets))
-    assert torch.equal(whole[0], blocks[0])
-    assert torch.equal(whole[1].left, blocks[1].left)
-    assert torch.equal(whole[1].right, blocks[1].right)
-
-
-@gpu
-def test_joins_that_meet_are_not_lost() -> None:
-    # Chains in random order, of all lengths: nearly every hook meets another.
-    generator = torch.Generator().manual_seed(1)
-    num_nodes = 200_000
-    for length in (2, 3, 10, 1000, num_nodes):
-        node = torch.arange(num_nodes)
-        left = node[(node + 1) % length != 0]
-        left = left[left < num_nodes - 1]
-        shuffled = left[torch.randperm(len(left), generator=generator)].cuda()
-        labels = forest_labels(num_nodes, shuffled, shuffled + 1)
-        assert torch.equal(labels.cpu(), node // length * length), length
-
-
-@gpu
-def test_equal_weights_are_ordered_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    things = make_sets((1, 12, 8)).repeat(1, 30, 1)
-    graph = Similarity(things)
-    trees = maximum_spanning_trees(graph)
-    without_kernels(monkeypatch)
-    expected = maximum_spanning_trees(graph)
-    assert torch.equal(trees.left, expected.left)
-    assert torch.equal(trees.right, expected.right)
-
-
-INTERPRETED = """
-import torch
-
-from scissor_vllm.compression import components, kernels, products
-from scissor_vllm.compression.components import (
-    by_lowest_node,
-    maximum_spanning_trees,
-    threshold_labels,
-)
-from scissor_vllm.compression.products import Products
-from scissor_vllm.compression.similarity import Similarity
-
-generator = torch.Generator().manual_seed(0)
-
-
-def results():
-    generator.manual_seed(0)
-    found = []
-    for shape, threshold in (((1, 5, 4), 0.2), ((2, 33, 8), 0.3), ((1, 140, 8), 0.5)):
-        graph = Similarity(torch.randn(shape, generator=generator))
-        trees = maximum_spanning_trees(graph)
-        found += [threshold_labels(graph, threshold), trees.left, trees.right, trees.weight]
-    rows = Products.of_rows(torch.randn(60, 16, generator=generator), torch.float32)
-    joined = rows.joined(by_lowest_node(torch.arange(60) // 3 * 3, 20))
-    return [*found, joined.product, joined.exponent, threshold_labels(joined.similarity(), 0.1)]
-
-
-expected = results()
-components.kernels_for = products.kernels_for = lambda device: kernels
-for one, other in zip(expected, results(), strict=True):
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-assert threshold_labels(Similarity(torch.ones(1, 9, 2)), 0.9).tolist() == [0] * 9
-print("the same")
-"""
-
-
-def test_interpreted_on_the_cpu_they_give_what_torch_gives() -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert run.stdout.strip() == "the same", run.stderr
-
-
-def make_video(num_things: int, noise: float, seed: int) -> torch.Tensor:
+def make_video(
+    num_things: int, noise: float, seed: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     things = torch.randn(num_things, 256, generator=generator)
     shown = things[torch.randint(0, num_things, (12, 100), generator=generator)]
-    return (shown + noise * torch.randn(shown.shape, generator=generator)).bfloat16()
+    return (shown + noise * torch.randn(shown.shape, generator=generator)).to(dtype)
 
 
-@pytest.mark.parametrize("seed", range(4))
+def check_same(tokens: torch.Tensor, **budget: float) -> None:
+    cpu, cuda = compress(tokens, **budget), compress(tokens.cuda(), **budget)  # type: ignore[arg-type]
+    assert cuda.tokens.is_cuda
+    assert cuda.tokens.dtype == tokens.dtype
+    assert torch.equal(cpu.assignment, cuda.assignment.cpu()), budget
+    assert torch.allclose(cpu.tokens.float(), cuda.tokens.cpu().float(), atol=2e-2)
+    assert abs(cpu.similarity_threshold - cuda.similarity_threshold) < 1e-5  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noise", [0.0, 0.3, 0.7])
 @gpu
-def test_bfloat16_gives_what_the_cpu_gives(seed: int, noise: float) -> None:
-    tokens = make_video(60, noise, seed)
-    for kept in (1, 12, 60, 120, 600, 1200):
-        cpu, cuda = compress(tokens, num_retained=kept), compress(tokens.cuda(), num_retained=kept)
-        assert torch.equal(cpu.assignment, cuda.assignment.cpu()), kept
-        assert torch.allclose(cpu.tokens.float(), cuda.tokens.cpu().float(), atol=2e-2)
-        assert abs((cpu.similarity_threshold or 0) - (cuda.similarity_threshold or 0)) < 1e-5
-    for threshold in (0.2, 0.5, 0.8, 1.0):
-        cpu = compress(tokens, similarity_threshold=threshold)
-        cuda = compress(tokens.cuda(), similarity_threshold=threshold)
-        assert torch.equal(cpu.assignment, cuda.assignment.cpu()), threshold
+def test_a_budget_gives_what_the_cpu_gives(noise: float, dtype: torch.dtype) -> None:
+    tokens = make_video(60, noise, int(10 * noise), dtype)
+    for kept in (1, 12, 13, 60, 61, 120, 600, 1100, 1199, 1200):
+        check_same(tokens, num_retained=kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.7])
+@gpu
+def test_a_threshold_gives_what_the_cpu_gives(noise: float, dtype: torch.dtype) -> None:
+    tokens = make_video(60, noise, int(10 * noise) + 1, dtype)
+    for threshold in (-1.0, 0.0, 0.2, 0.5, 0.8, 0.95, 1.0):
+        check_same(tokens, similarity_threshold=threshold)
+
+
+@pytest.mark.parametrize(("num_frames", "per_frame"), [(1, 400), (200, 1), (5, 31), (3, 1030)])
+@gpu
+def test_a_video_of_any_shape_gives_what_the_cpu_gives(num_frames: int, per_frame: int) -> None:
+    generator = torch.Generator().manual_seed(num_frames)
+    tokens = torch.randn(num_frames, per_frame, 40, generator=generator)
+    num_tokens = num_frames * per_frame
+    for kept in (1, num_tokens // 10, num_tokens // 2, num_tokens - 1):
+        check_same(tokens, num_retained=kept)
+    check_same(tokens, similarity_threshold=0.3)
+
+
+@gpu
+def test_equal_merges_at_the_cut_are_those_of_the_cpu() -> None:
+    # 60 things, each many times: below 60 kept nothing is tied, above it all weights are 1.
+    tokens = make_video(60, 0.0, 5)
+    for kept in (59, 61, 100, 500):
+        check_same(tokens, num_retained=kept)
+
+
+@gpu
+def test_products_that_are_not_held_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scissor_vllm.compression import captures, gpu
+
+    tokens = make_video(60, 0.5, 6).cuda()
+    held = {kept: compress(tokens, num_retained=kept) for kept in (20, 120, 900)}
+    monkeypatch.setattr(gpu, "MAX_PRODUCTS", 0)
+    monkeypatch.setattr(gpu, "BLOCK_PRODUCTS", 300 * tokens.shape[0] * tokens.shape[1])
+    captures.clear()
+    monkeypatch.setattr(captures, "MAX_TOKENS", 0)
+    for kept, expected in held.items():
+        assert torch.equal(compress(tokens, num_retained=kept).assignment, expected.assignment)
+
+
+@gpu
+def test_more_components_than_a_tree_is_built_between_give_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from scissor_vllm.compression import captures, gpu
+
+    tokens = make_video(60, 0.5, 7)
+    captures.clear()
+    monkeypatch.setattr(gpu, "MIN_COMPONENTS", 100)
+    monkeypatch.setattr(gpu, "MAX_COMPONENTS", 100)
+    for kept in (99, 101, 600):
+        check_same(tokens, num_retained=kept)
+
+
+@gpu
+def test_a_captured_search_gives_what_one_that_is_not_gives() -> None:
+    from scissor_vllm.compression import captures
+
+    captures.clear()
+    # Among them exact copies, after which the host goes on, and shapes that replace each other.
+    videos = [make_video(60, noise, seed) for seed, noise in enumerate((0.3, 0.0, 0.7, 0.0, 0.5))]
+    cases = [(video[:frames], kept) for video in videos for frames in (12, 9) for kept in (30, 200)]
+    for _ in range(3):
+        for video, kept in cases:
+            check_same(video, num_retained=kept)
+    other = torch.cuda.Stream()
+    for video, kept in cases[:4] * 2:
+        with torch.cuda.stream(other):
+            on_another_stream = compress(video.cuda(), num_retained=kept)
+        other.synchronize()
+        expected = compress(video, num_retained=kept)
+        assert torch.equal(on_another_stream.assignment.cpu(), expected.assignment)
 
 
 @gpu
@@ -178,6 +132,16 @@ def test_a_found_threshold_gives_the_same_again_in_bfloat16() -> None:
 
 
 @gpu
+def test_two_calls_give_bitwise_the_same() -> None:
+    tokens = make_video(60, 0.5, 10).cuda()
+    one = compress(tokens, num_retained=77)
+    for _ in range(5):
+        other = compress(tokens, num_retained=77)
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.assignment, other.assignment)
+
+
+@gpu
 def test_magnitudes_at_the_ends_of_bfloat16_are_compressed() -> None:
     tokens = make_video(20, 0.2, 3)
     for scale in (2.0**-120, 2.0**-60, 2.0**60, 2.0**120):
@@ -189,3 +153,89 @@ def test_magnitudes_at_the_ends_of_bfloat16_are_compressed() -> None:
     mixed[1::2] *= 2.0**-100
     cpu, cuda = compress(mixed, num_retained=50), compress(mixed.cuda(), num_retained=50)
     assert torch.equal(cpu.assignment, cuda.assignment.cpu())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@gpu
+def test_a_token_that_is_not_finite_is_refused_as_on_the_cpu(value: float) -> None:
+    tokens = make_video(20, 0.2, 4).cuda()
+    tokens[3, 7, 11] = value
+    for budget in ({"num_retained": 50}, {"similarity_threshold": 0.5}):
+        for _ in range(4):
+            with pytest.raises(ValueError, match="finite"):
+                compress(tokens, **budget)  # type: ignore[arg-type]
+
+
+@gpu
+def test_zero_tokens_are_like_nothing() -> None:
+    tokens = make_video(20, 0.2, 8)
+    tokens[::3] = 0
+    check_same(tokens, num_retained=90)
+    check_same(tokens, similarity_threshold=0.5)
+
+
+INTERPRETED = """
+import sys
+
+import torch
+
+from scissor_vllm import compress
+from scissor_vllm.compression import gpu, scc
+
+scc.EXHAUSTIVE_TOKENS = 0
+settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN)
+
+
+def on_kernels(tokens, num_retained=None, similarity_threshold=None):
+    if num_retained is None:
+        video = gpu.Video(tokens)
+        parts = gpu.at_threshold(video, similarity_threshold)
+    else:
+        num_tokens = tokens.shape[0] * tokens.shape[1]
+        size = gpu.num_components(num_tokens, num_retained)
+        search = gpu.Search(tokens, size, settings)
+        search.retained.fill_(num_retained)
+        search.start()
+        parts = search.finish(num_retained)
+        video = search.video
+    return parts.threshold, *gpu.merge(video, parts)
+
+
+def make(num_things, noise, shape, dtype):
+    generator = torch.Generator().manual_seed(1)
+    things = torch.randn(num_things, 64, generator=generator)
+    shown = things[torch.randint(0, num_things, shape, generator=generator)]
+    return (shown + noise * torch.randn(shown.shape, generator=generator)).to(dtype)
+
+
+for tokens, kept in (
+    (make(8, 0.3, (4, 12), torch.float32), (1, 6, 40)),
+    (make(6, 0.0, (3, 17), torch.bfloat16), (6, 20)),
+    (make(9, 0.6, (5, 9), torch.bfloat16), (4, 20)),
+):
+    budgets = [{"num_retained": k} for k in kept] + [{"similarity_threshold": 0.3}]
+    for budget in budgets:
+        expected = compress(tokens, **budget)
+        threshold, merged, assignment = on_kernels(tokens, **budget)
+        assert torch.equal(assignment, expected.assignment), budget
+        torch.testing.assert_close(merged, expected.tokens, atol=2e-2, rtol=0)
+        assert abs(threshold - expected.similarity_threshold) < 1e-5, budget
+
+gpu.MAX_PRODUCTS, gpu.BLOCK_PRODUCTS = 0, 2 * 9 * 45
+assert torch.equal(on_kernels(tokens, **budgets[0])[2], compress(tokens, **budgets[0]).assignment)
+print("the same")
+"""
+
+
+def test_interpreted_on_the_cpu_they_give_what_torch_gives() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert run.stdout.strip() == "the same", run.stderr

@@ -5,7 +5,6 @@ node of a component.
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -42,16 +41,6 @@ def threshold_labels(similarity: Similarity, threshold: float) -> torch.Tensor:
     (B*n,) int64: the lowest node of the component. One pass over the similarities.
     """
     size, num_nodes = similarity.size, similarity.num_sets * similarity.size
-    kernels = kernels_for(similarity.device)
-    if kernels is not None:
-        forest = kernels.new_forest(num_nodes, similarity.device)
-        if similarity.products is not None:
-            product, unit = similarity.products
-            kernels.union_above(forest, product[None], threshold, 0, 0, unit)
-            return kernels.roots(forest)
-        for sets, rows, cosines in similarity.blocks():
-            kernels.union_above(forest, cosines, threshold, rows.start, sets.start * size)
-        return kernels.roots(forest)
     labels = torch.arange(num_nodes, device=similarity.device)
     for sets, rows, cosines in similarity.blocks():
         step = max(1, _EDGE_BLOCK // (len(cosines) * size))
@@ -72,24 +61,8 @@ def forest_labels(num_nodes: int, left: torch.Tensor, right: torch.Tensor) -> to
     return _union(torch.arange(num_nodes, device=left.device), left, right)
 
 
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """Return the Triton kernels if the device runs them."""
-    if device.type != "cuda":
-        return None
-    try:
-        from scissor_vllm.compression import kernels
-    except ImportError:
-        return None
-    return kernels
-
-
 def _union(labels: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return labels after the components at the two ends of every edge became one."""
-    kernels = kernels_for(labels.device)
-    if kernels is not None:
-        forest = labels.int()
-        kernels.union_edges(forest, left, right)
-        return kernels.roots(forest)
     while True:
         one, other = labels[left], labels[right]
         apart = one != other
@@ -197,12 +170,8 @@ def _strongest_outgoing(
     by_set = labels.view(similarity.num_sets, similarity.size)
     weight = torch.empty(by_set.shape, dtype=torch.float32, device=similarity.device)
     other = torch.empty_like(by_set)
-    kernels = kernels_for(similarity.device)
     for sets, rows, cosines in similarity.blocks():
-        if kernels is not None:
-            strongest = kernels.strongest_outgoing(cosines, by_set[sets], rows.start)
-        else:
-            inside = by_set[sets, rows, None] == by_set[sets, None, :]
-            strongest = cosines.masked_fill(inside, -torch.inf).max(dim=2)
+        inside = by_set[sets, rows, None] == by_set[sets, None, :]
+        strongest = cosines.masked_fill(inside, -torch.inf).max(dim=2)
         weight[sets, rows], other[sets, rows] = strongest
     return weight.view(-1), other.view(-1)

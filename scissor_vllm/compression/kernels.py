@@ -1,18 +1,59 @@
-"""Triton kernels for the graph steps on a CUDA device: no host synchronisation inside them.
+"""Triton kernels of SCC on a CUDA device; ``gpu.py`` tells their order.
 
-Each does what the torch code in ``components.py`` does, with the same result; where there is no
-Triton, that code runs on the GPU too.
+Tokens of a frame stand in the order in which Prim's algorithm adds them to the frame's maximum
+spanning tree. Each token but a frame's first has a *link*: the weight of the edge that adds it. At
+any threshold the frame's components are then runs of neighbours: a run ends where the next link is
+not above the threshold. A run is known by the position of its last token, its *node*.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from scissor_vllm.compression.similarity import ONE
+from scissor_vllm.compression.similarity import NO_EDGE, ONE, RESOLUTION
 
-_ROWS, _COLUMNS = 16, 128
-_EDGES = 128
-_WIDE = 1024
+UNION, STRONGEST, BETWEEN, DEGREE = range(4)
+"""What ``pairs`` does with the cosines of pairs of runs."""
+
+BEGIN, STEP, NEXT = 0, 1, 2
+"""What ``steer`` does."""
+
+LOW, HIGH, MOVED, STEPS, MIDDLE, NUM_COMPONENTS, FLAGS = range(7)
+"""Places in the state of a search, int64."""
+
+NUM_STATES = 7
+
+NOT_FINITE, OUT_OF_RANGE, SEARCHING, TOO_NARROW, TIED, TOO_MANY = 1, 2, 4, 8, 16, 32
+"""Bits of the flags that end in the state."""
+
+MAX_PER_FRAME = 1 << 12
+"""Two tokens of a frame and a weight share 64 bits, and a kernel holds a row of a frame."""
+
+MAX_NODES = 1 << 18
+"""An edge's two nodes and its weight share 64 bits."""
+
+_UNION, _STRONGEST = tl.constexpr(UNION), tl.constexpr(STRONGEST)
+_BETWEEN, _DEGREE = tl.constexpr(BETWEEN), tl.constexpr(DEGREE)
+_MOST = tl.constexpr((1 << 31) - 1)
+_LEAST = tl.constexpr(-(1 << 31))
+_BEGIN, _STEP = tl.constexpr(BEGIN), tl.constexpr(STEP)
+_LOW, _HIGH, _MOVED, _STEPS = (tl.constexpr(place) for place in (LOW, HIGH, MOVED, STEPS))
+_MIDDLE, _NUM_COMPONENTS = tl.constexpr(MIDDLE), tl.constexpr(NUM_COMPONENTS)
+_FLAGS = tl.constexpr(FLAGS)
+_NOT_FINITE, _OUT_OF_RANGE = tl.constexpr(NOT_FINITE), tl.constexpr(OUT_OF_RANGE)
+_SEARCHING, _TOO_NARROW = tl.constexpr(SEARCHING), tl.constexpr(TOO_NARROW)
+_TIED, _TOO_MANY = tl.constexpr(TIED), tl.constexpr(TOO_MANY)
+_NEAR_ROWS = tl.constexpr(8)
+_LANE_BITS = tl.constexpr(12)
+_LANE_MASK = tl.constexpr((1 << 12) - 1)
+_NODE_BITS = tl.constexpr(18)
+_EDGE_BITS = tl.constexpr(36)
+_NODE_MASK = tl.constexpr((1 << 18) - 1)
+_EDGE_MASK = tl.constexpr((1 << 36) - 1)
+_WEIGHT_UNIT = tl.constexpr(2.0**26)
+_NO_KEY = tl.constexpr(-(1 << 63))
+_NO_EDGE = tl.constexpr(NO_EDGE)
+_ONE, _RESOLUTION = tl.constexpr(ONE), tl.constexpr(RESOLUTION)
+_WORD = tl.constexpr((1 << 32) - 1)
 
 
 @triton.jit
@@ -34,91 +75,403 @@ def _union(parent, one, other, active):
         active = active & (one != other)
         high = tl.maximum(one, other)
         low = tl.minimum(one, other)
-        before = tl.atomic_min(parent + high, low, mask=active)
+        before = tl.atomic_min(parent + high, low, mask=active, sem="relaxed")
         active = active & (before != high)
         one = tl.where(active, before, one)
         other = tl.where(active, low, other)
 
 
 @triton.jit
-def _union_edges(parent, left, right, num_edges, block: tl.constexpr):
-    edge = tl.program_id(0) * block + tl.arange(0, block)
-    active = edge < num_edges
-    one = tl.load(left + edge, mask=active, other=0).to(tl.int32)
-    other = tl.load(right + edge, mask=active, other=0).to(tl.int32)
-    _union(parent, one, other, active)
+def _add_in_run(value, starts, next_value, next_starts):
+    return tl.where(next_starts != 0, next_value, value + next_value), starts | next_starts
 
 
 @triton.jit
-def _union_above(
-    parent,
-    cosines,
+def _snapped(cosine):
+    return tl.where(cosine > _ONE, 1.0, tl.maximum(cosine, -1.0))
+
+
+@triton.jit
+def _ends(link, position, num_tokens, tau):
+    """Return whether runs end at these positions."""
+    follows = position + 1 < num_tokens
+    return tl.load(link + position + 1, mask=follows, other=-float("inf")) <= tau
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def check_kernel(largest, state, num_tokens, least, most, block: tl.constexpr):
+    flags = tl.zeros((), tl.int64)
+    for start in range(0, num_tokens, block):
+        token = start + tl.arange(0, block)
+        value = tl.load(largest + token, mask=token < num_tokens, other=0.0).to(tl.float32)
+        finite = value <= 3.4028234663852886e38
+        flags |= tl.where(tl.min(finite.to(tl.int32), 0) == 0, _NOT_FINITE, 0)
+        inside = (value == 0) | ((value >= least) & (value <= most))
+        flags |= tl.where(tl.min(inside.to(tl.int32), 0) == 0, _OUT_OF_RANGE, 0)
+    tl.store(state + _FLAGS, flags)
+
+
+@triton.jit(do_not_specialize=["per_frame"])
+def cosines_kernel(product, cosine, per_frame, block: tl.constexpr):
+    row = tl.program_id(0)
+    square = tl.program_id(1).to(tl.int64) * per_frame * per_frame
+    column = tl.arange(0, block)
+    inside = column < per_frame
+    across = tl.load(product + square + row * per_frame + column, mask=inside, other=0.0)
+    down = tl.load(product + square + column * per_frame + row, mask=inside, other=0.0)
+    squares = tl.load(product + square + column * (per_frame + 1), mask=inside, other=0.0)
+    own = tl.load(product + square + row * (per_frame + 1))
+    unit = tl.where(squares > 0, 1 / tl.sqrt(squares), 0.0)
+    own_unit = tl.where(own > 0, 1 / tl.sqrt(own), 0.0)
+    value = _snapped(tl.maximum(across, down) * (own_unit * unit))
+    value = tl.where(column == row, _NO_EDGE, value)
+    tl.store(cosine + square + row * per_frame + column, value, mask=inside)
+
+
+@triton.jit
+def _link_key(weight, token, lane):
+    """Return what orders the edges of a token: by weight, then by lower and higher node.
+
+    The last bit tells which of the two is not in the tree.
+    """
+    bits = weight.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    edge = (tl.minimum(token, lane) << _LANE_BITS) | tl.maximum(token, lane)
+    tie = (edge * 2 + (lane > token).to(tl.int32)).to(tl.int64)
+    return (ordered.to(tl.int64) << 32) | (tie ^ _WORD)
+
+
+@triton.jit(do_not_specialize=["per_frame"])
+def prim_kernel(cosine, order, link, per_frame, block: tl.constexpr):
+    frame = tl.program_id(0)
+    square = cosine + frame.to(tl.int64) * per_frame * per_frame
+    first = frame * per_frame
+    lane = tl.arange(0, block)
+    inside = lane < per_frame
+    outside_tree = inside & (lane != 0)
+    # Each step waits for a row that the last one chose: have all of them near.
+    touched = tl.zeros((), tl.float32)
+    for start in range(0, per_frame, _NEAR_ROWS):
+        near = start + tl.arange(0, _NEAR_ROWS)[:, None]
+        at = square + near * per_frame + lane[None, :]
+        rows = tl.load(at, mask=(near < per_frame) & inside[None, :], other=0.0)
+        touched += tl.sum(tl.sum(rows, 1), 0)
+    tl.store(order + first, first)
+    # It is never this large; without use the rows would not be read.
+    tl.store(link + first, tl.where(touched > 1e30, 0.0, -float("inf")))
+    row = tl.load(square + lane, mask=inside, other=_NO_EDGE)
+    keys = tl.where(outside_tree, _link_key(row, 0, lane), _NO_KEY)
+    for place in range(1, per_frame):
+        top = tl.max(keys, 0)
+        tie = ((top & _WORD) ^ _WORD).to(tl.int32)
+        higher = (tie >> 1) & _LANE_MASK
+        token = tl.where((tie & 1) == 1, higher, tie >> (_LANE_BITS + 1))
+        row = tl.load(square + token * per_frame + lane, mask=inside, other=_NO_EDGE)
+        outside_tree = outside_tree & (lane != token)
+        link_keys = _link_key(row, token, lane)
+        keys = tl.where(outside_tree, tl.maximum(keys, link_keys), _NO_KEY)
+        ordered = (top >> 32).to(tl.int32)
+        weight = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        tl.store(order + first + place, first + token)
+        tl.store(link + first + place, weight)
+
+
+@triton.jit
+def _product_row(row, num_tokens, block_rows, base):
+    """Return where a row's product with column 0 is, which need not exist."""
+    block = (row // block_rows).to(tl.int64)
+    before = block * block_rows
+    offset = before * num_tokens - block_rows * block_rows * (block * (block - 1) // 2) - base
+    return offset + (row - before) * (num_tokens - before) - before
+
+
+@triton.jit(do_not_specialize=["per_frame"])
+def lengths_kernel(
+    product,
+    order,
+    link,
     unit,
-    threshold,
-    one_above,
-    size,
-    num_rows,
-    first_row,
-    first_node,
+    parent,
+    run_of,
+    run_size,
+    tau_at,
+    go,
+    per_frame,
+    block: tl.constexpr,
     rows: tl.constexpr,
-    columns: tl.constexpr,
-    has_unit: tl.constexpr,
 ):
-    which = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * rows + tl.arange(0, rows)[:, None]
-    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
-    inside = (row < num_rows) & (column < size) & (column > row + first_row)
-    if tl.max(tl.max(inside.to(tl.int32), 1), 0) > 0:
-        at = cosines + which * num_rows * size + row.to(tl.int64) * size + column
-        value = tl.load(at, mask=inside, other=-2.0)
-        if has_unit:
-            scale_row = tl.load(unit + row, mask=row < num_rows, other=0.0)
-            scale_column = tl.load(unit + column, mask=column < size, other=0.0)
-            value = value * (scale_row * scale_column)
-            value = tl.where(value > one_above, 1.0, tl.maximum(value, -1.0))
-        above = inside & (value > threshold)
-        first = first_node + which.to(tl.int32) * size
-        one = tl.reshape(
-            tl.broadcast_to(first + first_row + row, (rows, columns)), (rows * columns,)
-        )
-        other = tl.reshape(tl.broadcast_to(first + column, (rows, columns)), (rows * columns,))
-        _union(parent, one, other, tl.reshape(above, (rows * columns,)))
+    """Find the runs of a frame: node and size, one over the length of their sum."""
+    if tl.load(go) != 0:
+        tau = tl.load(tau_at)
+        first = tl.program_id(0) * per_frame
+        square = product + tl.program_id(0).to(tl.int64) * per_frame * per_frame
+        lane = tl.arange(0, block)
+        inside = lane < per_frame
+        column = square + tl.load(order + first + lane, mask=inside, other=0) - first
+        place = tl.program_id(1) * rows
+        last = tl.minimum(place + rows, per_frame)
+        own = place + tl.arange(0, rows)
+        tl.store(parent + first + own, first + own, mask=own < per_frame)
+        while tl.load(link + first + place, mask=place < last, other=-float("inf")) > tau:
+            place += 1
+        while place < last:
+            begin = place
+            row = (tl.load(order + first + place) - first) * per_frame
+            total = tl.load(column + row, mask=inside, other=0.0)
+            place += 1
+            while tl.load(link + first + place, mask=place < per_frame, other=-float("inf")) > tau:
+                row = (tl.load(order + first + place) - first) * per_frame
+                total += tl.load(column + row, mask=inside, other=0.0)
+                place += 1
+            member = (lane >= begin) & (lane < place)
+            square_sum = tl.sum(tl.where(member, total, 0.0), 0)
+            node = first + place - 1
+            tl.store(unit + node, tl.where(square_sum > 0, 1 / tl.sqrt(square_sum), 0.0))
+            tl.store(run_size + node, place - begin)
+            tl.store(run_of + first + lane, tl.zeros_like(lane) + node, mask=member)
 
 
-@triton.jit
-def _join_rows(source, joined, order, first, count, weight, width, block: tl.constexpr):
-    part = tl.program_id(0)
-    column = tl.program_id(1) * block + tl.arange(0, block)
-    inside = column < width
-    begin = tl.load(first + part)
-    total = tl.zeros((block,), tl.float32)
-    for member in range(0, tl.load(count + part)):
-        row = tl.load(order + begin + member)
-        value = tl.load(source + row * width + column, mask=inside, other=0.0)
-        total += tl.load(weight + row) * value
-    tl.store(joined + part.to(tl.int64) * width + column, total, mask=inside)
-
-
-@triton.jit
-def _join_columns(
-    source, joined, order, first, count, weight, width, num_parts, block: tl.constexpr
+@triton.jit(
+    do_not_specialize=["num_tokens", "per_frame", "block_rows", "base", "first_frame", "num_parts"]
+)
+def pairs_kernel(
+    store,
+    link,
+    unit,
+    parent,
+    label,
+    rank,
+    best,
+    degree,
+    tau_at,
+    go,
+    num_tokens,
+    per_frame,
+    block_rows,
+    base,
+    first_frame,
+    num_parts,
+    block: tl.constexpr,
+    rows: tl.constexpr,
+    use: tl.constexpr,
+    aligned: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1) * block + tl.arange(0, block)
-    inside = part < num_parts
-    begin = tl.load(first + part, mask=inside, other=0)
-    members = tl.load(count + part, mask=inside, other=0)
-    total = tl.zeros((block,), tl.float32)
-    for member in range(0, tl.max(members, 0)):
-        active = member < members
-        column = tl.load(order + begin + member, mask=active, other=0)
-        value = tl.load(source + row * width + column, mask=active, other=0.0)
-        total += tl.load(weight + column, mask=active, other=0.0) * value
-    tl.store(joined + row * num_parts + part, total, mask=inside)
+    """Go through the cosines of all pairs of runs, those that begin in some rows of a frame with
+    those of one frame that is not before it.
+    """
+    row_frame = first_frame + tl.program_id(1)
+    column_frame = tl.program_id(0)
+    if (tl.load(go) != 0) & (column_frame >= row_frame):
+        tau = tl.load(tau_at)
+        first_row = row_frame * per_frame
+        lane = tl.arange(0, block)
+        inside = lane < (per_frame // 4 * 4 if aligned else per_frame)
+        column = column_frame * per_frame + lane
+        starts = tl.load(link + column, mask=inside, other=-float("inf")) <= tau
+        ends = inside & _ends(link, column, num_tokens, tau)
+        has_runs = tl.sum(ends.to(tl.int32), 0) < per_frame
+        column_unit = tl.load(unit + column, mask=ends, other=0.0)
+        if use == _BETWEEN:
+            column_label = tl.load(label + column, mask=ends, other=-1)
+        if use == _STRONGEST:
+            column_label = tl.load(label + column, mask=ends, other=-1)
+            column_rank = tl.load(rank + column, mask=ends, other=0).to(tl.int64)
+            column_best = tl.full((block,), _NO_KEY, tl.int64)
+        if use == _DEGREE:
+            column_degree = tl.zeros((block,), tl.int32)
+        if use == _UNION:
+            pending = tl.full((block,), -1, tl.int32)
+        place = tl.program_id(2) * rows
+        last = tl.minimum(place + rows, per_frame)
+        while tl.load(link + first_row + place, mask=place < last, other=-float("inf")) > tau:
+            place += 1
+        offset = _product_row(first_row + place, num_tokens, block_rows, base)
+        offset += column_frame * per_frame
+        stride = num_tokens - (first_row // block_rows) * block_rows
+        if aligned:
+            # So that four are read at once.
+            offset = offset // 4 * 4
+            stride = stride // 4 * 4
+        row = store + offset + lane
+        total = tl.zeros((block,), tl.float32)
+        # Rows are read ahead of their use; the frame's last stands in for those after it.
+        reads = inside & ((tl.zeros_like(lane) + place) < last)
+        current = tl.load(row, mask=reads, other=0.0)
+        row += tl.where(place + 1 < per_frame, stride, 0)
+        following = tl.load(row, mask=reads, other=0.0)
+        going = place < last
+        while going:
+            row += tl.where(place + 2 < per_frame, stride, 0)
+            after = tl.load(row, mask=inside, other=0.0)
+            total += current
+            current = following
+            following = after
+            node = first_row + place
+            place += 1
+            next_link = tl.load(
+                link + first_row + place, mask=place < per_frame, other=-float("inf")
+            )
+            if next_link <= tau:
+                if has_runs:
+                    total, _ = tl.associative_scan((total, starts.to(tl.int32)), 0, _add_in_run)
+                value = _snapped(total * (tl.load(unit + node) * column_unit))
+                pair = ends & (column > node)
+                if use == _STRONGEST:
+                    own = tl.load(label + node)
+                    own_rank = tl.load(rank + node).to(tl.int64)
+                    lower = tl.minimum(own_rank, column_rank)
+                    higher = tl.maximum(own_rank, column_rank)
+                    weight = tl.floor(value * _WEIGHT_UNIT).to(tl.int64)
+                    key = (weight << _EDGE_BITS) | (((lower << _NODE_BITS) | higher) ^ _EDGE_MASK)
+                    key = tl.where(pair & (column_label != own), key, _NO_KEY)
+                    top = tl.max(key, 0)
+                    if top > tl.load(best + own):
+                        tl.atomic_max(best + own, top, sem="relaxed")
+                    column_best = tl.maximum(column_best, key)
+                elif use == _BETWEEN:
+                    own = tl.load(label + node)
+                    weight = tl.floor(value * _WEIGHT_UNIT).to(tl.int32)
+                    known = pair & (column_label != own)
+                    known = known & (tl.maximum(column_label, own) < num_parts)
+                    cell = best + own.to(tl.int64) * num_parts + column_label
+                    before = tl.load(cell, mask=known, other=_MOST)
+                    tl.atomic_max(cell, weight, mask=known & (weight > before), sem="relaxed")
+                elif use == _DEGREE:
+                    above = pair & (value > tau)
+                    num_above = tl.sum(above.to(tl.int32), 0)
+                    if num_above > 0:
+                        tl.atomic_add(degree + node, num_above, sem="relaxed")
+                        column_degree += above.to(tl.int32)
+                else:
+                    # A join takes long: one for each column waits until a second comes.
+                    above = pair & (value > tau)
+                    if tl.max((above & (pending >= 0)).to(tl.int32), 0) > 0:
+                        _union(parent, tl.maximum(pending, 0), column, pending >= 0)
+                        pending = tl.full((block,), -1, tl.int32)
+                    pending = tl.where(above, node, pending)
+                total = tl.zeros((block,), tl.float32)
+                going = place < last
+        if use == _STRONGEST:
+            before = tl.load(best + column_label, mask=ends, other=0)
+            tl.atomic_max(
+                best + column_label, column_best, mask=ends & (column_best > before), sem="relaxed"
+            )
+        if use == _DEGREE:
+            tl.atomic_add(degree + column, column_degree, mask=column_degree > 0, sem="relaxed")
+        if use == _UNION:
+            _union(parent, tl.maximum(pending, 0), column, pending >= 0)
 
 
 @triton.jit
-def _find_roots(parent, labels, num_nodes, block: tl.constexpr):
+def _num_components(link, parent, num_tokens, tau, block: tl.constexpr):
+    count = tl.zeros((), tl.int32)
+    for start in range(0, num_tokens, block):
+        node = start + tl.arange(0, block)
+        inside = node < num_tokens
+        is_root = tl.load(parent + node, mask=inside, other=-1) == node
+        count += tl.sum((is_root & inside & _ends(link, node, num_tokens, tau)).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _below(value):
+    """Return the largest float32 below the value."""
+    bits = value.to(tl.int32, bitcast=True)
+    lower = tl.where(value > 0, bits - 1, tl.where(value < 0, bits + 1, -2147483647))
+    return lower.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _interval(sorted_link, low, num_frames, num_breaks):
+    """Return the length of an interval, infinite from the last break on."""
+    start = tl.load(sorted_link + num_frames - 1 + low, mask=low > 0, other=-1.0)
+    end = tl.load(sorted_link + num_frames + low, mask=low < num_breaks, other=float("inf"))
+    return end.to(tl.float64) - start.to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_frames", "line_steps"])
+def steer_kernel(
+    state,
+    balance,
+    tau_at,
+    go,
+    link,
+    sorted_link,
+    parent,
+    num_tokens,
+    num_frames,
+    num_retained_at,
+    line_steps,
+    phase: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Take the count of a guess and make the next guess."""
+    if (phase != _STEP) | (tl.load(go) != 0):
+        low = tl.load(state + _LOW)
+        high = tl.load(state + _HIGH)
+        moved = tl.load(state + _MOVED)
+        steps = tl.load(state + _STEPS)
+        middle = tl.load(state + _MIDDLE)
+        below = tl.load(balance)
+        above = tl.load(balance + 1)
+        num_retained = tl.load(num_retained_at)
+        wanted = num_retained.to(tl.float64)
+        num_breaks = (num_tokens - num_frames).to(tl.int64)
+        if phase == _BEGIN:
+            # The temporal step only joins: an interval with fewer spatial components is out.
+            low = tl.maximum(num_retained - num_frames, 0).to(tl.int64)
+            high = num_breaks
+            below = tl.log(wanted)
+            above = tl.log((num_tokens.to(tl.float64) + 0.5) / wanted)
+            moved = moved * 0
+            steps = steps * 0
+        elif phase == _STEP:
+            count = _num_components(link, parent, num_tokens, tl.load(tau_at), block)
+            enough = count >= num_retained
+            found = count.to(tl.float64)
+            next_above = tl.where(
+                enough,
+                tl.log((found + 0.5) / wanted),
+                tl.where(moved == 2, above * 0.5, above),
+            )
+            next_below = tl.where(
+                enough,
+                tl.where(moved == 1, below * 0.5, below),
+                tl.log((wanted + 0.5) / tl.maximum(found, 1.0)),
+            )
+            above = next_above
+            below = next_below
+            high = tl.where(enough, middle, high)
+            low = tl.where(enough, low, middle + 1)
+            moved = tl.where(enough, moved * 0 + 1, moved * 0 + 2)
+            steps = steps + 1
+        else:
+            low = low + 1
+            high = low
+        if low >= high:
+            # No threshold is told apart in an interval that is narrower than the resolution.
+            while _interval(sorted_link, low, num_frames, num_breaks) <= _RESOLUTION:
+                low += 1
+            high = low
+        share = tl.where(steps < line_steps, below / (below + above), below * 0 + 0.5)
+        middle = low + (share * (high - low).to(tl.float64)).to(tl.int64)
+        middle = tl.maximum(tl.minimum(middle, high - 1), low)
+        at = tl.where(low < high, middle, low)
+        end = tl.load(sorted_link + num_frames + at, mask=at < num_breaks, other=0.0)
+        tau = tl.where(at < num_breaks, _below(end), float("inf"))
+        tl.store(state + _LOW, low)
+        tl.store(state + _HIGH, high)
+        tl.store(state + _MOVED, moved)
+        tl.store(state + _STEPS, steps)
+        tl.store(state + _MIDDLE, middle)
+        tl.store(balance, below)
+        tl.store(balance + 1, above)
+        tl.store(tau_at, tau)
+        tl.store(go, (low < high).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["num_nodes"])
+def find_roots_kernel(parent, label, num_nodes, block: tl.constexpr):
     node = tl.program_id(0) * block + tl.arange(0, block)
     active = node < num_nodes
     root = tl.load(parent + node, mask=active, other=0)
@@ -126,145 +479,446 @@ def _find_roots(parent, labels, num_nodes, block: tl.constexpr):
     while tl.max((active & (up != root)).to(tl.int32)) > 0:
         root = tl.where(active, up, root)
         up = tl.load(parent + root, mask=active, other=0)
-    tl.store(labels + node, root.to(tl.int64), mask=active)
+    tl.store(label + node, root, mask=active)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def hook_kernel(best, label, up, kept, node_of, go, next_go, num_tokens, block: tl.constexpr):
+    """Hook every component to the one at the other end of its strongest edge.
+
+    Of two that choose the same edge the lower stays. Each one that is hooked keeps its edge.
+    """
+    if tl.load(go) != 0:
+        node = tl.program_id(0) * block + tl.arange(0, block)
+        inside = node < num_tokens
+        is_root = inside & (tl.load(label + node, mask=inside, other=-1) == node)
+        key = tl.load(best + node, mask=is_root, other=_NO_KEY)
+        grows = is_root & (key != _NO_KEY)
+        edge = (key & _EDGE_MASK) ^ _EDGE_MASK
+        one = tl.load(node_of + (edge >> _NODE_BITS), mask=grows, other=0)
+        other = tl.load(node_of + (edge & _NODE_MASK), mask=grows, other=0)
+        one = tl.load(label + one, mask=grows, other=0)
+        other = tl.load(label + other, mask=grows, other=0)
+        beyond = tl.where(one == node, other, one)
+        unlike = tl.load(best + beyond, mask=grows, other=_NO_KEY) != key
+        hooks = grows & ((beyond < node) | unlike)
+        tl.store(up + node, beyond, mask=hooks)
+        tl.store(kept + node, key, mask=hooks)
+        if tl.max(hooks.to(tl.int32), 0) > 0:
+            tl.atomic_max(next_go, 1, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def flatten_kernel(best, label, up, go, num_tokens, block: tl.constexpr):
+    """Give every node the root of its component, and forget the strongest edges."""
+    if tl.load(go) != 0:
+        node = tl.program_id(0) * block + tl.arange(0, block)
+        active = node < num_tokens
+        root = tl.load(label + node, mask=active, other=0)
+        above = tl.load(up + root, mask=active, other=0)
+        while tl.max((active & (above != root)).to(tl.int32), 0) > 0:
+            root = tl.where(active, above, root)
+            above = tl.load(up + root, mask=active, other=0)
+        tl.store(label + node, root, mask=active)
+        tl.store(best + node, tl.full((block,), _NO_KEY, tl.int64), mask=active)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def number_parts_kernel(
+    label, link, tau_at, number, node_of, part, state, num_tokens, size, block: tl.constexpr
+):
+    """Number the components by their roots, in one program: of each node, and the root of each."""
+    tau = tl.load(tau_at)
+    seen = tl.zeros((), tl.int32)
+    for start in range(0, num_tokens, block):
+        node = start + tl.arange(0, block)
+        inside = node < num_tokens
+        is_root = inside & (tl.load(label + node, mask=inside, other=-1) == node)
+        is_root = is_root & _ends(link, node, num_tokens, tau)
+        place = seen + tl.cumsum(is_root.to(tl.int32), 0) - 1
+        tl.store(number + node, place, mask=is_root)
+        tl.store(node_of + place, node, mask=is_root & (place < size))
+        seen += tl.sum(is_root.to(tl.int32), 0)
+    tl.store(state + _NUM_COMPONENTS, seen.to(tl.int64))
+    tl.debug_barrier()
+    for start in range(0, num_tokens, block):
+        node = start + tl.arange(0, block)
+        inside = node < num_tokens
+        root = tl.load(label + node, mask=inside, other=0)
+        tl.store(part + node, tl.load(number + root, mask=inside, other=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def grow_kernel(
+    weights, label, up, best, kept, state, go, next_go, ticket, size, block: tl.constexpr
+):
+    """Do one of Boruvka's rounds with the weights of all pairs of components.
+
+    Each program finds the strongest edge of one; the last to end then does the rest of the round.
+    """
+    row = tl.program_id(0)
+    num = tl.minimum(tl.load(state + _NUM_COMPONENTS), size).to(tl.int32)
+    if (tl.load(go) != 0) & (row < num):
+        own = tl.load(label + row)
+        top = tl.full((), _NO_KEY, tl.int64)
+        for start in range(0, num, block):
+            column = start + tl.arange(0, block)
+            inside = column < num
+            at = weights + row.to(tl.int64) * size + column
+            weight = tl.load(at, mask=inside, other=_LEAST)
+            other = tl.load(label + column, mask=inside, other=own)
+            lower = tl.minimum(row, column).to(tl.int64)
+            higher = tl.maximum(row, column).to(tl.int64)
+            edge = ((lower << _NODE_BITS) | higher) ^ _EDGE_MASK
+            key = (weight.to(tl.int64) << _EDGE_BITS) | edge
+            known = inside & (other != own) & (weight != _LEAST)
+            top = tl.maximum(top, tl.max(tl.where(known, key, _NO_KEY), 0))
+        tl.atomic_max(best + own, top, sem="relaxed")
+        if tl.atomic_add(ticket, 1) == num - 1:
+            grows = tl.zeros((), tl.int32)
+            for start in range(0, num, block):
+                node = start + tl.arange(0, block)
+                inside = node < num
+                # Others wrote these: not from this processor's own cache.
+                key = tl.load(best + node, mask=inside, other=_NO_KEY, cache_modifier=".cg")
+                chosen = inside & (key != _NO_KEY)
+                edge = (key & _EDGE_MASK) ^ _EDGE_MASK
+                one = tl.load(label + (edge >> _NODE_BITS), mask=chosen, other=0)
+                other = tl.load(label + (edge & _NODE_MASK), mask=chosen, other=0)
+                beyond = tl.where(one == node, other, one)
+                same = tl.load(best + beyond, mask=chosen, other=_NO_KEY, cache_modifier=".cg")
+                hooks = chosen & ((beyond < node) | (same != key))
+                tl.store(up + node, beyond, mask=hooks)
+                tl.store(kept + node, key, mask=hooks)
+                grows = tl.maximum(grows, tl.max(hooks.to(tl.int32), 0))
+            tl.debug_barrier()
+            for start in range(0, num, block):
+                node = start + tl.arange(0, block)
+                active = node < num
+                root = tl.load(label + node, mask=active, other=0)
+                above = tl.load(up + root, mask=active, other=0, cache_modifier=".cg")
+                while tl.max((active & (above != root)).to(tl.int32), 0) > 0:
+                    root = tl.where(active, above, root)
+                    above = tl.load(up + root, mask=active, other=0, cache_modifier=".cg")
+                tl.store(label + node, root, mask=active)
+                tl.store(best + node, tl.full((block,), _NO_KEY, tl.int64), mask=active)
+            tl.store(ticket, 0)
+            tl.store(next_go, grows)
+
+
+@triton.jit(do_not_specialize=["size"])
+def sort_kernel(
+    values,
+    sorted_values,
+    order,
+    size,
+    decreasing: tl.constexpr,
+    own_block: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Sort by counting what comes before each, equal ones by their place."""
+    own_at = tl.program_id(0) * own_block + tl.arange(0, own_block)
+    own = tl.load(values + own_at, mask=own_at < size, other=0)
+    before = tl.zeros((own_block,), tl.int32)
+    for start in range(0, size, block):
+        at = start + tl.arange(0, block)
+        value = tl.load(values + at, mask=at < size, other=0)
+        first = (value[None, :] > own[:, None]) if decreasing else (value[None, :] < own[:, None])
+        equal = (value[None, :] == own[:, None]) & (at[None, :] < own_at[:, None])
+        first = (first | equal) & (at < size)[None, :]
+        before += tl.sum(first.to(tl.int32), 1)
+    tl.store(sorted_values + before, own, mask=own_at < size)
+    tl.store(order + before, own_at, mask=own_at < size)
 
 
 @triton.jit
-def _strongest(
-    cosines,
-    labels,
-    weight,
-    other,
-    size,
-    num_rows,
-    first_row,
+def _weight_of(keys, at, inside):
+    key = tl.load(keys + at, mask=inside, other=0)
+    return (key >> _EDGE_BITS).to(tl.float64) / _WEIGHT_UNIT
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_frames", "most_components"])
+def place_kernel(
+    state,
+    guess_at,
+    tau_at,
+    go,
+    keys,
+    sorted_link,
+    link,
+    parent,
+    num_tokens,
+    num_frames,
+    num_retained_at,
+    most_components,
+    margin,
     block: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    which = tl.program_id(1).to(tl.int64)
-    own = tl.load(labels + which * size + first_row + row)
-    at = cosines + which * num_rows * size + row.to(tl.int64) * size
-    best = tl.full((block,), -float("inf"), tl.float32)
-    where = tl.zeros((block,), tl.int32)
+    """Place the threshold in the interval that was found."""
+    low = tl.load(state + _LOW)
+    num_retained = tl.load(num_retained_at)
+    tau = tl.load(guess_at)
+    count = _num_components(link, parent, num_tokens, tau, block)
+    num_edges = count - 1
+    num_cut = tl.maximum(count - num_retained, 0)
+    at_least = tl.load(sorted_link + num_frames - 1 + low, mask=low > 0, other=-1.0).to(tl.float64)
+    is_last = low >= num_tokens - num_frames
+    beyond = tl.load(sorted_link + num_frames + low, mask=is_last == 0, other=float("inf"))
+    beyond = beyond.to(tl.float64)
+    has_next = num_cut < num_edges
+    strongest_left = _weight_of(keys, num_cut, has_next)
+    start = tl.where(has_next, tl.maximum(at_least, strongest_left), at_least)
+    too_narrow = beyond - start <= _RESOLUTION
+    num_above = tl.zeros((), tl.int32)
+    for first in range(0, num_edges, block):
+        edge = first + tl.arange(0, block)
+        inside = edge < num_edges
+        above = inside & (_weight_of(keys, edge, inside) > start + _RESOLUTION)
+        num_above += tl.sum(above.to(tl.int32), 0)
+    weakest = _weight_of(keys, num_above - 1, num_above > 0)
+    end = tl.minimum(beyond, 1.0)
+    end = tl.where(num_above > 0, tl.minimum(end, weakest), end)
+    found = (start + tl.minimum((end - start) * 0.5, margin)).to(tl.float32)
+    exact = found.to(tl.float64)
+    found = tl.where((exact >= start) & (exact < end), found, start.to(tl.float32))
+    last_made = _weight_of(keys, num_cut - 1, num_cut > 0)
+    tied = has_next & (num_cut > 0) & (last_made == strongest_left)
+    flags = tl.load(state + _FLAGS) & (_NOT_FINITE | _OUT_OF_RANGE)
+    flags |= tl.where(tl.load(go) != 0, _SEARCHING, 0)
+    flags |= tl.where(too_narrow, _TOO_NARROW, 0)
+    flags |= tl.where(tied, _TIED, 0)
+    flags |= tl.where(count > most_components, _TOO_MANY, 0)
+    tl.store(state + _FLAGS, flags)
+    tl.store(state + _NUM_COMPONENTS, count.to(tl.int64))
+    tl.store(tau_at, found)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def cut_kernel(keys, state, node_of, parent, num_tokens, num_retained_at, block: tl.constexpr):
+    """Make the strongest merges until K components are left."""
+    num_cut = tl.load(state + _NUM_COMPONENTS) - tl.load(num_retained_at)
+    edge = tl.program_id(0) * block + tl.arange(0, block)
+    active = (edge < num_cut) & (edge < num_tokens)
+    key = tl.load(keys + edge, mask=active, other=0)
+    active = active & (key != _NO_KEY)
+    pair = (key & _EDGE_MASK) ^ _EDGE_MASK
+    one = tl.load(node_of + (pair >> _NODE_BITS), mask=active, other=0)
+    other = tl.load(node_of + (pair & _NODE_MASK), mask=active, other=0)
+    _union(parent, one, other, active)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "per_frame"])
+def lead_tokens_kernel(
+    cosine, order, run_of, run_lead, tau_at, num_tokens, per_frame, block: tl.constexpr
+):
+    """Find each run's lowest token of highest degree."""
+    position = tl.program_id(0)
+    tau = tl.load(tau_at)
+    token = tl.load(order + position)
+    lane = tl.arange(0, block)
+    row = cosine + token.to(tl.int64) * per_frame
+    value = tl.load(row + lane, mask=lane < per_frame, other=_NO_EDGE)
+    degree = tl.sum(((value > tau) & (lane < per_frame)).to(tl.int64), 0)
+    key = (degree << 32) | (num_tokens - token).to(tl.int64)
+    tl.atomic_max(run_lead + tl.load(run_of + position), key, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def lead_runs_kernel(
+    run_lead,
+    label,
+    degree,
+    part_lead,
+    part_runs,
+    link,
+    tau_at,
+    num_tokens,
+    block: tl.constexpr,
+):
+    """Find each part's first run of highest degree."""
+    node = tl.program_id(0) * block + tl.arange(0, block)
+    inside = node < num_tokens
+    ends = inside & _ends(link, node, num_tokens, tl.load(tau_at))
+    behind = tl.load(run_lead + node, mask=ends, other=0) & _WORD
+    root = tl.load(label + node, mask=ends, other=0)
+    key = (tl.load(degree + node, mask=ends, other=0).to(tl.int64) << 32) | behind
+    tl.atomic_max(part_lead + root, key, mask=ends, sem="relaxed")
+    tl.atomic_add(part_runs + root, tl.full((block,), 1, tl.int32), mask=ends, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def rank_runs_kernel(
+    run_lead, rank_of_token, rank, node_of, link, tau_at, num_tokens, block: tl.constexpr
+):
+    """Number the runs in the paper's order, for edges of equal weight."""
+    node = tl.program_id(0) * block + tl.arange(0, block)
+    inside = node < num_tokens
+    ends = inside & _ends(link, node, num_tokens, tl.load(tau_at))
+    token = num_tokens - (tl.load(run_lead + node, mask=ends, other=0) & _WORD)
+    position = tl.load(rank_of_token + token, mask=ends, other=1) - 1
+    tl.store(rank + node, position.to(tl.int32), mask=ends)
+    tl.store(node_of + position, node, mask=ends)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def mark_leads_kernel(
+    lead,
+    label,
+    is_lead,
+    link,
+    tau_at,
+    num_tokens,
+    roots: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Mark the lead tokens of runs, or of parts, whose keys are at their roots."""
+    node = tl.program_id(0) * block + tl.arange(0, block)
+    inside = node < num_tokens
+    marks = inside & _ends(link, node, num_tokens, tl.load(tau_at))
+    if roots:
+        marks = marks & (tl.load(label + node, mask=inside, other=-1) == node)
+    behind = tl.load(lead + node, mask=marks, other=0) & _WORD
+    tl.store(is_lead + num_tokens - behind, tl.full((block,), 1, tl.int32), mask=marks)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def parts_kernel(
+    order,
+    run_of,
+    run_size,
+    label,
+    part_lead,
+    part_runs,
+    number_of_token,
+    part,
+    weight,
+    num_tokens,
+    block: tl.constexpr,
+):
+    """Give every token its part, numbered in the paper's order, and its weight in the part's mean
+    of its runs' means.
+    """
+    position = tl.program_id(0) * block + tl.arange(0, block)
+    inside = position < num_tokens
+    token = tl.load(order + position, mask=inside, other=0)
+    node = tl.load(run_of + position, mask=inside, other=0)
+    root = tl.load(label + node, mask=inside, other=0)
+    lead = num_tokens - (tl.load(part_lead + root, mask=inside, other=1) & _WORD)
+    number = tl.load(number_of_token + lead, mask=inside, other=1) - 1
+    size = tl.load(run_size + node, mask=inside, other=1).to(tl.float64)
+    runs = tl.load(part_runs + root, mask=inside, other=1).to(tl.float64)
+    tl.store(part + token, number.to(tl.int32), mask=inside)
+    tl.store(weight + token, 1.0 / (size * runs), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def joined_parts_kernel(begin, low_at, size, block: tl.constexpr):
+    """Number the parts of more than one token, in one program; of others tell -1."""
+    seen = tl.zeros((), tl.int32)
     for start in range(0, size, block):
-        column = start + tl.arange(0, block)
-        inside = column < size
-        value = tl.load(at + column, mask=inside, other=-float("inf"))
-        label = tl.load(labels + which * size + column, mask=inside, other=own)
-        value = tl.where(inside & (label != own), value, -float("inf"))
-        better = value > best
-        best = tl.where(better, value, best)
-        where = tl.where(better, column, where)
-    top = tl.max(best, 0)
-    # Each lane holds its first of the highest, so the lowest of these is the row's first.
-    first = tl.min(tl.where(best == top, where, size), 0)
-    out = which * num_rows + row
-    tl.store(weight + out, top)
-    tl.store(other + out, first.to(tl.int64))
+        part = start + tl.arange(0, block)
+        inside = part < size
+        first = tl.load(begin + part, mask=inside, other=0)
+        last = tl.load(begin + part + 1, mask=inside, other=0)
+        joined = (last > first + 1).to(tl.int32)
+        place = seen + tl.cumsum(joined, 0) - 1
+        tl.store(low_at + part, tl.where(joined == 1, place, -1), mask=inside)
+        seen += tl.sum(joined, 0)
+    tl.store(low_at + size, seen)
 
 
-def new_forest(num_nodes: int, device: torch.device) -> torch.Tensor:
-    """Return the forest in which every node is a tree, (num_nodes,) int32 parents."""
-    return torch.arange(num_nodes, dtype=torch.int32, device=device)
+@triton.jit(do_not_specialize=["width"])
+def sums_kernel(
+    rows,
+    order,
+    begin,
+    weight,
+    kept,
+    out,
+    low,
+    low_at,
+    width,
+    merges: tl.constexpr,
+    halves: tl.constexpr,
+    members: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Add up the rows of a part in the order of their number, in float64."""
+    part = tl.program_id(0)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < width
+    first = tl.load(begin + part)
+    last = tl.load(begin + part + 1)
+    total = tl.zeros((block,), tl.float64)
+    if last - first < members:
+        for member in range(first, last):
+            token = tl.load(order + member).to(tl.int64)
+            value = tl.load(rows + token * width + column, mask=inside, other=0.0).to(tl.float64)
+            if not merges:
+                value = value * tl.load(weight + token)
+            total += value
+    else:
+        for start in range(first, last, members):
+            member = start + tl.arange(0, members)
+            token = tl.load(order + member, mask=member < last, other=0).to(tl.int64)
+            at = rows + token[:, None] * width + column[None, :]
+            value = tl.load(at, mask=(member < last)[:, None] & inside[None, :], other=0.0)
+            value = value.to(tl.float64)
+            if not merges:
+                value = value * tl.load(weight + token, mask=member < last, other=0.0)[:, None]
+            total += tl.sum(value, 0)
+    at = part.to(tl.int64) * width + column
+    if merges:
+        representative = tl.load(kept + at, mask=inside, other=0.0).to(tl.float64)
+        mean = (total + representative) / (last - first + 1).to(tl.float64)
+        tl.store(out + at, mean.to(tl.float32).to(out.dtype.element_ty), mask=inside)
+    else:
+        mean = total.to(tl.float32)
+        tl.store(kept + at, mean, mask=inside)
+        if halves:
+            # Two numbers of 16 bits hold 16 of the 24 digits; a single token needs but one.
+            high = mean.to(out.dtype.element_ty)
+            tl.store(out + at, high, mask=inside)
+            place = tl.load(low_at + part).to(tl.int64)
+            rest = (mean - high.to(tl.float32)).to(out.dtype.element_ty)
+            at = place * width + column
+            tl.store(low + at, rest, mask=inside & (at >= 0))
 
 
-def union_edges(forest: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Join the trees at the ends of edges (left, right), int64, in place."""
-    if len(left):
-        grid = (triton.cdiv(len(left), _EDGES),)
-        _union_edges[grid](forest, left, right, len(left), block=_EDGES)
-
-
-def union_above(
-    forest: torch.Tensor,
-    cosines: torch.Tensor,
-    threshold: float,
-    first_row: int,
-    first_node: int,
-    unit: torch.Tensor | None = None,
-) -> None:
-    """Join the trees of pairs whose cosine is above the threshold, in place.
-
-    Args:
-        forest: parents of all nodes.
-        cosines: (sets, rows, n) float32, contiguous; those above the diagonal are looked at.
-        threshold: a float32 value.
-        first_row: number of the first row in its set.
-        first_node: number of the first set's first node.
-        unit: (n,) float32 if the cosines of the one set are still to be multiplied by these, of
-            row and column.
-    """
-    num_sets, num_rows, size = cosines.shape
-    grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(size, _COLUMNS), num_sets)
-    _union_above[grid](
-        forest,
-        cosines,
-        cosines if unit is None else unit,
-        threshold,
-        ONE,
-        size,
-        num_rows,
-        first_row,
-        first_node,
-        rows=_ROWS,
-        columns=_COLUMNS,
-        has_unit=unit is not None,
-    )
-
-
-def join_both(
-    products: torch.Tensor,
-    weight: torch.Tensor,
-    order: torch.Tensor,
-    first: torch.Tensor,
-    count: torch.Tensor,
-) -> torch.Tensor:
-    """Return the products of weighted sums of groups, (parts, parts) float32.
-
-    Args:
-        products: (n, n) float32, contiguous.
-        weight: (n,) float32.
-        order: (n,) int64, the rows by part.
-        first: (parts,) int64, where each part begins among them.
-        count: (parts,) int64, how many they are.
-    """
-    size, num_parts = len(products), len(count)
-    rows = torch.empty((num_parts, size), dtype=torch.float32, device=products.device)
-    _join_rows[(num_parts, triton.cdiv(size, _WIDE))](
-        products, rows, order, first, count, weight, size, block=_WIDE
-    )
-    joined = torch.empty((num_parts, num_parts), dtype=torch.float32, device=products.device)
-    _join_columns[(num_parts, triton.cdiv(num_parts, _WIDE))](
-        rows, joined, order, first, count, weight, size, num_parts, block=_WIDE
-    )
-    return joined
-
-
-def roots(forest: torch.Tensor) -> torch.Tensor:
-    """Return the root of every node's tree, its lowest node, (num_nodes,) int64."""
-    labels = torch.empty(len(forest), dtype=torch.int64, device=forest.device)
-    _find_roots[(triton.cdiv(len(forest), _WIDE),)](forest, labels, len(forest), block=_WIDE)
-    return labels
-
-
-def strongest_outgoing(
-    cosines: torch.Tensor, labels: torch.Tensor, first_row: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's highest cosine to a node of another label, and the first such node.
-
-    Args:
-        cosines: (sets, rows, n) float32, contiguous.
-        labels: (sets, n) int64, contiguous.
-        first_row: number of the first row in its set.
-
-    Returns:
-        (sets, rows) float32, -inf where there is none, and (sets, rows) int64.
-    """
-    num_sets, num_rows, size = cosines.shape
-    weight = torch.empty((num_sets, num_rows), dtype=torch.float32, device=cosines.device)
-    other = torch.empty((num_sets, num_rows), dtype=torch.int64, device=cosines.device)
-    block = min(_WIDE, triton.next_power_of_2(size))
-    _strongest[(num_rows, num_sets)](
-        cosines, labels, weight, other, size, num_rows, first_row, block=block
-    )
-    return weight, other
+@triton.jit(do_not_specialize=["num_kept", "stride"])
+def nearest_kernel(
+    product,
+    kept_length,
+    low_at,
+    row_length,
+    nearest,
+    num_kept,
+    stride,
+    halves: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Find each row's first representative whose cosine is within the resolution of the highest."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(row_length + row)
+    own = tl.where(length > 0, 1 / length, 0.0)
+    at = product + row * stride
+    top = tl.full((), -2.0, tl.float32)
+    first = num_kept
+    for turn in tl.static_range(2):
+        limit = top - _RESOLUTION
+        for start in range(0, num_kept, block):
+            column = start + tl.arange(0, block)
+            inside = column < num_kept
+            value = tl.load(at + column, mask=inside, other=0.0)
+            if halves:
+                place = tl.load(low_at + column, mask=inside, other=-1)
+                value += tl.load(at + num_kept + place, mask=place >= 0, other=0.0)
+            kept = tl.load(kept_length + column, mask=inside, other=1.0)
+            unit = tl.where(kept > 0, 1 / kept, 0.0)
+            cosine = tl.where(inside, value * (own * unit), -2.0)
+            if turn == 0:
+                top = tl.maximum(top, tl.max(cosine, 0))
+            else:
+                near = tl.where(inside & (cosine >= limit), column, num_kept)
+                first = tl.minimum(first, tl.min(near, 0))
+    tl.store(nearest + row, tl.minimum(first, num_kept - 1).to(tl.int64))

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from scissor_vllm.compression import similarity
-from scissor_vllm.compression.components import Components, kernels_for
+from scissor_vllm.compression.components import Components
 from scissor_vllm.compression.similarity import Similarity, exact_float32
-from scissor_vllm.compression.sums import grouped, sizes, weighted_sums
+from scissor_vllm.compression.sums import sizes, weighted_sums
 
 
 @dataclass(frozen=True)
@@ -29,36 +28,15 @@ class Products:
     first: torch.Tensor
     """(S,) int64: a token of each group."""
 
-    @staticmethod
-    def are_cheap(rows: torch.Tensor, dtype: torch.dtype) -> bool:
-        """Return whether all products of N rows together cost less than those of a part in float32.
-
-        That is where a GPU has units for numbers of this kind, and the products fit one block.
-        """
-        return (
-            rows.is_cuda and dtype == torch.bfloat16 and len(rows) ** 2 <= similarity.BLOCK_ELEMENTS
-        )
-
     @classmethod
-    def of_rows(cls, rows: torch.Tensor, dtype: torch.dtype) -> "Products":
-        """Return the products of rows (N, D) float32, each a group of its own.
-
-        Args:
-            rows: the tokens.
-            dtype: what they were before they became float32. A GPU multiplies 16-bit numbers many
-                times faster, exactly, and adds them up in float32.
-        """
+    def of_rows(cls, rows: torch.Tensor) -> "Products":
+        """Return the products of rows (N, D) float32, each a group of its own."""
         _, exponent = torch.frexp(rows.abs().amax(dim=1))
         # Far from where float32 ends, also for the products of what is scaled.
         exponent = exponent.clamp(-100, 100)
         scaled = rows * torch.exp2(-exponent.float())[:, None]
-        if rows.is_cuda and dtype == torch.bfloat16:
-            # A power of two changes no digit of what was bfloat16 before.
-            short = scaled.bfloat16()
-            product = torch.mm(short, short.T, out_dtype=torch.float32)
-        else:
-            with exact_float32(rows.device):
-                product = scaled @ scaled.T
+        with exact_float32(rows.device):
+            product = scaled @ scaled.T
         return cls(product, exponent, torch.arange(len(rows), device=rows.device))
 
     def joined(self, tokens: Components) -> "Products":
@@ -72,28 +50,14 @@ class Products:
         largest = largest.expand(num_parts).scatter_reduce(0, part, self.exponent, "amax")
         weight = torch.exp2((self.exponent - largest[part]).float())
         count = sizes(part, num_parts)
-        kernels = kernels_for(part.device)
-        if kernels is not None:
-            order, begin = grouped(part, count)
-            product = kernels.join_both(self.product, weight, order, begin, count)
-        else:
-            rows = weighted_sums(self.product, weight, part, count)
-            product = weighted_sums(rows.T.contiguous(), weight, part, count)
+        rows = weighted_sums(self.product, weight, part, count)
+        product = weighted_sums(rows.T.contiguous(), weight, part, count)
         first = torch.full_like(count, len(tokens.part))
         return Products(product, largest, first.scatter_reduce(0, part, self.first, "amin"))
 
     def similarity(self) -> Similarity:
         """Return the cosines of the groups' means."""
         return Similarity.of_products(self.product, self._unit())
-
-    def similarity_inside(self, num_sets: int) -> Similarity:
-        """Return the cosines inside each of equally large sets of groups that follow each other."""
-        size = len(self.product) // num_sets
-        blocks = self.product.view(num_sets, size, num_sets, size).diagonal(dim1=0, dim2=2)
-        unit = self._unit().view(num_sets, size)
-        return Similarity.of_cosines(
-            blocks.permute(2, 0, 1) * (unit[:, :, None] * unit[:, None, :])
-        )
 
     def _unit(self) -> torch.Tensor:
         """Return one over the length of each group's sum, 0 for a sum of zero."""

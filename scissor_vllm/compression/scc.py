@@ -104,9 +104,13 @@ def compress(
         check_num_retained(num_retained, num_tokens)
     if similarity_threshold is not None:
         check_similarity_threshold(similarity_threshold)
+    if num_tokens > EXHAUSTIVE_TOKENS:
+        compressed = _on_gpu(tokens, similarity_threshold, num_retained)
+        if compressed is not None:
+            return compressed
     frames = tokens.float()
     check_finite(frames)
-    video = _Video(frames, tokens.dtype)
+    video = _Video(frames)
     if num_retained is not None:
         threshold, kept = _within_budget(video, num_retained)
     else:
@@ -119,29 +123,32 @@ def compress(
     return CompressedTokens(merged.to(tokens.dtype), assignment, threshold)
 
 
+def _on_gpu(
+    tokens: torch.Tensor, threshold: float | None, num_retained: int | None
+) -> CompressedTokens | None:
+    """Return the result by the GPU's kernels, None where they are not for these tokens."""
+    if not tokens.is_cuda:
+        return None
+    try:
+        from scissor_vllm.compression import gpu
+    except ImportError:
+        # Without Triton the code below runs on the GPU too.
+        return None
+    search = gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN)
+    return gpu.compress(tokens, threshold, num_retained, search)
+
+
 class _Video:
     """A video's tokens and their similarities."""
 
-    def __init__(self, frames: torch.Tensor, dtype: torch.dtype) -> None:
-        """Take frames (T, P, D) float32, and what they were before."""
+    def __init__(self, frames: torch.Tensor) -> None:
+        """Take frames (T, P, D) float32."""
         self.flat = frames.reshape(-1, frames.shape[-1])
-        self.dtype = dtype
-        self.products: Products | None = None
-        if Products.are_cheap(self.flat, dtype):
-            self.products = Products.of_rows(self.flat, dtype)
-            self.spatial = self.products.similarity_inside(len(frames))
-        else:
-            self.spatial = Similarity(frames)
+        self.spatial = Similarity(frames)
 
     def means(self, spatial: Components) -> torch.Tensor:
         """Return the representatives of spatial components, (S, D) float32."""
         return _means(self.flat, spatial)
-
-    def temporal(self, spatial: Components, representatives: torch.Tensor) -> Similarity:
-        """Return the similarities of those representatives."""
-        if self.products is not None:
-            return self.products.joined(spatial).similarity()
-        return Similarity(representatives[None])
 
 
 def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
@@ -150,7 +157,7 @@ def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
     num_spatial = count_components(labels)
     in_frames = in_order(labels, degrees(video.spatial, threshold), num_spatial)
     representatives = video.means(in_frames)
-    temporal = video.temporal(in_frames, representatives)
+    temporal = Similarity(representatives[None])
     labels = threshold_labels(temporal, threshold)
     across_frames = in_order(labels, degrees(temporal, threshold), count_components(labels))
     return _means(representatives, across_frames)
@@ -173,7 +180,7 @@ def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tenso
     num_merges = num_spatial - num_retained
     if found.tied:
         # Which of several equal merges come first is decided by the paper's order.
-        trees = maximum_spanning_trees(video.temporal(in_frames, representatives))
+        trees = maximum_spanning_trees(Similarity(representatives[None]))
         left, right = trees.left, trees.right
     labels = forest_labels(num_spatial, left[:num_merges], right[:num_merges])
     return found.threshold, _means(representatives, in_order(labels, degree, num_retained))
@@ -205,21 +212,19 @@ class _Search:
     def __init__(self, video: _Video) -> None:
         self._video = video
         self._flat = video.flat
+        self._num_sets = video.spatial.num_sets
         self._trees = maximum_spanning_trees(video.spatial)
-        breaks, num_edges = torch.unique(self._trees.weight.cpu(), return_counts=True)
-        self._starts: list[float] = [-1.0, *breaks.tolist()]
-        num_spatial = video.spatial.num_sets + torch.cumsum(num_edges, 0)
-        self._num_spatial: list[int] = [video.spatial.num_sets, *num_spatial.tolist()]
+        self._starts: list[float] = [-1.0, *reversed(self._trees.weight.tolist())]
 
     def find(self, num_retained: int) -> _Found:
         """Return a threshold whose two steps leave at least K, no lower one found that does."""
         # The temporal step only joins: an interval with fewer than K spatial components is out.
-        low = bisect.bisect_left(self._num_spatial, num_retained)
+        low = max(0, num_retained - self._num_sets)
         num_tokens = len(self._flat)
         if num_tokens > EXHAUSTIVE_TOKENS:
-            products = self._video.products
-            if products is None and num_tokens**2 <= similarity.BLOCK_ELEMENTS:
-                products = Products.of_rows(self._flat, self._video.dtype)
+            products = None
+            if num_tokens**2 <= similarity.BLOCK_ELEMENTS:
+                products = Products.of_rows(self._flat)
             low = self._bisect(low, num_retained, products)
         while True:
             found = self._within(low, num_retained)
@@ -247,7 +252,7 @@ class _Search:
             else:
                 joined = products.joined(tokens)
                 temporal = joined.similarity()
-            below_end = _float32_below(self._starts[middle + 1])
+            below_end = _float32_below(self._end(middle))
             count = count_components(threshold_labels(temporal, below_end))
             if count >= num_retained:
                 # What is left to try joins these further.
@@ -264,23 +269,27 @@ class _Search:
 
     def _spatial(self, interval: int) -> Components:
         """Return the spatial components of an interval, by their lowest token."""
-        num_tokens, num_spatial = len(self._flat), self._num_spatial[interval]
-        num_edges = num_tokens - num_spatial
+        num_tokens, end = len(self._flat), self._end(interval)
+        num_edges = len(self._starts) - bisect.bisect_left(self._starts, end, lo=1)
+        num_spatial = num_tokens - num_edges
         left, right = self._trees.left[:num_edges], self._trees.right[:num_edges]
         return by_lowest_node(forest_labels(num_tokens, left, right), num_spatial)
+
+    def _end(self, interval: int) -> float:
+        return self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
 
     def _within(self, interval: int, num_retained: int) -> _Found | None:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
         spatial = self._spatial(interval)
         representatives = self._video.means(spatial)
-        temporal = self._video.temporal(spatial, representatives)
+        temporal = Similarity(representatives[None])
         trees = maximum_spanning_trees(temporal)
         weights: list[float] = trees.weight.tolist()
         num_merges = len(representatives) - num_retained
-        interval_end = self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
+        interval_end = self._end(interval)
         # What is above the threshold is merged: at most the num_merges strongest may be.
         start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
-        if interval_end - start <= RESOLUTION and interval_end > self._starts[interval]:
+        if interval_end - start <= RESOLUTION:
             return None
         num_above = bisect.bisect_left(weights, -start - RESOLUTION, key=operator.neg)
         end = min([interval_end, 1.0, *weights[max(num_above - 1, 0) : num_above]])

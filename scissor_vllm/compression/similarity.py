@@ -75,13 +75,6 @@ class Similarity:
         known.products = products, unit
         return known
 
-    @classmethod
-    def of_cosines(cls, cosines: torch.Tensor) -> "Similarity":
-        """Return the similarities of sets whose cosines (B, n, n) float32 are known."""
-        known = cls(cosines[:, :, :1])
-        known._whole = _symmetric(cosines)
-        return known
-
     def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """Yield (sets, rows, cosines (sets, rows, n) float32) until all rows were covered."""
         every_row = slice(0, self.size)

@@ -1,0 +1,115 @@
+"""CUDA graphs of searches: a hundred launches as one, for videos of a shape that comes again.
+
+The host needs longer to launch a search's small kernels one by one than a GPU to run them. A graph
+works on memory of its own, so few are kept, and only of videos up to a size.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+MAX_CAPTURES = 2
+"""Most graphs that are kept. Each holds two copies of its tokens, the products of all pairs and up
+to 128 MiB: some 300 MiB for 32 frames of 196 tokens, 3584 wide."""
+
+MAX_TOKENS = 1 << 13
+"""Most tokens of a captured search. With more, the GPU is busy longer than the host."""
+
+USES_BEFORE_CAPTURE = 2
+"""Searches of a shape that are launched one by one before it is captured."""
+
+_Key = tuple[object, ...]
+
+
+class Search(Protocol):
+    """What can be captured."""
+
+    retained: torch.Tensor
+    """(1,) int32 on the device: K, the only number that a start takes besides the tokens."""
+
+    def start(self) -> None:
+        """Launch work on the device, without waiting for it."""
+
+
+S = TypeVar("S", bound=Search)
+
+_lock = threading.Lock()
+_captures: OrderedDict[_Key, "_Capture[Any]"] = OrderedDict()
+_uses: OrderedDict[_Key, int] = OrderedDict()
+_MAX_USES_KEPT = 64
+
+
+class _Capture(Generic[S]):
+    """A search of one shape on one stream."""
+
+    def __init__(self, tokens: torch.Tensor, make: Callable[[torch.Tensor], S]) -> None:
+        self._tokens = tokens.clone()
+        self.search = make(self._tokens)
+        self.search.retained.fill_(1)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads of a server go on using the device meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self.search.start()
+
+    def start(self, tokens: torch.Tensor, num_retained: int) -> None:
+        self._tokens.copy_(tokens)
+        self.search.retained.fill_(num_retained)
+        self._graph.replay()
+
+
+@contextmanager
+def search(
+    tokens: torch.Tensor, num_retained: int, variant: object, make: Callable[[torch.Tensor], S]
+) -> Iterator[S]:
+    """Yield a search that was started; its memory is the caller's until the context ends.
+
+    Args:
+        tokens: (T, P, D) contiguous, on a CUDA device.
+        num_retained: K.
+        variant: what a search depends on besides shape and dtype.
+        make: returns the search of tokens.
+    """
+    stream = torch.cuda.current_stream(tokens.device)
+    key = (tokens.device, stream.cuda_stream, tokens.shape, tokens.dtype, variant)
+    with _lock:
+        capture = _captured(key, tokens, make)
+        if capture is not None:
+            capture.start(tokens, num_retained)
+            yield capture.search
+            return
+    alone = make(tokens)
+    alone.retained.fill_(num_retained)
+    alone.start()
+    yield alone
+
+
+def _captured(
+    key: _Key, tokens: torch.Tensor, make: Callable[[torch.Tensor], S]
+) -> _Capture[S] | None:
+    """Return the capture of a key, made now if it has come often enough, None if it has not."""
+    if tokens.shape[0] * tokens.shape[1] > MAX_TOKENS or torch.cuda.is_current_stream_capturing():
+        return None
+    if key in _captures:
+        _captures.move_to_end(key)
+        return _captures[key]
+    _uses[key] = _uses.pop(key, 0) + 1
+    if _uses[key] <= USES_BEFORE_CAPTURE:
+        if len(_uses) > _MAX_USES_KEPT:
+            _uses.popitem(last=False)
+        return None
+    del _uses[key]
+    while len(_captures) >= MAX_CAPTURES:
+        _captures.popitem(last=False)
+    _captures[key] = _Capture(tokens, make)
+    return _captures[key]
+
+
+def clear() -> None:
+    """Give back the memory of all graphs."""
+    with _lock:
+        _captures.clear()
+        _uses.clear()

@@ -1,0 +1,781 @@
+"""SCC on a GPU: the result of ``scc.py``, with the host out of the loop.
+
+Where ``scc.py`` looks at each guess before the next, here the guesses follow each other on the
+device, and so do the rounds that build the temporal step's spanning tree. The host reads a few
+numbers at the end, and goes on only if the search was not over or the tree is to be cut between
+equal weights.
+
+Three things make a guess cheap. Prim's order of a frame's tokens makes the components at every
+threshold runs of neighbours. The products of all pairs of tokens are computed once, those of two
+frames in one order only; the cosine of two runs is a sum of them. And of the temporal step's tree
+only what is below the found interval is built: what is above is one union.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+
+from scissor_vllm.compression import captures, kernels
+from scissor_vllm.compression.result import CompressedTokens
+from scissor_vllm.compression.similarity import BLOCK_ELEMENTS, exact_float32
+
+GUESSES = 10
+"""Guesses of a search between two looks of the host."""
+
+MAX_PRODUCTS = 1 << 29
+"""Most products that are held, 2 GiB in float32: those of 32 thousand tokens. Of more tokens they
+are computed again on each pass, in blocks, and the host looks at each guess."""
+
+BLOCK_PRODUCTS = 1 << 27
+"""Most products of such a block, 512 MiB."""
+
+ROW_BLOCKS = 4
+"""Products that are held are computed in so many blocks of rows, each from its own frame on."""
+
+MAX_COUNTED = 1 << 14
+"""Most numbers that are sorted by counting, in one launch in place of a radix sort's dozen."""
+
+MIN_COMPONENTS, MAX_COMPONENTS = 1 << 11, 1 << 12
+"""Components of which the weights between any two are held, at most 64 MiB. Of more, each of
+Boruvka's rounds goes through all products."""
+
+LEAST, MOST = 2.0**-40, 2.0**40
+"""Largest magnitudes of tokens between these have products and sums far from float32's ends."""
+
+_ROWS = 16
+_WIDE = 1024
+_NO_KEY = -(1 << 63)
+_LEAST = -(1 << 31)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What a search takes from ``scc.py``, where it is explained."""
+
+    line_steps: int
+    threshold_margin: float
+
+
+def compress(
+    tokens: torch.Tensor,
+    threshold: float | None,
+    num_retained: int | None,
+    settings: SearchSettings,
+) -> CompressedTokens | None:
+    """Return tokens merged at a threshold or to a budget, one of the two.
+
+    Args:
+        tokens: (T, P, D) floating, on a CUDA device.
+        threshold: cosine above which two tokens are connected.
+        num_retained: K.
+        settings: of the search for a budget's threshold.
+
+    Returns:
+        None if the tokens are too many or too unlike in size for these kernels, or not finite.
+    """
+    num_frames, per_frame, _ = tokens.shape
+    if num_frames * per_frame > kernels.MAX_NODES or per_frame > kernels.MAX_PER_FRAME:
+        return None
+    dtype = tokens.dtype
+    tokens = (tokens.float() if dtype == torch.float64 else tokens).contiguous()
+    if num_retained is None:
+        assert threshold is not None
+        video = Video(tokens)
+        parts = at_threshold(video, float(threshold))
+        return _compressed(video, parts, dtype)
+    size = num_components(num_frames * per_frame, num_retained)
+    make = partial(Search, num_components=size, settings=settings)
+    with captures.search(tokens, num_retained, (size, settings), make) as search:
+        parts = search.finish(num_retained)
+        return _compressed(search.video, parts, dtype)
+
+
+def _compressed(
+    video: "Video", parts: "Parts | None", dtype: torch.dtype
+) -> CompressedTokens | None:
+    if parts is None:
+        return None
+    merged, assignment = merge(video, parts)
+    return CompressedTokens(merged.to(dtype), assignment, parts.threshold)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is merged into one, numbered in the paper's order."""
+
+    threshold: float
+    num_parts: int
+    num_joined: int
+    """Parts of more than one token."""
+    tokens: "_Grouped"
+    weight: torch.Tensor
+    """(N,) float64: the token's share in the mean of its part's spatial components' means."""
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """Tokens by their part."""
+
+    order: torch.Tensor
+    """(N,) int32 or int64: the tokens of part 0, of part 1, ..., each in order of their number."""
+    begin: torch.Tensor
+    """(parts + 1,) int32: where each part begins among them."""
+
+    @classmethod
+    def of(cls, part: torch.Tensor, num_parts: int) -> "_Grouped":
+        """Group by part (N,) int32."""
+        by_part, order = _sorted(part)
+        bounds = torch.arange(num_parts + 1, dtype=torch.int32, device=part.device)
+        return cls(order, torch.searchsorted(by_part, bounds, out_int32=True))
+
+    def joined(self) -> torch.Tensor:
+        """Return the place of each part among those of more than one token, else -1, int32.
+
+        The last, for a part that is not there, is the number of those.
+        """
+        low_at = torch.empty_like(self.begin)
+        kernels.joined_parts_kernel[1,](self.begin, low_at, len(low_at) - 1, block=_WIDE)
+        return low_at
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Products of the tokens of some frames with those of all frames from the first of them on."""
+
+    products: torch.Tensor
+    """(elements,) float32: rows in blocks, each from its own first row's column on."""
+    first_frame: int
+    num_frames: int
+    base: int
+    """Products in the blocks that came before."""
+
+
+class Video:
+    """A video's tokens in Prim's order of each frame, their products, and what a pass fills in.
+
+    Positions in that order number the tokens; a component of the spatial step is a run of them, and
+    known by its last.
+    """
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        """Take tokens (T, P, D) float32, bfloat16 or float16."""
+        self.num_frames, self.per_frame, self.width = tokens.shape
+        self.num_tokens = self.num_frames * self.per_frame
+        self.device = tokens.device
+        self.rows = tokens.reshape(self.num_tokens, self.width)
+        self._lanes = max(16, triton.next_power_of_2(self.per_frame))
+        self._chunks = triton.cdiv(self.per_frame, _ROWS)
+        self.grid = (triton.cdiv(self.num_tokens, _WIDE),)
+
+        self.state = self.new(kernels.NUM_STATES, torch.int64)
+        self.length = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float32)
+        largest = torch.linalg.vector_norm(self.rows, math.inf, dim=1)
+        kernels.check_kernel[1,](
+            largest, self.state, self.num_tokens, LEAST, MOST, block=_WIDE, num_warps=4
+        )
+        frames = self.rows.view(tokens.shape)
+        self._inside = _multiplied(frames, frames.transpose(1, 2))
+        self._cosine = torch.empty_like(self._inside)
+        kernels.cosines_kernel[self.per_frame, self.num_frames](
+            self._inside, self._cosine, self.per_frame, block=self._lanes, num_warps=self._warps(2)
+        )
+        self._order = self.new(self.num_tokens, torch.int32)
+        self.link = self.new(self.num_tokens, torch.float32)
+        kernels.prim_kernel[self.num_frames,](
+            self._cosine,
+            self._order,
+            self.link,
+            self.per_frame,
+            block=self._lanes,
+            num_warps=self._warps(8),
+        )
+        self._ordered = self.rows[self._order]
+        self._hold_products()
+        self.tau = self.new(1, torch.float32)
+        self.always = self.new(1, torch.int32, 1)
+        self._unit = self.new(self.num_tokens, torch.float32)
+        self.parent = self.new(self.num_tokens, torch.int32)
+        self._run_of = self.new(self.num_tokens, torch.int32)
+        self._run_size = self.new(self.num_tokens, torch.int32)
+
+    def new(self, size: int, dtype: torch.dtype, value: int | None = None) -> torch.Tensor:
+        """Return a tensor (size,) on the device."""
+        if value is None:
+            return torch.empty(size, dtype=dtype, device=self.device)
+        return torch.full((size,), value, dtype=dtype, device=self.device)
+
+    def _warps(self, per_warp: int) -> int:
+        """Return the warps for a frame's row with so many vectors of 32 to a warp."""
+        return max(1, min(8, self._lanes // (32 * per_warp)))
+
+    def _hold_products(self) -> None:
+        """Compute all products, or none if they are too many to be held."""
+        self._block_rows = math.ceil(self.num_frames / ROW_BLOCKS) * self.per_frame
+        self._held: torch.Tensor | None = None
+        size = self._num_products_before(self.num_tokens)
+        if size > MAX_PRODUCTS:
+            rows = BLOCK_PRODUCTS // self.num_tokens
+            self._block_rows = max(1, rows // self.per_frame) * self.per_frame
+            return
+        self._held = self.new(size, torch.float32)
+        for start in range(0, self.num_tokens, self._block_rows):
+            self._multiply(start, self._held[self._num_products_before(start) :])
+
+    @property
+    def holds_products(self) -> bool:
+        return self._held is not None
+
+    def _num_products_before(self, row: int) -> int:
+        """Return how many products the blocks have that begin before a row."""
+        return sum(
+            min(self._block_rows, self.num_tokens - start) * (self.num_tokens - start)
+            for start in range(0, row, self._block_rows)
+        )
+
+    def _multiply(self, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Compute the block of products that begins with a row."""
+        left, right = self._ordered[start : start + self._block_rows], self._ordered[start:]
+        out = out[: len(left) * len(right)]
+        _multiplied(left, right.T, out.view(len(left), len(right)))
+        return out
+
+    def _blocks(self) -> Iterator[_Block]:
+        if self._held is not None:
+            yield _Block(self._held, 0, self.num_frames, 0)
+            return
+        buffer = self.new(self._block_rows * self.num_tokens, torch.float32)
+        for start in range(0, self.num_tokens, self._block_rows):
+            rows = min(self._block_rows, self.num_tokens - start)
+            yield _Block(
+                self._multiply(start, buffer),
+                start // self.per_frame,
+                rows // self.per_frame,
+                self._num_products_before(start),
+            )
+
+    def unite(self, tau: torch.Tensor, go: torch.Tensor) -> None:
+        """Find the runs at tau (1,), and join those whose cosine is above it, unless go is 0."""
+        kernels.lengths_kernel[self.num_frames, self._chunks](
+            self._inside,
+            self._order,
+            self.link,
+            self._unit,
+            self.parent,
+            self._run_of,
+            self._run_size,
+            tau,
+            go,
+            self.per_frame,
+            block=self._lanes,
+            rows=_ROWS,
+            num_warps=self._warps(4),
+        )
+        unused = self.parent
+        self._pairs(kernels.UNION, tau, go, unused, unused, unused, unused)
+
+    def _pairs(
+        self,
+        use: int,
+        tau: torch.Tensor,
+        go: torch.Tensor,
+        label: torch.Tensor,
+        rank: torch.Tensor,
+        best: torch.Tensor,
+        degree: torch.Tensor,
+        num_parts: int = 0,
+    ) -> None:
+        for block in self._blocks():
+            kernels.pairs_kernel[self.num_frames, block.num_frames, self._chunks](
+                block.products,
+                self.link,
+                self._unit,
+                self.parent,
+                label,
+                rank,
+                best,
+                degree,
+                tau,
+                go,
+                self.num_tokens,
+                self.per_frame,
+                self._block_rows,
+                block.base,
+                block.first_frame,
+                num_parts,
+                block=self._lanes,
+                rows=_ROWS,
+                use=use,
+                aligned=self.per_frame % 4 == 0,
+                num_warps=self._warps(8),
+            )
+
+    def labels(self) -> torch.Tensor:
+        """Return each node's component (N,) int32, its lowest node."""
+        label = torch.empty_like(self.parent)
+        kernels.find_roots_kernel[self.grid](self.parent, label, self.num_tokens, block=_WIDE)
+        return label
+
+    def strongest(
+        self,
+        tau: torch.Tensor,
+        go: torch.Tensor,
+        label: torch.Tensor,
+        rank: torch.Tensor,
+        best: torch.Tensor,
+    ) -> None:
+        """Raise each component's key in ``best`` to that of its strongest edge to another."""
+        self._pairs(kernels.STRONGEST, tau, go, label, rank, best, best)
+
+    def between(
+        self, tau: torch.Tensor, part: torch.Tensor, weights: torch.Tensor, num_parts: int
+    ) -> None:
+        """Raise the weights (parts * parts,) int32 to those of the strongest edges between parts.
+
+        Args:
+            tau: (1,).
+            part: (N,) int32 by node.
+            weights: of part i to part j or of j to i.
+            num_parts: those from this one on are left out.
+        """
+        self._pairs(kernels.BETWEEN, tau, self.always, part, part, weights, self.parent, num_parts)
+
+    def ranks(
+        self, lead: torch.Tensor, rank_of_token: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the place of each run in the paper's order, (N,) int32 by node, and the inverse.
+
+        Args:
+            lead: what ``order_of_runs`` returned, with ``rank_of_token``.
+            rank_of_token: see there.
+        """
+        rank, node_of = (
+            self.new(self.num_tokens, torch.int32),
+            self.new(self.num_tokens, torch.int32),
+        )
+        kernels.rank_runs_kernel[self.grid](
+            lead, rank_of_token, rank, node_of, self.link, self.tau, self.num_tokens, block=_WIDE
+        )
+        return rank, node_of
+
+    def order_of_runs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the runs at tau by the paper's order.
+
+        Returns:
+            (N,) int64 by node: in the low half, how many tokens there are from the run's lowest
+            token of highest degree to the end; and (N,) int64 by token: how many runs have theirs
+            at or before the token.
+        """
+        lead = self.new(self.num_tokens, torch.int64, 0)
+        kernels.lead_tokens_kernel[self.num_tokens,](
+            self._cosine,
+            self._order,
+            self._run_of,
+            lead,
+            self.tau,
+            self.num_tokens,
+            self.per_frame,
+            block=self._lanes,
+            num_warps=self._warps(4),
+        )
+        is_lead = self.new(self.num_tokens, torch.int32, 0)
+        kernels.mark_leads_kernel[self.grid](
+            lead, self.parent, is_lead, self.link, self.tau, self.num_tokens, roots=0, block=_WIDE
+        )
+        return lead, torch.cumsum(is_lead, 0)
+
+    def parts(self, label: torch.Tensor, lead: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the components of the runs at tau in the paper's order.
+
+        Args:
+            label: (N,) int32 by node, the component of each run.
+            lead: what ``order_of_runs`` returned.
+
+        Returns:
+            The part of each token (N,) int32, its weight (N,) float64, and the number of parts.
+        """
+        degree = self.new(self.num_tokens, torch.int32, 0)
+        self._pairs(kernels.DEGREE, self.tau, self.always, degree, degree, degree, degree)
+        part_lead = self.new(self.num_tokens, torch.int64, 0)
+        part_runs = self.new(self.num_tokens, torch.int32, 0)
+        kernels.lead_runs_kernel[self.grid](
+            lead,
+            label,
+            degree,
+            part_lead,
+            part_runs,
+            self.link,
+            self.tau,
+            self.num_tokens,
+            block=_WIDE,
+        )
+        is_lead = self.new(self.num_tokens, torch.int32, 0)
+        kernels.mark_leads_kernel[self.grid](
+            part_lead, label, is_lead, self.link, self.tau, self.num_tokens, roots=1, block=_WIDE
+        )
+        number = torch.cumsum(is_lead, 0)
+        part = self.new(self.num_tokens, torch.int32)
+        weight = self.new(self.num_tokens, torch.float64)
+        kernels.parts_kernel[self.grid](
+            self._order,
+            self._run_of,
+            self._run_size,
+            label,
+            part_lead,
+            part_runs,
+            number,
+            part,
+            weight,
+            self.num_tokens,
+            block=_WIDE,
+        )
+        return part, weight, number[-1]
+
+
+def at_threshold(video: Video, threshold: float) -> Parts | None:
+    """Return the parts that both steps leave at a threshold. One look of the host.
+
+    None if these tokens are not for these kernels.
+    """
+    video.tau.fill_(threshold)
+    video.unite(video.tau, video.always)
+    lead, _ = video.order_of_runs()
+    part, weight, num_parts = video.parts(video.labels(), lead)
+    tokens = _Grouped.of(part, video.num_tokens)
+    seen = torch.stack([video.state[kernels.FLAGS], num_parts, tokens.joined()[-1]])
+    flags, count, num_joined = seen.tolist()
+    if flags:
+        return None
+    tokens = _Grouped(tokens.order, tokens.begin[: count + 1])
+    return Parts(threshold, count, num_joined, tokens, weight)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a search has come to."""
+
+    tokens: _Grouped
+    weight: torch.Tensor
+    """(N,) float64."""
+    seen: torch.Tensor
+    """(3,) float64 for the host: flags, the threshold, and the parts of more than one token."""
+
+
+class Search:
+    """The search of ``scc.py`` for the threshold of a budget, on the device.
+
+    ``start`` never waits for the device and depends on K by a number on the device alone, so that
+    it can be captured in a CUDA graph where products are held.
+    """
+
+    def __init__(self, tokens: torch.Tensor, num_components: int, settings: SearchSettings) -> None:
+        """Take tokens (T, P, D), and how many components a tree is built between at once."""
+        self._tokens = tokens
+        self._num_components = num_components
+        self._settings = settings
+        self.retained = torch.empty(1, dtype=torch.int32, device=tokens.device)
+        """K."""
+
+    def start(self) -> None:
+        """Search, cut, and note what the host is to look at."""
+        self.video = video = Video(self._tokens)
+        self._sorted_link = _sorted(video.link)[0]
+        self._balance = video.new(2, torch.float64)
+        self._tau = video.new(1, torch.float32)
+        self._searching = video.new(1, torch.int32)
+        self._steer(kernels.BEGIN)
+        self._guess()
+        self._first = self._cut(in_paper_order=False)
+
+    def finish(self, num_retained: int) -> Parts | None:
+        """Return parts for a threshold whose two steps leave at least K, cut to K.
+
+        The host looks once; again after each further ``GUESSES`` guesses, for each interval that is
+        too narrow to hold a threshold, and if equal weights are on both sides of the cut. None if
+        these tokens are not for these kernels.
+        """
+        # What was captured is written again by the next start: it stays where it is.
+        cut, in_paper_order = self._first, False
+        while True:
+            number, threshold, num_joined = cut.seen.tolist()
+            flags = int(number)
+            if flags & (kernels.NOT_FINITE | kernels.OUT_OF_RANGE):
+                return None
+            if flags & kernels.SEARCHING:
+                self._guess()
+            elif flags & kernels.TOO_NARROW:
+                self._steer(kernels.NEXT)
+            elif flags & (kernels.TIED | kernels.TOO_MANY) and not in_paper_order:
+                in_paper_order = True
+            else:
+                tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])
+                return Parts(threshold, num_retained, int(num_joined), tokens, cut.weight)
+            cut = self._cut(in_paper_order)
+
+    def _guess(self) -> None:
+        """Make guesses until the search is over or the host is to look."""
+        video = self.video
+        for _ in range(GUESSES):
+            video.unite(self._tau, self._searching)
+            self._steer(kernels.STEP)
+            if not video.holds_products and not int(self._searching):
+                break
+
+    def _steer(self, phase: int) -> None:
+        video = self.video
+        kernels.steer_kernel[1,](
+            video.state,
+            self._balance,
+            self._tau,
+            self._searching,
+            video.link,
+            self._sorted_link,
+            video.parent,
+            video.num_tokens,
+            video.num_frames,
+            self.retained,
+            self._settings.line_steps,
+            phase=phase,
+            block=_WIDE,
+        )
+
+    def _cut(self, in_paper_order: bool) -> _Cut:
+        """Place the threshold, cut the tree, group the tokens by part and weight them.
+
+        Args:
+            in_paper_order: whether equal merges are ordered by the paper's order of the runs, which
+                follows from the threshold. It does not matter but at the cut.
+        """
+        video = self.video
+        video.unite(self._tau, video.always)
+        label = video.labels()
+        if in_paper_order:
+            rank = node_of = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
+            keys = self._spanning_tree(label, rank, node_of)
+        else:
+            keys, node_of = self._tree_between_components(label)
+        kernels.place_kernel[1,](
+            video.state,
+            self._tau,
+            video.tau,
+            self._searching,
+            keys,
+            self._sorted_link,
+            video.link,
+            video.parent,
+            video.num_tokens,
+            video.num_frames,
+            self.retained,
+            len(keys),
+            self._settings.threshold_margin,
+            block=_WIDE,
+        )
+        lead, rank_of_token = video.order_of_runs()
+        if in_paper_order:
+            rank, node_of = video.ranks(lead, rank_of_token)
+            keys = self._spanning_tree(label, rank, node_of)
+        kernels.cut_kernel[triton.cdiv(len(keys), 128),](
+            keys,
+            video.state,
+            node_of,
+            video.parent,
+            len(keys),
+            self.retained,
+            block=128,
+        )
+        part, weight, _ = video.parts(video.labels(), lead)
+        tokens = _Grouped.of(part, video.num_tokens)
+        seen = [video.state[kernels.FLAGS :], video.tau, tokens.joined()[-1:]]
+        return _Cut(tokens, weight, torch.cat([each.double() for each in seen]))
+
+    def _tree_between_components(self, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maximum spanning tree of components from the weights between any two.
+
+        Their number is not known here, but it is rarely far above K.
+
+        Args:
+            label: (N,) int32 by node.
+
+        Returns:
+            (C,) int64 keys of edges, strongest first, then what is no edge; and a node of each
+            component by the number that keys name it by, (C,) int32.
+        """
+        video, size = self.video, self._num_components
+        node_of = video.new(size, torch.int32, 0)
+        number, part = torch.empty_like(label), torch.empty_like(label)
+        kernels.number_parts_kernel[1,](
+            label,
+            video.link,
+            self._tau,
+            number,
+            node_of,
+            part,
+            video.state,
+            video.num_tokens,
+            size,
+            block=_WIDE,
+        )
+        weights = video.new(size * size, torch.int32, _LEAST)
+        video.between(self._tau, part, weights, size)
+        square = weights.view(size, size)
+        symmetric = torch.maximum(square, square.T)
+        label = torch.arange(size, dtype=torch.int32, device=video.device)
+        up = label.clone()
+        best, kept = video.new(2 * size, torch.int64, _NO_KEY).split(size)
+        go = self._rounds(size)
+        for turn in range(len(go) - 2):
+            kernels.grow_kernel[size,](
+                symmetric,
+                label,
+                up,
+                best,
+                kept,
+                video.state,
+                go[turn:],
+                go[turn + 1 :],
+                go[-1:],
+                size,
+                block=_WIDE,
+            )
+        return _sorted(kept, decreasing=True)[0], node_of
+
+    def _rounds(self, size: int) -> torch.Tensor:
+        """Return what tells each of Boruvka's rounds to run, at first the first, and a zero."""
+        go = self.video.new(size.bit_length() + 2, torch.int32, 0)
+        go[:1].fill_(1)
+        return go
+
+    def _spanning_tree(
+        self, label: torch.Tensor, rank: torch.Tensor, node_of: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the maximum spanning tree of components, by Boruvka's rounds.
+
+        Args:
+            label: (N,) int32 by node.
+            rank: (N,) int32 by node, the order of nodes where weights are equal.
+            node_of: its inverse.
+
+        Returns:
+            (N,) int64 keys of edges, strongest first, then what is no edge.
+        """
+        video = self.video
+        label, up = (
+            label.clone(),
+            torch.arange(video.num_tokens, dtype=torch.int32, device=video.device),
+        )
+        best = video.new(video.num_tokens, torch.int64, _NO_KEY)
+        kept = video.new(video.num_tokens, torch.int64, _NO_KEY)
+        go = self._rounds(video.num_tokens)
+        for turn in range(len(go) - 2):
+            this, following = go[turn:], go[turn + 1 :]
+            video.strongest(self._tau, this, label, rank, best)
+            kernels.hook_kernel[video.grid](
+                best, label, up, kept, node_of, this, following, video.num_tokens, block=_WIDE
+            )
+            kernels.flatten_kernel[video.grid](best, label, up, this, video.num_tokens, block=_WIDE)
+            if not video.holds_products and not int(go[turn + 1]):
+                break
+        return _sorted(kept, decreasing=True)[0]
+
+
+def merge(video: Video, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the tokens are merged into, and where each went.
+
+    Returns:
+        (K, D) of the tokens' dtype, and (N,) int64.
+    """
+    num_parts, width = parts.num_parts, video.width
+    kept = torch.empty(num_parts, width, dtype=torch.float32, device=video.device)
+    low_at = parts.tokens.joined()
+    # Products of 16-bit numbers are exact and fast: representatives are sums of two such.
+    is_short = video.rows.dtype == torch.bfloat16
+    factors = kept
+    if is_short:
+        # Products in rows of a round length are several times faster.
+        size = triton.cdiv(num_parts + parts.num_joined, 64) * 64
+        factors = torch.empty(size, width, dtype=torch.bfloat16, device=video.device)
+    grid = (num_parts, triton.cdiv(width, 128))
+    block = {"members": 16, "block": 128}
+    kernels.sums_kernel[grid](
+        video.rows,
+        parts.tokens.order,
+        parts.tokens.begin,
+        parts.weight,
+        kept,
+        factors,
+        factors[num_parts:],
+        low_at,
+        width,
+        merges=False,
+        halves=is_short,
+        **block,
+    )
+    length = torch.linalg.vector_norm(kept, dim=1)
+    assignment = video.new(video.num_tokens, torch.int64)
+    step = max(1, BLOCK_ELEMENTS // len(factors))
+    for start in range(0, video.num_tokens, step):
+        rows = video.rows[start : start + step]
+        product = _multiplied(rows if is_short else rows.float(), factors.T)
+        kernels.nearest_kernel[len(rows),](
+            product,
+            length,
+            low_at,
+            video.length[start:],
+            assignment[start:],
+            num_parts,
+            len(factors),
+            halves=is_short,
+            block=_WIDE,
+        )
+    merged = torch.empty(num_parts, width, dtype=video.rows.dtype, device=video.device)
+    tokens = _Grouped.of(assignment.int(), num_parts)
+    kernels.sums_kernel[grid](
+        video.rows,
+        tokens.order,
+        tokens.begin,
+        parts.weight,
+        kept,
+        merged,
+        merged,
+        low_at,
+        width,
+        merges=True,
+        halves=False,
+        **block,
+    )
+    return merged, assignment
+
+
+def num_components(num_tokens: int, num_retained: int) -> int:
+    """Return how many components to build a tree between: those above K are rarely many."""
+    expected = num_retained + max(1024, num_retained // 4)
+    size = MIN_COMPONENTS if expected <= MIN_COMPONENTS else MAX_COMPONENTS
+    return min(num_tokens, size)
+
+
+def _sorted(values: torch.Tensor, decreasing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values in order and where each was, equal ones by their place."""
+    if len(values) > MAX_COUNTED:
+        return torch.sort(values, descending=decreasing, stable=True)
+    result = torch.empty_like(values)
+    order = torch.empty(len(values), dtype=torch.int32, device=values.device)
+    kernels.sort_kernel[triton.cdiv(len(values), 32),](
+        values, result, order, len(values), decreasing=decreasing, own_block=32, block=256
+    )
+    return result, order
+
+
+def _multiplied(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return left @ right in float32; numbers of 16 bits are multiplied exactly."""
+    if left.dtype == torch.float32 or left.device.type != "cuda":
+        with exact_float32(left.device):
+            return torch.matmul(left.float(), right.float(), out=out)
+    multiply = torch.bmm if left.dim() == 3 else torch.mm
+    if out is None:
+        return multiply(left, right, out_dtype=torch.float32)
+    return multiply(left, right, out_dtype=torch.float32, out=out)
