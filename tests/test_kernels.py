@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scissor_vllm import compress
+from scissor_vllm import CompressedTokens, compress
 
 gpu = pytest.mark.gpu
 
@@ -27,7 +27,8 @@ def make_video(
 
 
 def check_same(tokens: torch.Tensor, **budget: float) -> None:
-    cpu, cuda = compress(tokens, **budget), compress(tokens.cuda(), **budget)  # type: ignore[arg-type]
+    cpu: CompressedTokens = compress(tokens, **budget)  # type: ignore[arg-type]
+    cuda: CompressedTokens = compress(tokens.cuda(), **budget)  # type: ignore[arg-type]
     assert cuda.tokens.is_cuda
     assert cuda.tokens.dtype == tokens.dtype
     assert torch.equal(cpu.assignment, cuda.assignment.cpu()), budget
@@ -163,7 +164,7 @@ def test_a_token_that_is_not_finite_is_refused_as_on_the_cpu(value: float) -> No
     for budget in ({"num_retained": 50}, {"similarity_threshold": 0.5}):
         for _ in range(4):
             with pytest.raises(ValueError, match="finite"):
-                compress(tokens, **budget)  # type: ignore[arg-type]
+                compress(tokens, **budget)
 
 
 @gpu
