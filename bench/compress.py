@@ -1,9 +1,10 @@
-"""Prints how long compression of one video takes, in each form, on random and clustered tokens.
+"""Prints how long compression of one video takes, in each form, on random, clustered and alike tokens.
 
     python bench/compress.py [--shape T P D] [--dtype bfloat16] [--device cuda] [--json FILE]
 
 On a GPU times are those of CUDA events, from the call to its end, host work included. Clustered
 tokens are what video looks like to the method: every frame shows the same 200 things, with noise.
+Alike are those of a still video: so many are equal that equal merges must be put in order.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scissor_vllm.compression import get_compressor  # noqa: E402
 
 NUM_THINGS = 200
 NOISE = 0.5
+ALIKE_NOISE = 1e-4
 
 FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
     "budget 0.05": lambda tokens: compress(tokens, retention_ratio=0.05),
@@ -46,6 +48,8 @@ def make_tokens(kind: str, shape: tuple[int, int, int], seed: int) -> torch.Tens
     noise = torch.randn(shape, generator=generator)
     if kind == "random":
         return noise
+    if kind == "alike":
+        return 1 + ALIKE_NOISE * noise
     things = torch.randn(NUM_THINGS, width, generator=generator)
     shown = torch.randint(0, NUM_THINGS, (per_frame,), generator=generator)
     return things[shown].expand(num_frames, -1, -1) + NOISE * noise
@@ -83,7 +87,7 @@ def main() -> None:
     shape = tuple(args.shape)
     rows = []
     print(f"{shape} {args.dtype} on {args.device}: median ms (fastest - slowest), tokens kept")
-    for kind in ("clustered", "random"):
+    for kind in ("clustered", "random", "alike"):
         tokens = make_tokens(kind, shape, seed=0).to(args.device, getattr(torch, args.dtype))
         for name, form in FORMS.items():
             times = measure(form, tokens, args.repeats)

@@ -167,6 +167,16 @@ def test_a_token_that_is_not_finite_is_refused_as_on_the_cpu(value: float) -> No
                 compress(tokens, **budget)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-3])
+@gpu
+def test_tokens_that_are_nearly_all_alike_are_compressed(noise: float) -> None:
+    # More components than a tree is built between at once, all at the same cosine.
+    generator = torch.Generator().manual_seed(11)
+    tokens = 1 + noise * torch.randn(32, 196, 64, generator=generator)
+    for kept in (1, 63, 627, 3136):
+        check_same(tokens, num_retained=kept)
+
+
 @gpu
 def test_zero_tokens_are_like_nothing() -> None:
     tokens = make_video(20, 0.2, 8)
@@ -221,6 +231,11 @@ for tokens, kept in (
         assert torch.equal(assignment, expected.assignment), budget
         torch.testing.assert_close(merged, expected.tokens, atol=2e-2, rtol=0)
         assert abs(threshold - expected.similarity_threshold) < 1e-5, budget
+
+gpu.MIN_COMPONENTS = gpu.MAX_COMPONENTS = 3
+for video in (tokens, torch.ones(3, 9, 8)):
+    expected = compress(video, num_retained=4)
+    assert torch.equal(on_kernels(video, num_retained=4)[2], expected.assignment)
 
 gpu.MAX_PRODUCTS, gpu.BLOCK_PRODUCTS = 0, 2 * 9 * 45
 assert torch.equal(on_kernels(tokens, **budgets[0])[2], compress(tokens, **budgets[0]).assignment)

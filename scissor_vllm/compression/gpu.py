@@ -11,6 +11,7 @@ frames in one order only; the cosine of two runs is a sum of them. And of the te
 only what is below the found interval is built: what is above is one union.
 """
 
+import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -453,6 +454,18 @@ def at_threshold(video: Video, threshold: float) -> Parts | None:
     return Parts(threshold, count, num_joined, tokens, weight)
 
 
+class _Tree(enum.Enum):
+    """How the spanning tree below the found interval is built."""
+
+    BETWEEN = enum.auto()
+    """From the weights between any two components; they are rarely many."""
+    WHOLE = enum.auto()
+    """From all products, where the components are too many."""
+    IN_PAPER_ORDER = enum.auto()
+    """So, and equal weights by the paper's order of the runs, which follows from the threshold:
+    where equal ones are on both sides of the cut. The threshold is where it was placed before."""
+
+
 @dataclass(frozen=True)
 class _Cut:
     """What a search has come to."""
@@ -488,7 +501,7 @@ class Search:
         self._searching = video.new(1, torch.int32)
         self._steer(kernels.BEGIN)
         self._guess()
-        self._first = self._cut(in_paper_order=False)
+        self._first = self._cut(_Tree.BETWEEN)
 
     def finish(self, num_retained: int) -> Parts | None:
         """Return parts for a threshold whose two steps leave at least K, cut to K.
@@ -498,7 +511,7 @@ class Search:
         these tokens are not for these kernels.
         """
         # What was captured is written again by the next start: it stays where it is.
-        cut, in_paper_order = self._first, False
+        cut, tree = self._first, _Tree.BETWEEN
         while True:
             number, threshold, num_joined = cut.seen.tolist()
             flags = int(number)
@@ -508,12 +521,14 @@ class Search:
                 self._guess()
             elif flags & kernels.TOO_NARROW:
                 self._steer(kernels.NEXT)
-            elif flags & (kernels.TIED | kernels.TOO_MANY) and not in_paper_order:
-                in_paper_order = True
+            elif flags & kernels.TOO_MANY:
+                tree = _Tree.WHOLE
+            elif flags & kernels.TIED and tree != _Tree.IN_PAPER_ORDER:
+                tree = _Tree.IN_PAPER_ORDER
             else:
                 tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])
                 return Parts(threshold, num_retained, int(num_joined), tokens, cut.weight)
-            cut = self._cut(in_paper_order)
+            cut = self._cut(tree)
 
     def _guess(self) -> None:
         """Make guesses until the search is over or the host is to look."""
@@ -542,21 +557,39 @@ class Search:
             block=_WIDE,
         )
 
-    def _cut(self, in_paper_order: bool) -> _Cut:
-        """Place the threshold, cut the tree, group the tokens by part and weight them.
-
-        Args:
-            in_paper_order: whether equal merges are ordered by the paper's order of the runs, which
-                follows from the threshold. It does not matter but at the cut.
-        """
+    def _cut(self, tree: _Tree) -> _Cut:
+        """Place the threshold, cut the tree, group the tokens by part and weight them."""
         video = self.video
         video.unite(self._tau, video.always)
         label = video.labels()
-        if in_paper_order:
-            rank = node_of = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
-            keys = self._spanning_tree(label, rank, node_of)
-        else:
+        if tree == _Tree.BETWEEN:
             keys, node_of = self._tree_between_components(label)
+            self._place(keys)
+        elif tree == _Tree.WHOLE:
+            node_of = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
+            keys = self._spanning_tree(label, node_of, node_of)
+            self._place(keys)
+        lead, rank_of_token = video.order_of_runs()
+        if tree == _Tree.IN_PAPER_ORDER:
+            rank, node_of = video.ranks(lead, rank_of_token)
+            keys = self._spanning_tree(label, rank, node_of)
+        kernels.cut_kernel[triton.cdiv(len(keys), 128),](
+            keys,
+            video.state,
+            node_of,
+            video.parent,
+            len(keys),
+            self.retained,
+            block=128,
+        )
+        part, weight, _ = video.parts(video.labels(), lead)
+        tokens = _Grouped.of(part, video.num_tokens)
+        seen = [video.state[kernels.FLAGS :], video.tau, tokens.joined()[-1:]]
+        return _Cut(tokens, weight, torch.cat([each.double() for each in seen]))
+
+    def _place(self, keys: torch.Tensor) -> None:
+        """Place the video's tau in the interval that was found, and set flags."""
+        video = self.video
         kernels.place_kernel[1,](
             video.state,
             self._tau,
@@ -573,23 +606,6 @@ class Search:
             self._settings.threshold_margin,
             block=_WIDE,
         )
-        lead, rank_of_token = video.order_of_runs()
-        if in_paper_order:
-            rank, node_of = video.ranks(lead, rank_of_token)
-            keys = self._spanning_tree(label, rank, node_of)
-        kernels.cut_kernel[triton.cdiv(len(keys), 128),](
-            keys,
-            video.state,
-            node_of,
-            video.parent,
-            len(keys),
-            self.retained,
-            block=128,
-        )
-        part, weight, _ = video.parts(video.labels(), lead)
-        tokens = _Grouped.of(part, video.num_tokens)
-        seen = [video.state[kernels.FLAGS :], video.tau, tokens.joined()[-1:]]
-        return _Cut(tokens, weight, torch.cat([each.double() for each in seen]))
 
     def _tree_between_components(self, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maximum spanning tree of components from the weights between any two.
@@ -676,7 +692,8 @@ class Search:
                 best, label, up, kept, node_of, this, following, video.num_tokens, block=_WIDE
             )
             kernels.flatten_kernel[video.grid](best, label, up, this, video.num_tokens, block=_WIDE)
-            if not video.holds_products and not int(go[turn + 1]):
+            looks = turn % 3 == 2 or not video.holds_products
+            if looks and not int(following[0]):
                 break
         return _sorted(kept, decreasing=True)[0]
 

@@ -659,7 +659,8 @@ def place_kernel(
     num_retained = tl.load(num_retained_at)
     tau = tl.load(guess_at)
     count = _num_components(link, parent, num_tokens, tau, block)
-    num_edges = count - 1
+    # Of more components than a tree was built between, not all weights are known: see the flag.
+    num_edges = tl.minimum(count - 1, most_components)
     num_cut = tl.maximum(count - num_retained, 0)
     at_least = tl.load(sorted_link + num_frames - 1 + low, mask=low > 0, other=-1.0).to(tl.float64)
     is_last = low >= num_tokens - num_frames
@@ -681,7 +682,7 @@ def place_kernel(
     found = (start + tl.minimum((end - start) * 0.5, margin)).to(tl.float32)
     exact = found.to(tl.float64)
     found = tl.where((exact >= start) & (exact < end), found, start.to(tl.float32))
-    last_made = _weight_of(keys, num_cut - 1, num_cut > 0)
+    last_made = _weight_of(keys, num_cut - 1, has_next & (num_cut > 0))
     tied = has_next & (num_cut > 0) & (last_made == strongest_left)
     flags = tl.load(state + _FLAGS) & (_NOT_FINITE | _OUT_OF_RANGE)
     flags |= tl.where(tl.load(go) != 0, _SEARCHING, 0)
