@@ -167,7 +167,7 @@ def test_a_token_that_is_not_finite_is_refused_as_on_the_cpu(value: float) -> No
                 compress(tokens, **budget)
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-3])
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
 @gpu
 def test_tokens_that_are_nearly_all_alike_are_compressed(noise: float) -> None:
     # More components than a tree is built between at once, all at the same cosine.
