@@ -1,4 +1,4 @@
-"""Prints how long compression of one video takes, in each form, on random, clustered and alike tokens.
+"""Prints how long compression of one video takes, in each form, on three kinds of tokens.
 
     python bench/compress.py [--shape T P D] [--dtype bfloat16] [--device cuda] [--json FILE]
 

@@ -220,20 +220,24 @@ class _Search:
         """Return a threshold whose two steps leave at least K, no lower one found that does."""
         # The temporal step only joins: an interval with fewer than K spatial components is out.
         low = max(0, num_retained - self._num_sets)
-        num_tokens = len(self._flat)
+        num_tokens, products = len(self._flat), None
         if num_tokens > EXHAUSTIVE_TOKENS:
-            products = None
             if num_tokens**2 <= similarity.BLOCK_ELEMENTS:
                 products = Products.of_rows(self._flat)
-            low = self._bisect(low, num_retained, products)
+            low, products = self._bisect(low, num_retained, products)
         while True:
-            found = self._within(low, num_retained)
+            found = self._within(low, num_retained, products)
             if found is not None:
                 return found
-            low += 1
+            low, products = low + 1, None
 
-    def _bisect(self, low: int, num_retained: int, products: Products | None) -> int:
-        """Return an interval that leaves K, the one before it does not; the first if all do."""
+    def _bisect(
+        self, low: int, num_retained: int, products: Products | None
+    ) -> tuple[int, Products | None]:
+        """Return an interval that leaves K, the one before it does not; the first if all do.
+
+        And the products of its spatial components, from those of the tokens if they are given.
+        """
         high = len(self._starts) - 1  # It keeps every token apart.
         # The count grows about exponentially: the straight line between the logarithms at the two
         # ends meets K. An end that stays where it is twice counts half (the Illinois rule).
@@ -265,7 +269,7 @@ class _Search:
                 below = math.log((num_retained + 0.5) / count)
                 above = above / 2 if moved_high is False else above
                 moved_high = False
-        return low
+        return low, products
 
     def _spatial(self, interval: int) -> Components:
         """Return the spatial components of an interval, by their lowest token."""
@@ -278,11 +282,11 @@ class _Search:
     def _end(self, interval: int) -> float:
         return self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
 
-    def _within(self, interval: int, num_retained: int) -> _Found | None:
+    def _within(self, interval: int, num_retained: int, products: Products | None) -> _Found | None:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
         spatial = self._spatial(interval)
         representatives = self._video.means(spatial)
-        temporal = Similarity(representatives[None])
+        temporal = products.similarity() if products else Similarity(representatives[None])
         trees = maximum_spanning_trees(temporal)
         weights: list[float] = trees.weight.tolist()
         num_merges = len(representatives) - num_retained
