@@ -117,8 +117,8 @@ class FakeServer:
 
 
 @contextmanager
-def fake_server(**how: Any) -> Iterator[FakeServer]:
-    """Yield a running fake."""
+def fake_server(port: int = 0, **how: Any) -> Iterator[FakeServer]:
+    """Yield a running fake, on a free port if none is given."""
     fake = FakeServer(**how)
 
     class Handler(BaseHTTPRequestHandler):
@@ -166,7 +166,7 @@ def fake_server(**how: Any) -> Iterator[FakeServer]:
         request_queue_size = 128
         daemon_threads = True
 
-    listener = Listener(("127.0.0.1", 0), Handler)
+    listener = Listener(("127.0.0.1", port), Handler)
     fake.base_url = f"http://127.0.0.1:{listener.server_address[1]}"
     thread = threading.Thread(target=listener.serve_forever, daemon=True)
     thread.start()

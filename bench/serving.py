@@ -1,0 +1,200 @@
+"""Serves a model in several ways in turn, loads each alike, and prints one table.
+
+    python bench/serving.py PLAN.toml MODEL [--output FILE] [--only LABEL ...] [--videos FOLDER]
+
+A plan names servers and what is measured of each; see ``bench/serving-7b.toml``. The first is what
+the others are compared with. Each is started, swept by ``scissor-vllm bench``, and stopped with all
+of its processes. Cells that the result file has are left: after an abort, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {
+    "vllm": [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"],
+    "scissor-vllm": [sys.executable, "-m", "scissor_vllm.cli", "serve"],
+}
+BENCH = [sys.executable, "-m", "scissor_vllm.cli", "bench"]
+SERVED_NAME = "measured"
+STOP_SECONDS = 30
+
+
+class PlanError(Exception):
+    """A plan that cannot be followed."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every ratio at every concurrency."""
+
+    retention_ratios: list[str]
+    concurrencies: list[str]
+
+
+@dataclass(frozen=True)
+class Server:
+    """One way to serve the model, and what is measured of it."""
+
+    label: str
+    command: list[str]
+    options: list[str]
+    sweeps: list[Sweep]
+
+
+def read_plan(path: Path) -> tuple[list[Server], list[str]]:
+    """Return the servers of a plan, and options of all sweeps.
+
+    Raises:
+        PlanError: the file is no plan; the message names the entry.
+    """
+    try:
+        plan = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise PlanError(f"{path} must be a TOML file: {error}") from error
+    known = {"serve_options", "bench_options", "servers"}
+    _check_keys(f"{path}", plan, known, {"servers"})
+    servers = []
+    for entry in plan["servers"]:
+        where = f"{path}: server {entry.get('label', '')!r}"
+        _check_keys(where, entry, {"label", "serve", "options", "sweeps"}, {"label", "sweeps"})
+        serve = entry.get("serve", "scissor-vllm")
+        if serve not in COMMANDS:
+            raise PlanError(f"{where}: serve must be one of {', '.join(COMMANDS)}, got {serve!r}")
+        for sweep in entry["sweeps"]:
+            keys = {"retention_ratio", "max_concurrency"}
+            _check_keys(f"{where}: sweep", sweep, keys, keys)
+        servers.append(
+            Server(
+                entry["label"],
+                COMMANDS[serve],
+                [*plan.get("serve_options", []), *entry.get("options", [])],
+                [
+                    Sweep(_texts(sweep["retention_ratio"]), _texts(sweep["max_concurrency"]))
+                    for sweep in entry["sweeps"]
+                ],
+            )
+        )
+    return servers, list(plan.get("bench_options", []))
+
+
+def _check_keys(where: str, entry: dict[str, Any], known: set[str], needed: set[str]) -> None:
+    if unknown := entry.keys() - known:
+        raise PlanError(f"{where} has unknown {', '.join(sorted(unknown))}: use {sorted(known)}")
+    if missing := needed - entry.keys():
+        raise PlanError(f"{where} lacks {', '.join(sorted(missing))}")
+
+
+def _texts(values: Sequence[object]) -> list[str]:
+    return [str(value) for value in values]
+
+
+@contextmanager
+def serving(server: Server, model: str, port: int, log: Path, timeout: float) -> Iterator[str]:
+    """Yield the base URL of a running server; at the end none of its processes is left.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; the message ends with its log.
+    """
+    command = [*server.command, model, *server.options]
+    command += ["--served-model-name", SERVED_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    print(f"\n{server.label}: {shlex.join(command)}", flush=True)
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        try:
+            base_url = f"http://127.0.0.1:{port}"
+            begin = time.monotonic()
+            while not _is_healthy(base_url):
+                if process.poll() is not None or time.monotonic() - begin > timeout:
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+                    state = "ended" if process.poll() is not None else "is not up"
+                    waited = time.monotonic() - begin
+                    raise RuntimeError(
+                        f"{server.label} {state} after {waited:.0f} s, see {log}:\n{tail}"
+                    )
+                time.sleep(0.5)
+            print(f"{server.label}: up after {time.monotonic() - begin:.0f} s", flush=True)
+            yield base_url
+        finally:
+            _stop(process)
+
+
+def _is_healthy(base_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{base_url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process and all of its session, which hold a GPU's memory until they end."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; 1 if a server could not be measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("model", help="a name or a folder")
+    parser.add_argument("--output", type=Path, default=Path("bench-results", "serving.json"))
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="these servers (default: all)")
+    parser.add_argument("--videos", type=Path, help="a folder of videos (default: clips are made)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--start-timeout", type=float, default=900.0, metavar="SECONDS")
+    args = parser.parse_args(argv)
+    try:
+        servers, bench_options = read_plan(args.plan)
+        if args.only:
+            if unknown := set(args.only) - {server.label for server in servers}:
+                raise PlanError(f"{args.plan} has no server {', '.join(sorted(unknown))}")
+            servers = [server for server in servers if server.label in args.only]
+    except PlanError as error:
+        parser.error(str(error))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.videos:
+        bench_options += ["--videos", str(args.videos)]
+    failed = False
+    for number, server in enumerate(servers):
+        log = args.output.with_name(f"{args.output.stem}-{number}.log")
+        try:
+            with serving(server, args.model, args.port, log, args.start_timeout) as base_url:
+                for sweep in server.sweeps:
+                    command = [*BENCH, *bench_options, "--append", "--label", server.label]
+                    command += ["--base-url", base_url, "--output", str(args.output)]
+                    command += ["--retention-ratio", *sweep.retention_ratios]
+                    command += ["--max-concurrency", *sweep.concurrencies]
+                    done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, check=False)
+                    failed = failed or done.returncode != 0
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            failed = True
+    if args.output.exists():
+        subprocess.run([*BENCH, "table", str(args.output)], cwd=ROOT, check=False)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
