@@ -7,9 +7,11 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from scissor_vllm.retention import (
+    DEFAULT_MAX_VIDEO_TOKENS,
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
     DEFAULT_VIDEO_COMPRESSION,
+    MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
     RETENTION_RATIO,
     VIDEO_COMPRESSION,
@@ -126,6 +128,13 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         help=f"a request below this is refused (default {DEFAULT_MIN_RETENTION_RATIO})",
     )
     group.add_argument(
+        "--max-video-tokens",
+        type=int,
+        default=None,
+        help="most tokens, before compression, of a video that is compressed: all are in the GPU's "
+        f"memory at once (default {DEFAULT_MAX_VIDEO_TOKENS}: 167 frames of 196)",
+    )
+    group.add_argument(
         "--video-compression",
         choices=sorted(METHODS),
         default=None,
@@ -178,6 +187,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
     own = {
         RETENTION_RATIO: args.default_retention_ratio,
         MIN_RETENTION_RATIO: args.min_retention_ratio,
+        MAX_VIDEO_TOKENS: args.max_video_tokens,
         VIDEO_COMPRESSION: args.video_compression,
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,

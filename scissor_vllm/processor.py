@@ -107,10 +107,15 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
             if ratio != 1.0:
                 kwargs[RETENTION_RATIO] = ratio
-            if isinstance(report, RetentionReport):
-                for num_tokens in self._get_num_video_tokens(inputs.mm_data_items):
-                    if num_tokens is not None:
-                        report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
+            for num_tokens in self._get_num_video_tokens(inputs.mm_data_items):
+                if num_tokens is None:
+                    continue
+                try:
+                    self.info.retention_policy.check_num_tokens(num_tokens, ratio)
+                except ValueError as error:
+                    raise VLLMValidationError(str(error), parameter="video_url") from error
+                if isinstance(report, RetentionReport):
+                    report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
         inputs = replace(inputs, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs)
         return super().apply(inputs, timing_ctx)
 

@@ -15,6 +15,7 @@ RETENTION_RATIO = "retention_ratio"
 """Key of the ratio in a request's body and in vLLM's ``mm_processor_kwargs``."""
 MIN_RETENTION_RATIO = "min_retention_ratio"
 VIDEO_COMPRESSION = "video_compression"
+MAX_VIDEO_TOKENS = "max_video_tokens"
 VIDEO_FRAME_CACHE_GB = "video_frame_cache_gb"
 VIDEO_FEATURE_CACHE_GB = "video_feature_cache_gb"
 RETENTION = "retention"
@@ -25,6 +26,7 @@ RETENTION_REPORT = "retention_report"
 DEFAULT_RETENTION_RATIO = 1.0
 DEFAULT_MIN_RETENTION_RATIO = 0.01
 DEFAULT_VIDEO_COMPRESSION = "scc"
+DEFAULT_MAX_VIDEO_TOKENS = 1 << 15
 
 
 def num_retained_tokens(num_tokens: int, retention_ratio: float | Decimal | Rational) -> int:
@@ -97,8 +99,16 @@ class RetentionPolicy:
     """A request below this is refused."""
     method: str = DEFAULT_VIDEO_COMPRESSION
     """Name of the compressor, see ``scissor_vllm.compression``."""
+    max_video_tokens: int = DEFAULT_MAX_VIDEO_TOKENS
+    """Most tokens of a video that is compressed, N. All of them are in the GPU's memory at once,
+    however few are kept; what is not compressed is bounded by the model's length."""
 
     def __post_init__(self) -> None:
+        limit = self.max_video_tokens
+        if isinstance(limit, bool) or not isinstance(limit, int):
+            raise TypeError(f"{MAX_VIDEO_TOKENS} must be an int, got {limit!r}")
+        if limit < 1:
+            raise ValueError(f"{MAX_VIDEO_TOKENS} must be at least 1, got {limit}")
         check_retention_ratio(self.min_ratio)
         check_retention_ratio(self.default_ratio, minimum=self.min_ratio)
 
@@ -115,7 +125,17 @@ class RetentionPolicy:
         )
         ratio = check_retention_ratio(kwargs.get(RETENTION_RATIO, DEFAULT_RETENTION_RATIO))
         method = kwargs.get(VIDEO_COMPRESSION, DEFAULT_VIDEO_COMPRESSION)
-        return cls(default_ratio=ratio, min_ratio=min_ratio, method=str(method))
+        limit = kwargs.get(MAX_VIDEO_TOKENS, DEFAULT_MAX_VIDEO_TOKENS)
+        return cls(ratio, min_ratio, str(method), limit)  # type: ignore[arg-type]
+
+    def check_num_tokens(self, num_tokens: int, ratio: float) -> None:
+        """Raise ValueError if a video of N tokens is too long to be compressed to the ratio."""
+        if ratio != 1.0 and num_tokens > self.max_video_tokens:
+            raise ValueError(
+                f"a video may have {self.max_video_tokens} tokens before compression on this "
+                f"server, got {num_tokens}: send fewer frames, or have the operator raise "
+                "--max-video-tokens"
+            )
 
     def resolve(self, requested: object | None) -> float:
         """Return the ratio in force for a request: its own, checked, or the default."""
@@ -158,6 +178,7 @@ def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
         RETENTION_RATIO,
         MIN_RETENTION_RATIO,
         VIDEO_COMPRESSION,
+        MAX_VIDEO_TOKENS,
         VIDEO_FRAME_CACHE_GB,
         VIDEO_FEATURE_CACHE_GB,
     }

@@ -1,6 +1,5 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -12,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import Compressor, get_compressor
-from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
+from scissor_vllm.compression.scc import costliest_calls
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.metrics import CLOCK, count_cache_query
 from scissor_vllm.pixels import VideoPixels
@@ -50,6 +49,7 @@ class VideoCompression:
         budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame
         self._is_warm = False
+        self._max_tokens = policy.max_video_tokens
         self._features = make_feature_cache(vllm_config)
         self.max_frames_per_call = max(1, budget // tokens_per_frame)
 
@@ -71,11 +71,12 @@ class VideoCompression:
         if self._is_warm or device.type != "cuda":
             return
         self._is_warm = True
-        num_frames = max(1, math.isqrt(BLOCK_ELEMENTS) // self._tokens_per_frame)
         generator = torch.Generator(device).manual_seed(0)
-        shape = (num_frames, self._tokens_per_frame, width)
-        tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        self._compress(tokens, max(1, num_frames * self._tokens_per_frame // 10))
+        for num_tokens, ratio in [*costliest_calls(device), (self._max_tokens, 0.1)]:
+            num_frames = max(1, min(num_tokens, self._max_tokens) // self._tokens_per_frame)
+            shape = (num_frames, self._tokens_per_frame, width)
+            tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+            self._compress(tokens, max(1, int(num_frames * self._tokens_per_frame * ratio)))
 
     def keeps_all(self, videos: Sequence[Sized], num_retained: list[int]) -> bool:
         """Return whether no video is to be compressed."""

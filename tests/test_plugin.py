@@ -21,6 +21,7 @@ from tests.serving import STOCK, OneServer, Server, same_answer, steps
 
 DEFAULT_RATIO = 0.3
 MIN_RATIO = 0.05
+MAX_TOKENS = 31 * TOKENS_PER_FRAME
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def plain_server(servers: OneServer, hub_model: Path) -> Server:
     settings = {
         "retention_ratio": DEFAULT_RATIO,
         "min_retention_ratio": MIN_RATIO,
+        "max_video_tokens": MAX_TOKENS,
         "video_compression": "uniform",
     }
     return servers.get(
@@ -66,6 +68,19 @@ def test_the_operators_minimum_is_enforced(plain_server: Server, clips: dict[str
         plain_server.ask(
             clips["one"], "x", extra_body={"mm_processor_kwargs": {"retention_ratio": 0.01}}
         )
+
+
+@pytest.mark.server
+def test_a_video_of_more_tokens_than_the_operator_allows_is_served_whole_or_refused(
+    plain_server: Server, clips: dict[str, Path]
+) -> None:
+    num_tokens = NUM_FRAMES["long"] * TOKENS_PER_FRAME
+    for ratio in (None, 0.05):
+        with pytest.raises(openai.BadRequestError, match=rf"{MAX_TOKENS} tokens.*got {num_tokens}"):
+            plain_server.ask(clips["long"], "x", ratio=ratio)
+    # What is not compressed is bounded by the model's length, as in stock vLLM.
+    assert kept(plain_server.ask(clips["long"], "x", ratio=1.0)) == (1.0, num_tokens)
+    assert kept(plain_server.ask(clips["tall"], "x", ratio=0.5))[0] == 0.5
 
 
 @pytest.mark.server

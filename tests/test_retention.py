@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scissor_vllm import num_retained_tokens
+from scissor_vllm.retention import RetentionPolicy
 
 thorough = settings(deadline=None, derandomize=True, max_examples=300)
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)
@@ -132,3 +133,23 @@ def test_errors_name_the_value_received() -> None:
         num_retained_tokens(100, 1.5)
     with pytest.raises(ValueError, match="-7"):
         num_retained_tokens(-7, 0.5)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_of_video_tokens_below_one_is_refused(limit: int) -> None:
+    with pytest.raises(ValueError, match=f"max_video_tokens must be at least 1, got {limit}"):
+        RetentionPolicy.from_mm_processor_kwargs({"max_video_tokens": limit})
+
+
+@pytest.mark.parametrize("limit", [1.5, "8", True, None])
+def test_a_limit_of_video_tokens_that_is_no_integer_is_refused(limit: object) -> None:
+    with pytest.raises(TypeError, match="max_video_tokens must be an int"):
+        RetentionPolicy.from_mm_processor_kwargs({"max_video_tokens": limit})
+
+
+def test_the_limit_of_video_tokens_is_of_what_is_compressed() -> None:
+    policy = RetentionPolicy.from_mm_processor_kwargs({"max_video_tokens": 100})
+    policy.check_num_tokens(100, 0.1)
+    policy.check_num_tokens(101, 1.0)
+    with pytest.raises(ValueError, match=r"100 tokens before compression.*got 101"):
+        policy.check_num_tokens(101, 0.99)

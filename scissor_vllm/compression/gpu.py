@@ -28,11 +28,15 @@ GUESSES = 10
 """Guesses of a search between two looks of the host."""
 
 MAX_PRODUCTS = 1 << 29
-"""Most products that are held, 2 GiB in float32: those of 32 thousand tokens. Of more tokens they
+"""Most products that are held, 2 GiB in float32: those of 29 thousand tokens. Of more tokens they
 are computed again on each pass, in blocks, and the host looks at each guess."""
 
 BLOCK_PRODUCTS = 1 << 27
 """Most products of such a block, 512 MiB."""
+
+HELD_SHARE, BLOCK_SHARE = 48, 160
+"""Products that are held take no more than one part in so many of the GPU's memory, a block of
+others no more than one in so many."""
 
 ROW_BLOCKS = 4
 """Products that are held are computed in so many blocks of rows, each from its own frame on."""
@@ -218,8 +222,8 @@ class Video:
         self._block_rows = math.ceil(self.num_frames / ROW_BLOCKS) * self.per_frame
         self._held: torch.Tensor | None = None
         size = self._num_products_before(self.num_tokens)
-        if size > MAX_PRODUCTS:
-            rows = BLOCK_PRODUCTS // self.num_tokens
+        if size > _limit(self.device, MAX_PRODUCTS, HELD_SHARE):
+            rows = _limit(self.device, BLOCK_PRODUCTS, BLOCK_SHARE) // self.num_tokens
             self._block_rows = max(1, rows // self.per_frame) * self.per_frame
             return
         self._held = self.new(size, torch.float32)
@@ -764,6 +768,26 @@ def merge(video: Video, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
         **block,
     )
     return merged, assignment
+
+
+def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
+    """Return what ``scc.costliest_calls`` does: all graphs captured, then the most that is held."""
+    # Of the square of products, the blocks of rows leave a share out.
+    share = (ROW_BLOCKS + 1) / (2 * ROW_BLOCKS)
+    held = math.isqrt(int(_limit(device, MAX_PRODUCTS, HELD_SHARE) / share))
+    times = captures.USES_BEFORE_CAPTURE + 1
+    return [
+        *[(captures.MAX_TOKENS, ratio) for ratio in (0.1, 0.4) for _ in range(times)],
+        (held, 0.1),
+    ]
+
+
+def _limit(device: torch.device, num_products: int, share: int) -> int:
+    """Return so many products, or fewer if they are more than a share of the GPU's memory."""
+    if device.type != "cuda":
+        return num_products
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(num_products, memory // (4 * share))
 
 
 def num_components(num_tokens: int, num_retained: int) -> int:

@@ -17,6 +17,7 @@ import operator
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Rational
+from types import ModuleType
 
 import torch
 
@@ -127,15 +128,31 @@ def _on_gpu(
     tokens: torch.Tensor, threshold: float | None, num_retained: int | None
 ) -> CompressedTokens | None:
     """Return the result by the GPU's kernels, None where they are not for these tokens."""
-    if not tokens.is_cuda:
+    gpu = _gpu_kernels(tokens.device)
+    if gpu is None:
+        return None
+    search = gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN)
+    compressed: CompressedTokens | None = gpu.compress(tokens, threshold, num_retained, search)
+    return compressed
+
+
+def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
+    """Return (number of tokens, ratio) of calls after which memory beside tokens is at its most."""
+    gpu = _gpu_kernels(device)
+    calls: list[tuple[int, float]] = gpu.costliest_calls(device) if gpu else []
+    return calls or [(math.isqrt(similarity.BLOCK_ELEMENTS), 0.1)]
+
+
+def _gpu_kernels(device: torch.device) -> ModuleType | None:
+    """Return ``gpu.py`` if the device runs it."""
+    if device.type != "cuda":
         return None
     try:
         from scissor_vllm.compression import gpu
     except ImportError:
-        # Without Triton the code below runs on the GPU too.
+        # Without Triton the code here runs on the GPU too.
         return None
-    search = gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN)
-    return gpu.compress(tokens, threshold, num_retained, search)
+    return gpu
 
 
 class _Video:
