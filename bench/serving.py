@@ -30,6 +30,11 @@ COMMANDS = {
     "vllm": [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"],
     "scissor-vllm": [sys.executable, "-m", "scissor_vllm.cli", "serve"],
 }
+ENVIRONMENT = {
+    # An installed plugin is loaded by every vLLM that names none.
+    "vllm": {"VLLM_PLUGINS": ""},
+    "scissor-vllm": {},
+}
 BENCH = [sys.executable, "-m", "scissor_vllm.cli", "bench"]
 SERVED_NAME = "measured"
 STOP_SECONDS = 30
@@ -53,6 +58,7 @@ class Server:
 
     label: str
     command: list[str]
+    environment: dict[str, str]
     options: list[str]
     sweeps: list[Sweep]
 
@@ -83,6 +89,7 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
             Server(
                 entry["label"],
                 COMMANDS[serve],
+                ENVIRONMENT[serve],
                 [*plan.get("serve_options", []), *entry.get("options", [])],
                 [
                     Sweep(_texts(sweep["retention_ratio"]), _texts(sweep["max_concurrency"]))
@@ -115,7 +122,13 @@ def serving(server: Server, model: str, port: int, log: Path, timeout: float) ->
     command += ["--served-model-name", SERVED_NAME, "--host", "127.0.0.1", "--port", str(port)]
     print(f"\n{server.label}: {shlex.join(command)}", flush=True)
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env={**os.environ, **server.environment},
+        )
         try:
             base_url = f"http://127.0.0.1:{port}"
             begin = time.monotonic()

@@ -134,6 +134,17 @@ def test_stock_requests_name_no_ratio_and_a_stock_server_is_measured(
     assert row["stage_video_tower_seconds"] is None
 
 
+def test_a_server_with_the_plugin_is_not_measured_as_stock(
+    bench: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake_server() as fake:
+        assert bench(fake.base_url, "--retention-ratio", "stock")[0] == 1
+        assert not fake.bodies
+        assert "start that with an empty VLLM_PLUGINS" in capsys.readouterr().err
+        by_default = ("--retention-ratio", "stock", "--label", "default", "--num-prompts", "2")
+        assert bench(fake.base_url, *by_default)[0] == 0
+
+
 def test_a_request_rate_spaces_the_requests_by_the_seed(bench: Callable[..., Any]) -> None:
     with fake_server() as fake:
         arguments = ("--retention-ratio", "0.5", "--request-rate", "6", "--num-prompts", "6")

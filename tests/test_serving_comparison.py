@@ -135,4 +135,6 @@ def test_the_plans_are_read_and_name_stock_first(path: Path) -> None:
     servers, _ = serving.read_plan(path)
     assert servers[0].label == "stock"
     assert servers[0].command == serving.COMMANDS["vllm"]
+    # Without it vLLM would load our plugin, since it is installed.
+    assert servers[0].environment == {"VLLM_PLUGINS": ""}
     assert {"scc"} <= {server.label for server in servers}

@@ -14,7 +14,12 @@ from pathlib import Path
 from scissor_vllm.bench import clips as videos
 from scissor_vllm.bench.record import environment, write_text
 from scissor_vllm.bench.results import ResultError, open_results, open_run, read_results
-from scissor_vllm.bench.server import ServerError, describe_server, kv_cache_bytes_per_token
+from scissor_vllm.bench.server import (
+    ServerError,
+    describe_server,
+    has_plugin,
+    kv_cache_bytes_per_token,
+)
 from scissor_vllm.bench.summary import parse_goodput, summarize_all
 from scissor_vllm.bench.table import csv_table, markdown_table, text_table
 from scissor_vllm.bench.workload import STOCK, cells, parse_ratios
@@ -71,6 +76,12 @@ def run(argv: Sequence[str]) -> int:
             base_url = stack.enter_context(demo_server(*NO_CACHES))
         base_url = base_url.rstrip("/").removesuffix("/v1")
         server = describe_server(base_url, args.model)
+        if label == STOCK and has_plugin(base_url):
+            raise ServerError(
+                f"label {STOCK} is for vLLM without this plugin, and {base_url} has it: start that "
+                "with an empty VLLM_PLUGINS (vLLM loads every installed plugin where none is "
+                "named), or give another --label"
+            )
         server["kv_cache_bytes_per_token"] = args.kv_cache_bytes_per_token or (
             kv_cache_bytes_per_token(server["model_path"])
         )

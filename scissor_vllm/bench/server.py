@@ -101,6 +101,20 @@ def describe_server(base_url: str, model: str | None) -> dict[str, Any]:
     }
 
 
+def has_plugin(base_url: str) -> bool:
+    """Return whether a server knows the ratio: it is not stock vLLM, even if none is asked for.
+
+    Its OpenAPI description tells, or its /metrics where only vLLM's own routes are loaded.
+    """
+    for path, mark in (("/openapi.json", b'"retention_ratio"'), ("/metrics", b"scissor_vllm:")):
+        try:
+            if mark in get(base_url + path):
+                return True
+        except OSError:
+            continue
+    return False
+
+
 def _version(base_url: str) -> str | None:
     try:
         return str(json.loads(get(f"{base_url}/version"))["version"])
