@@ -13,9 +13,12 @@ a processor that rescales or normalizes otherwise, or an option that could chang
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -55,6 +58,11 @@ _OPTIONS_BEFORE_NORMALIZATION = {
 }
 """Options of a processor that touch no pixel after the resize. Any other goes stock's way."""
 
+_SAMPLING_OPTIONS = {"do_sample_frames", "fps", "num_frames"}
+
+_FRAMES_PER_THREAD, _MAX_THREADS = 4, 4
+"""Fewest frames that are worth a thread of their own, and most threads for one video."""
+
 _INTEGER_RESIZE = ("AVX2", "AVX512")
 """Where torch resizes uint8 in integers, so that the order of channels in memory changes nothing.
 It is twice as fast with a pixel's channels side by side, as a decoder gives them."""
@@ -92,13 +100,49 @@ def resized_frames(
         "do_normalize": False,
         "input_data_format": "channels_first",
     }
-    output = context.call_hf_processor(
-        hf_processor, {"videos": pixels}, {**options, "videos_kwargs": only_resize}
-    )
-    resized = output["pixel_values_videos"][0]
+    processor_options = {**options, "videos_kwargs": only_resize}
+
+    def resize(frames: torch.Tensor) -> torch.Tensor:
+        output = context.call_hf_processor(hf_processor, {"videos": frames}, processor_options)
+        resized: torch.Tensor = output["pixel_values_videos"][0]
+        return resized.permute(0, 2, 3, 1)
+
+    sampling = _takes_frames_out(hf_processor.video_processor, context, options)
+    resized = resize(pixels) if sampling else _in_threads(resize, pixels)
     if resized.dtype != torch.uint8:
         return None
-    return resized.permute(0, 2, 3, 1).contiguous(), normalization
+    return resized.contiguous(), normalization
+
+
+def _takes_frames_out(
+    video_processor: Any, context: InputProcessingContext, options: Mapping[str, object]
+) -> bool:
+    """Return whether what becomes of a frame may depend on the others."""
+    by_option = context.get_merged_mm_kwargs(options).keys() & _SAMPLING_OPTIONS
+    return bool(by_option) or bool(getattr(video_processor, "do_sample_frames", False))
+
+
+def _in_threads(
+    resize: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor
+) -> torch.Tensor:
+    """Return what a function makes of frames, given some of them in each of a few threads.
+
+    vLLM prepares one request at a time, in one thread; torch's resize uses one too, and lets others
+    run meanwhile.
+    """
+    few = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
+    if len(frames) <= few:
+        return resize(frames)
+    return torch.cat(list(_resize_pool().map(resize, frames.split(few))))
+
+
+def _num_threads() -> int:
+    return min(_MAX_THREADS, os.cpu_count() or 1)
+
+
+@cache
+def _resize_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_num_threads(), "resize")
 
 
 def _rgb_frames(video: Any) -> torch.Tensor | None:

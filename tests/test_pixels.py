@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import llava_onevision as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing import InputProcessingContext, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.utils import group_and_batch_mm_items
 
+from scissor_vllm import pixels as pixels_module
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.pixels import (
     PIXEL_NORMALIZATION,
@@ -170,6 +172,44 @@ def test_frames_that_may_not_be_written_to_are_taken_as_they_are(demo: Processor
     before = video.copy()
     assert_same(demo.tower_pixels(video))
     np.testing.assert_array_equal(video, before)
+
+
+@pytest.mark.parametrize("num_frames", [3, 8, 13, 32])
+def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
+    demo: Processors, num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels_module, "_num_threads", lambda: 3)
+    calls: list[tuple[str, int]] = []
+    call = InputProcessingContext.call_hf_processor
+
+    def watched(self: Any, processor: Any, data: Any, kwargs: Any) -> Any:
+        if data["videos"] is not None and "text" not in data:
+            calls.append((threading.current_thread().name, len(data["videos"])))
+        return call(self, processor, data, kwargs)
+
+    pixels_module._resize_pool.cache_clear()
+    monkeypatch.setattr(InputProcessingContext, "call_hf_processor", watched)
+    video = frames(num_frames, 50, 70)
+    (item,) = demo.run(demo.ours, {"video": [video]})["video"]
+    assert sum(count for _, count in calls) == num_frames
+    assert len(calls) == {3: 1, 8: 2, 13: 3, 32: 3}[num_frames]
+    assert all(name.startswith("resize") for name, _ in calls) == (num_frames > 4)
+    monkeypatch.undo()
+    _, expected = demo.tower_pixels(video)
+    fields = {name: elem.data[None] for name, elem in item.items()}
+    (threaded,) = take_video_pixels(fields, demo.dtype)
+    assert_same((threaded.whole(), expected))
+    pixels_module._resize_pool.cache_clear()
+
+
+def test_a_video_of_which_the_processor_takes_frames_is_prepared_as_one(
+    demo: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels_module, "_num_threads", lambda: 3)
+    video = frames(12, 50, 70)
+    for options in ({"do_sample_frames": False}, {"num_frames": 5}):
+        monkeypatch.setattr(pixels_module, "_in_threads", None)
+        assert_same(demo.tower_pixels(video, **options))
 
 
 def test_where_torch_has_no_integer_resize_stocks_order_of_channels_is_kept(
