@@ -82,7 +82,7 @@ def test_the_library_example_runs() -> None:
 def test_the_quoted_numbers_hold() -> None:
     assert num_retained_tokens(30, 0.1) == 3
     assert 32 * 196 == 6272
-    for path in re.findall(r"(?:scissor_vllm|bench|deploy)/[\w./]+", README):
+    for path in re.findall(r"(?:scissor_vllm|bench|deploy)/[\w./-]+", README):
         assert (ROOT / path.rstrip(".")).exists(), path
 
 
