@@ -60,8 +60,9 @@ _OPTIONS_BEFORE_NORMALIZATION = {
 
 _SAMPLING_OPTIONS = {"do_sample_frames", "fps", "num_frames"}
 
-_FRAMES_PER_THREAD, _MAX_THREADS = 4, 4
-"""Fewest frames that are worth a thread of their own, and most threads for one video."""
+_FRAMES_PER_THREAD, _MAX_THREADS, _CPUS_PER_THREAD = 4, 4, 4
+"""Fewest frames that are worth a thread of their own, most threads for one video, and the CPUs that
+each needs: with few, what is gained goes to putting the parts together."""
 
 _INTEGER_RESIZE = ("AVX2", "AVX512")
 """Where torch resizes uint8 in integers, so that the order of channels in memory changes nothing.
@@ -137,7 +138,7 @@ def _in_threads(
 
 
 def _num_threads() -> int:
-    return min(_MAX_THREADS, os.cpu_count() or 1)
+    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // _CPUS_PER_THREAD))
 
 
 @cache
