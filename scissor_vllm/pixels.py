@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,14 @@ PIXEL_NORMALIZATION = "pixel_normalization"
 """Field of a video's data: mean and standard deviation of each channel, float32 (2, C), in units of
 uint8's values. Frames and this come together."""
 
+FRAME_OF = "video_frame_of"
+"""Field of a video's data: which of ``VIDEO_FRAMES`` each of its T frames is, int64 (T,), kept on
+the CPU. Only where a frame repeats the one before it and the video is compressed: the tower then
+encodes it once. (Uncompressed, the tower must see what it sees in stock vLLM.)"""
+
 VIDEO_IDENTITY = "video_identity"
-"""Field of a video's data: hash of its two fields above, int64 (4,), kept on the CPU. Only where
-the model keeps what its tower makes of them."""
+"""Field of a video's data: hash of its fields above, int64 (4,), kept on the CPU. Only where the
+model keeps what its tower makes of them."""
 
 _NUM_CHANNELS = 3
 _NUM_VALUES = 256
@@ -208,18 +214,32 @@ def normalized(
     return out
 
 
+def without_repeats(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return frames (T, ...) without those that are equal to the one before, and ``FRAME_OF``."""
+    is_new = [True, *(not torch.equal(*pair) for pair in pairwise(frames))]
+    first = torch.tensor(is_new)
+    return (frames if all(is_new) else frames[first]), torch.cumsum(first, 0) - 1
+
+
 def identity_of(
-    frames: torch.Tensor, normalization: torch.Tensor, algorithm: MMHasherAlgorithm
+    frames: torch.Tensor,
+    normalization: torch.Tensor,
+    frame_of: torch.Tensor,
+    algorithm: MMHasherAlgorithm,
 ) -> torch.Tensor:
-    """Return ``VIDEO_IDENTITY`` of ``VIDEO_FRAMES`` and ``PIXEL_NORMALIZATION``.
+    """Return ``VIDEO_IDENTITY`` of the other three fields of a video.
 
     Args:
-        frames: in host memory, as the next.
+        frames: in host memory, as the next two.
         normalization: of the same video.
+        frame_of: as well.
         algorithm: one of vLLM's (``--mm-hasher-algorithm``), of 32 bytes or more.
     """
     digest = MultiModalHasher.hash_kwargs(
-        algorithm, frames=frames.numpy(), normalization=normalization.numpy()
+        algorithm,
+        frames=frames.numpy(),
+        normalization=normalization.numpy(),
+        frame_of=frame_of.numpy(),
     )
     return torch.frombuffer(bytearray.fromhex(digest)[:_IDENTITY_BYTES], dtype=torch.int64)
 
@@ -237,18 +257,29 @@ class VideoPixels:
     """The model's, for frames."""
     identity: bytes | None = None
     """``VIDEO_IDENTITY``, None for pixels that are not recognized again."""
+    frame_of: torch.Tensor | None = None
+    """``FRAME_OF``, None if every frame is there."""
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.pixels if self.frame_of is None else self.frame_of)
 
     def split(self, num_frames: int) -> Iterator[torch.Tensor]:
-        """Yield pixels of at most so many frames, (t, C, H, W), made when they are asked for."""
+        """Yield pixels of at most so many frames, (t, C, H, W), made when they are asked for.
+
+        A frame that repeats the one before it is not among them, see ``repeated``.
+        """
         for few in self.pixels.split(num_frames):
             yield self._for_tower(few)
 
+    def repeated(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows (T, ...) from those of the frames that ``split`` gave."""
+        if self.frame_of is None:
+            return rows
+        return rows[self.frame_of.to(rows.device, non_blocking=True)]
+
     def whole(self) -> torch.Tensor:
         """Return all pixels, (T, C, H, W)."""
-        return self._for_tower(self.pixels)
+        return self.repeated(self._for_tower(self.pixels))
 
     def _for_tower(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.normalization is None or self.dtype is None:
@@ -267,19 +298,23 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
 
     Args:
         fields: what vLLM calls ``embed_multimodal`` with: frames (B, T, H, W, C), or a list if
-            lengths differ, their normalization (B, 2, C), and their identities (B, 4) if any.
+            lengths differ, their normalization (B, 2, C), and if any their identities (B, 4) and
+            what repeats, (B, T) or a list.
         dtype: the model's.
     """
     frames = fields.pop(VIDEO_FRAMES, None)
     normalization = fields.pop(PIXEL_NORMALIZATION, None)
     identities = fields.pop(VIDEO_IDENTITY, None)
+    repeats = fields.pop(FRAME_OF, None)
     if frames is None:
         return []
     if identities is None:
         names: list[bytes | None] = [None] * len(frames)
     else:
         names = [identity.numpy().tobytes() for identity in identities]
+    if repeats is None:
+        repeats = [None] * len(frames)
     return [
-        VideoPixels(pixels, scale, dtype, name)
-        for pixels, scale, name in zip(frames, normalization, names, strict=True)
+        VideoPixels(pixels, scale, dtype, name, frame_of)
+        for pixels, scale, name, frame_of in zip(frames, normalization, names, repeats, strict=True)
     ]

@@ -27,11 +27,13 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from scissor_vllm.metrics import CLOCK
 from scissor_vllm.pixels import (
+    FRAME_OF,
     PIXEL_NORMALIZATION,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
     identity_of,
     resized_frames,
+    without_repeats,
 )
 from scissor_vllm.retention import (
     RETENTION,
@@ -183,6 +185,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_FRAMES: MultiModalFieldConfig.batched("video"),
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
+            FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_IDENTITY: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
 
@@ -191,7 +194,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     ) -> BatchFeature:
         ratio = float(hf_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
         with CLOCK.stage("preprocess") if "video" in mm_items else nullcontext():
-            processed = self._prepare(mm_items, without_own_keys(hf_kwargs))
+            processed = self._prepare(mm_items, without_own_keys(hf_kwargs), ratio)
         # None of these is in the cache: all have pixels.
         counts = [count for count in self._get_num_video_tokens(mm_items) if count is not None]
         if counts:
@@ -203,7 +206,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return processed
 
     def _prepare(
-        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object], ratio: float
     ) -> BatchFeature:
         """Return what the Hugging Face processor makes of the items, videos resized only if that
         comes to the same; see ``scissor_vllm.pixels``.
@@ -215,12 +218,32 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             )
         processed = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=hf_kwargs)
         if videos:
-            processed[VIDEO_FRAMES] = [frames for frames, _ in videos]
-            processed[PIXEL_NORMALIZATION] = [normalization for _, normalization in videos]
-            if self.info.cache_sizes.features > 0:
-                algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-                processed[VIDEO_IDENTITY] = [identity_of(*video, algorithm) for video in videos]
+            self._put_videos(processed, videos, ratio)
         return processed
+
+    def _put_videos(
+        self,
+        processed: BatchFeature,
+        videos: list[tuple[torch.Tensor, torch.Tensor]],
+        ratio: float,
+    ) -> None:
+        """Put resized videos among what goes to the engine, see ``scissor_vllm.pixels``."""
+        frames = [resized for resized, _ in videos]
+        normalizations = [normalization for _, normalization in videos]
+        frame_of = [torch.arange(len(resized)) for resized in frames]
+        if ratio != 1.0:
+            found = [without_repeats(resized) for resized in frames]
+            if any(len(different) < len(index) for different, index in found):
+                frames = [different for different, _ in found]
+                processed[FRAME_OF] = frame_of = [index for _, index in found]
+        processed[VIDEO_FRAMES] = frames
+        processed[PIXEL_NORMALIZATION] = normalizations
+        if self.info.cache_sizes.features > 0:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            processed[VIDEO_IDENTITY] = [
+                identity_of(*fields, algorithm)
+                for fields in zip(frames, normalizations, frame_of, strict=True)
+            ]
 
     def _resized_videos(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]

@@ -115,7 +115,7 @@ class VideoCompression:
                 return kept
         with self.stage("tower", device):
             calls = video.split(self.max_frames_per_call)
-            tokens = torch.cat([encode(pixels) for pixels in calls])
+            tokens = video.repeated(torch.cat([encode(pixels) for pixels in calls]))
         if self._features is not None and video.identity is not None:
             self._features.put(video.identity, tokens)
         return tokens

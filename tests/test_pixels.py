@@ -22,9 +22,11 @@ from vllm.multimodal.processing import InputProcessingContext, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.utils import group_and_batch_mm_items
 
+from scissor_vllm import num_retained_tokens
 from scissor_vllm import pixels as pixels_module
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.pixels import (
+    FRAME_OF,
     PIXEL_NORMALIZATION,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
@@ -302,6 +304,38 @@ def test_a_video_is_recognized_by_its_pixels_alone(demo: Processors, tmp_path: P
         identity(Processors(model), video),
     ]
     assert len({own, *others}) == 6
+
+
+def test_frames_that_repeat_travel_once_where_the_video_is_compressed(demo: Processors) -> None:
+    few = frames(3, 120, 100)
+    # The same again later is not found: each is compared with the one before it.
+    video = few[[0, 0, 0, 1, 2, 2, 0]]
+    (item,) = demo.run(demo.ours, {"video": [video]}, retention_ratio=0.5)["video"]
+    assert item[FRAME_OF].data.tolist() == [0, 0, 0, 1, 2, 2, 3]
+    assert len(item[VIDEO_FRAMES].data) == 4
+    assert int(item[NUM_RETAINED].data) == num_retained_tokens(7 * 49, 0.5)
+    fields = {name: elem.data[None] for name, elem in item.items()}
+    (pixels,) = take_video_pixels(fields, demo.dtype)
+    (expected,) = demo.run(demo.stock, {"video": [video]})["video"]
+    assert len(pixels) == 7
+    assert torch.equal(pixels.whole(), expected[STOCK_FIELD].data)
+    encoded = torch.cat(list(pixels.split(2)))
+    assert len(encoded) == 4
+    assert torch.equal(pixels.repeated(encoded), pixels.whole())
+
+    for ratio, other in ((1.0, video), (0.5, few)):
+        (item,) = demo.run(demo.ours, {"video": [other]}, retention_ratio=ratio)["video"]
+        assert FRAME_OF not in item
+        assert len(item[VIDEO_FRAMES].data) == len(other)
+
+    both = demo.run(demo.ours, {"video": [video, few]}, retention_ratio=0.5)["video"]
+    assert [item[FRAME_OF].data.tolist() for item in both] == [[0, 0, 0, 1, 2, 2, 3], [0, 1, 2]]
+
+
+def test_repeats_are_part_of_what_a_video_is_recognized_by(demo: Processors) -> None:
+    few = frames(2, 120, 100)
+    videos = [few[order] for order in ([0, 1], [0, 0, 1], [0, 1, 1])]
+    assert len({identity(demo, video, retention_ratio=0.5) for video in videos}) == 3
 
 
 @pytest.mark.parametrize("algorithm", ["blake3", "sha256", "sha512"])

@@ -129,6 +129,22 @@ def test_only_the_same_content_is_recognized() -> None:
     assert tower.calls == [5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("method", ["scc", "uniform"])
+def test_a_frame_that_repeats_is_encoded_once(method: str) -> None:
+    compression, tower = make_compression(method), RecordingTower()
+    (few,) = make_videos(5)
+    frame_of = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4])
+    video = replace(few, frame_of=frame_of)
+    everything = replace(few, pixels=few.pixels[frame_of])
+    for count in (1, 7, 30, 36):
+        tower.calls.clear()
+        (rows,) = compression([video], [count], tower)
+        (expected,) = compression([everything], [count], RecordingTower())
+        assert tower.calls == [5]
+        assert torch.allclose(rows, expected, atol=1e-5)
+    assert compression.keeps_all([video], [36])
+
+
 def test_with_an_adapter_in_the_tower_nothing_is_kept() -> None:
     for in_tower, calls in ((True, [5, 5]), (False, [5])):
         lora = SimpleNamespace(enable_tower_connector_lora=in_tower)

@@ -22,7 +22,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from scissor_vllm.pixels import VIDEO_FRAMES, VideoPixels, stacked, take_video_pixels
+from scissor_vllm.pixels import FRAME_OF, VIDEO_FRAMES, VideoPixels, stacked, take_video_pixels
 from scissor_vllm.processor import NUM_RETAINED, RetentionProcessingInfo, RetentionProcessor
 from scissor_vllm.tower import VideoCompression
 
@@ -51,6 +51,8 @@ class LlavaOnevisionProcessor(RetentionProcessor, stock.LlavaOnevisionMultiModal
     def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
         if VIDEO_FRAMES in processed:
             num_frames, height, width, _ = processed[VIDEO_FRAMES][index].shape
+            if FRAME_OF in processed:
+                num_frames = len(processed[FRAME_OF][index])
         else:
             num_frames, _, height, width = processed["pixel_values_videos"][index].shape
         side = self.info.get_hf_config().vision_config.image_size
