@@ -68,12 +68,14 @@ def make_clip(
     moov_first: bool = False,
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
+    shown: Sequence[int] | None = None,
 ) -> Path:
     """Path of a new clip whose frame i shows the number i; the suffix names the container.
 
     gop: frames from one key frame to the next at most, the codec's own choice if None.
     times_ms: one increasing presentation time per frame (variable frame rate), instead of `fps`.
     rotation: degrees of the display matrix; the pictures are stored unrotated.
+    shown: the numbers that the frames show instead.
     moov_first: put the mp4 index before the pictures, so that a cut file can still be opened.
     """
     path = Path(path)
@@ -99,7 +101,8 @@ def make_clip(
             video.set_display_rotation(rotation)
         sound = container.add_stream("aac", rate=_SOUND_RATE, layout="mono") if audio else None
         for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(draw_frame(number, width, height), format="rgb24")
+            drawn = draw_frame(shown[number] if shown else number, width, height)
+            frame = av.VideoFrame.from_ndarray(drawn, format="rgb24")
             frame.time_base = video.codec_context.time_base
             frame.pts = times_ms[number] if times_ms else number
             container.mux(video.encode(frame))

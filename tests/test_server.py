@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from scissor_vllm import num_retained_tokens
 from tests.clips import make_audio, make_clip
@@ -301,6 +303,31 @@ def test_requests_of_different_ratios_at_the_same_time_answer_as_alone(
         together = list(pool.map(lambda job: ask(job, "together"), jobs))
     for job, one, other in zip(jobs, alone, together, strict=True):
         assert same_answer(one, other), (job, steps(one), steps(other))
+
+
+def test_a_still_video_among_others_answers_as_alone(
+    server: Server, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    still = make_clip(
+        tmp_path / "still.mp4", num_frames=12, shown=[3] * 8 + [4] * 4, options={"crf": "0"}
+    )
+    decoded, _ = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(still.read_bytes(), num_frames=32)
+    assert sum(np.array_equal(*pair) for pair in itertools.pairwise(decoded)) == 10
+    jobs = [(clip, ratio) for clip in (still, clips["webm"]) for ratio in (1.0, 0.5, 0.1)]
+
+    def ask(job: tuple[Path, float], salt: str) -> Any:
+        clip, ratio = job
+        return server.ask(clip, "Still?", ratio=ratio, extra_body={"cache_salt": salt})
+
+    alone = [ask(job, "alone") for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(lambda job: ask(job, "together"), jobs))
+    for job, one, other in zip(jobs, alone, together, strict=True):
+        assert same_answer(one, other), (job, steps(one), steps(other))
+        kept = num_retained_tokens(12 * TOKENS_PER_FRAME, job[1])
+        assert one.video_compression["num_retained_video_tokens"] == kept
+    both = server.ask(still, clips["webm"], "Both?", ratio=0.5)
+    assert both.video_compression["num_video_tokens"] == 2 * 12 * TOKENS_PER_FRAME
 
 
 # Law 7: bounded memory.
