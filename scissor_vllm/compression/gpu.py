@@ -188,17 +188,17 @@ class Video:
         kernels.cosines_kernel[self.per_frame, self.num_frames](
             self._inside, self._cosine, self.per_frame, block=self._lanes, num_warps=self._warps(2)
         )
-        self._order = self.new(self.num_tokens, torch.int32)
+        self.order = self.new(self.num_tokens, torch.int32)
         self.link = self.new(self.num_tokens, torch.float32)
         kernels.prim_kernel[self.num_frames,](
             self._cosine,
-            self._order,
+            self.order,
             self.link,
             self.per_frame,
             block=self._lanes,
             num_warps=self._warps(8),
         )
-        self._ordered = self.rows[self._order]
+        self.ordered = self.rows[self.order]
         self._hold_products()
         self.tau = self.new(1, torch.float32)
         self.always = self.new(1, torch.int32, 1)
@@ -243,7 +243,7 @@ class Video:
 
     def _multiply(self, start: int, out: torch.Tensor) -> torch.Tensor:
         """Compute the block of products that begins with a row."""
-        left, right = self._ordered[start : start + self._block_rows], self._ordered[start:]
+        left, right = self.ordered[start : start + self._block_rows], self.ordered[start:]
         out = out[: len(left) * len(right)]
         _multiplied(left, right.T, out.view(len(left), len(right)))
         return out
@@ -266,7 +266,7 @@ class Video:
         """Find the runs at tau (1,), and join those whose cosine is above it, unless go is 0."""
         kernels.lengths_kernel[self.num_frames, self._chunks](
             self._inside,
-            self._order,
+            self.order,
             self.link,
             self._unit,
             self.parent,
@@ -377,7 +377,7 @@ class Video:
         lead = self.new(self.num_tokens, torch.int64, 0)
         kernels.lead_tokens_kernel[self.num_tokens,](
             self._cosine,
-            self._order,
+            self.order,
             self._run_of,
             lead,
             self.tau,
@@ -425,7 +425,7 @@ class Video:
         part = self.new(self.num_tokens, torch.int32)
         weight = self.new(self.num_tokens, torch.float64)
         kernels.parts_kernel[self.grid](
-            self._order,
+            self.order,
             self._run_of,
             self._run_size,
             label,
@@ -464,10 +464,11 @@ class _Tree(enum.Enum):
     BETWEEN = enum.auto()
     """From the weights between any two components; they are rarely many."""
     WHOLE = enum.auto()
-    """From all products, where the components are too many."""
+    """From all products, where the components are too many; equal weights by their tokens."""
     IN_PAPER_ORDER = enum.auto()
-    """So, and equal weights by the paper's order of the runs, which follows from the threshold:
-    where equal ones are on both sides of the cut. The threshold is where it was placed before."""
+    """From all products, equal weights by the paper's order of the runs, which follows from the
+    threshold: where equal ones are on both sides of the cut. The threshold stays where it was
+    placed."""
 
 
 @dataclass(frozen=True)
@@ -503,6 +504,7 @@ class Search:
         self._balance = video.new(2, torch.float64)
         self._tau = video.new(1, torch.float32)
         self._searching = video.new(1, torch.int32)
+        self._positions = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
         self._steer(kernels.BEGIN)
         self._guess()
         self._first = self._cut(_Tree.BETWEEN)
@@ -568,11 +570,12 @@ class Search:
         label = video.labels()
         if tree == _Tree.BETWEEN:
             keys, node_of = self._tree_between_components(label)
-            self._place(keys)
+            self._place(keys, by_token=False)
         elif tree == _Tree.WHOLE:
-            node_of = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
-            keys = self._spanning_tree(label, node_of, node_of)
-            self._place(keys)
+            node_of = torch.empty_like(video.order)
+            node_of[video.order] = self._positions
+            keys = self._spanning_tree(label, video.order, node_of)
+            self._place(keys, by_token=True)
         lead, rank_of_token = video.order_of_runs()
         if tree == _Tree.IN_PAPER_ORDER:
             rank, node_of = video.ranks(lead, rank_of_token)
@@ -591,8 +594,13 @@ class Search:
         seen = [video.state[kernels.FLAGS :], video.tau, tokens.joined()[-1:]]
         return _Cut(tokens, weight, torch.cat([each.double() for each in seen]))
 
-    def _place(self, keys: torch.Tensor) -> None:
-        """Place the video's tau in the interval that was found, and set flags."""
+    def _place(self, keys: torch.Tensor, by_token: bool) -> None:
+        """Place the video's tau in the interval that was found, and set flags.
+
+        Args:
+            keys: of the tree's edges, strongest first.
+            by_token: whether equal ones are in the order of their tokens.
+        """
         video = self.video
         kernels.place_kernel[1,](
             video.state,
@@ -608,6 +616,7 @@ class Search:
             self.retained,
             len(keys),
             self._settings.threshold_margin,
+            by_token=by_token,
             block=_WIDE,
         )
 
@@ -682,10 +691,7 @@ class Search:
             (N,) int64 keys of edges, strongest first, then what is no edge.
         """
         video = self.video
-        label, up = (
-            label.clone(),
-            torch.arange(video.num_tokens, dtype=torch.int32, device=video.device),
-        )
+        label, up = label.clone(), self._positions.clone()
         best = video.new(video.num_tokens, torch.int64, _NO_KEY)
         kept = video.new(video.num_tokens, torch.int64, _NO_KEY)
         go = self._rounds(video.num_tokens)

@@ -652,9 +652,14 @@ def place_kernel(
     num_retained_at,
     most_components,
     margin,
+    by_token: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Place the threshold in the interval that was found."""
+    """Place the threshold in the interval that was found.
+
+    Edges of equal weight that are ordered by token are in the paper's order where no two tokens of
+    a frame are joined: each is then its own run, and has no neighbour in its frame.
+    """
     low = tl.load(state + _LOW)
     num_retained = tl.load(num_retained_at)
     tau = tl.load(guess_at)
@@ -687,6 +692,8 @@ def place_kernel(
     flags = tl.load(state + _FLAGS) & (_NOT_FINITE | _OUT_OF_RANGE)
     flags |= tl.where(tl.load(go) != 0, _SEARCHING, 0)
     flags |= tl.where(too_narrow, _TOO_NARROW, 0)
+    if by_token:
+        tied = tied & (is_last == 0)
     flags |= tl.where(tied, _TIED, 0)
     flags |= tl.where(count > most_components, _TOO_MANY, 0)
     tl.store(state + _FLAGS, flags)
