@@ -103,6 +103,8 @@ def _captured(
         return None
     del _uses[key]
     while len(_captures) >= MAX_CAPTURES:
+        # It may still run.
+        torch.cuda.synchronize(tokens.device)
         _captures.popitem(last=False)
     _captures[key] = _Capture(tokens, make)
     return _captures[key]
@@ -111,5 +113,7 @@ def _captured(
 def clear() -> None:
     """Give back the memory of all graphs."""
     with _lock:
+        if _captures:
+            torch.cuda.synchronize()
         _captures.clear()
         _uses.clear()
