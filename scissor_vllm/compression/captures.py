@@ -4,6 +4,7 @@ The host needs longer to launch a search's small kernels one by one than a GPU t
 works on memory of its own, so few are kept, and only of videos up to a size.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 MAX_CAPTURES = 2
 """Most graphs that are kept. Each holds two copies of its tokens, the products of all pairs and up
@@ -40,6 +43,7 @@ S = TypeVar("S", bound=Search)
 _lock = threading.Lock()
 _captures: OrderedDict[_Key, "_Capture[Any]"] = OrderedDict()
 _uses: OrderedDict[_Key, int] = OrderedDict()
+_refused: set[_Key] = set()
 _MAX_USES_KEPT = 64
 
 
@@ -74,7 +78,9 @@ def search(
         make: returns the search of tokens.
     """
     stream = torch.cuda.current_stream(tokens.device)
-    key = (tokens.device, stream.cuda_stream, tokens.shape, tokens.dtype, variant)
+    # What is made in inference mode may not be written to outside of it.
+    mode = torch.is_inference_mode_enabled()
+    key = (tokens.device, stream.cuda_stream, tokens.shape, tokens.dtype, mode, variant)
     with _lock:
         capture = _captured(key, tokens, make)
         if capture is not None:
@@ -93,6 +99,8 @@ def _captured(
     """Return the capture of a key, made now if it has come often enough, None if it has not."""
     if tokens.shape[0] * tokens.shape[1] > MAX_TOKENS or torch.cuda.is_current_stream_capturing():
         return None
+    if key in _refused:
+        return None
     if key in _captures:
         _captures.move_to_end(key)
         return _captures[key]
@@ -106,7 +114,13 @@ def _captured(
         # It may still run.
         torch.cuda.synchronize(tokens.device)
         _captures.popitem(last=False)
-    _captures[key] = _Capture(tokens, make)
+    try:
+        _captures[key] = _Capture(tokens, make)
+    except RuntimeError as error:
+        # Without a graph it takes longer, no more.
+        logger.warning("searches of shape %s are not captured: %s", tuple(tokens.shape), error)
+        _refused.add(key)
+        return None
     return _captures[key]
 
 
@@ -117,3 +131,4 @@ def clear() -> None:
             torch.cuda.synchronize()
         _captures.clear()
         _uses.clear()
+        _refused.clear()
