@@ -203,7 +203,7 @@ def on_kernels(tokens, num_retained=None, similarity_threshold=None):
         parts = gpu.at_threshold(video, similarity_threshold)
     else:
         num_tokens = tokens.shape[0] * tokens.shape[1]
-        size = gpu.num_components(num_tokens, num_retained)
+        size = gpu.num_components(num_tokens, num_retained, tokens.device)
         search = gpu.Search(tokens, size, settings)
         search.retained.fill_(num_retained)
         search.start()
@@ -237,6 +237,8 @@ for video in (tokens, torch.ones(3, 9, 8)):
     expected = compress(video, num_retained=4)
     assert torch.equal(on_kernels(video, num_retained=4)[2], expected.assignment)
 
+gpu.captures.MAX_TOKENS = 10
+assert torch.equal(on_kernels(tokens, **budgets[0])[2], compress(tokens, **budgets[0]).assignment)
 gpu.MAX_PRODUCTS, gpu.BLOCK_PRODUCTS = 0, 2 * 9 * 45
 assert torch.equal(on_kernels(tokens, **budgets[0])[2], compress(tokens, **budgets[0]).assignment)
 print("the same")

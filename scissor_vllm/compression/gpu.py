@@ -45,8 +45,9 @@ MAX_COUNTED = 1 << 14
 """Most numbers that are sorted by counting, in one launch in place of a radix sort's dozen."""
 
 MIN_COMPONENTS, MAX_COMPONENTS = 1 << 11, 1 << 12
-"""Components of which the weights between any two are held, at most 64 MiB. Of more, each of
-Boruvka's rounds goes through all products."""
+"""Components of which the weights between any two are held, 64 MiB and a copy, where a search is
+captured; elsewhere half of what a block's products may take, or where none are held, as all may.
+Of more, each of Boruvka's rounds goes through all products."""
 
 LEAST, MOST = 2.0**-40, 2.0**40
 """Largest magnitudes of tokens between these have products and sums far from float32's ends."""
@@ -92,7 +93,7 @@ def compress(
         video = Video(tokens)
         parts = at_threshold(video, float(threshold))
         return _compressed(video, parts, dtype)
-    size = num_components(num_frames * per_frame, num_retained)
+    size = num_components(num_frames * per_frame, num_retained, tokens.device)
     make = partial(Search, num_components=size, settings=settings)
     with captures.search(tokens, num_retained, (size, settings), make) as search:
         parts = search.finish(num_retained)
@@ -279,6 +280,8 @@ class Video:
             rows=_ROWS,
             num_warps=self._warps(4),
         )
+        if not self.holds_products and not int(go):
+            return
         unused = self.parent
         self._pairs(kernels.UNION, tau, go, unused, unused, unused, unused)
 
@@ -504,6 +507,7 @@ class Search:
         self._balance = video.new(2, torch.float64)
         self._tau = video.new(1, torch.float32)
         self._searching = video.new(1, torch.int32)
+        self._again = video.new(1, torch.int32)
         self._positions = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
         self._steer(kernels.BEGIN)
         self._guess()
@@ -552,6 +556,7 @@ class Search:
             self._balance,
             self._tau,
             self._searching,
+            self._again,
             video.link,
             self._sorted_link,
             video.parent,
@@ -566,7 +571,8 @@ class Search:
     def _cut(self, tree: _Tree) -> _Cut:
         """Place the threshold, cut the tree, group the tokens by part and weight them."""
         video = self.video
-        video.unite(self._tau, video.always)
+        # The last cut joined components: only before the first are those of a guess there.
+        video.unite(self._tau, self._again if tree == _Tree.BETWEEN else video.always)
         label = video.labels()
         if tree == _Tree.BETWEEN:
             keys, node_of = self._tree_between_components(label)
@@ -778,14 +784,18 @@ def merge(video: Video, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
 
 def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
     """Return what ``scc.costliest_calls`` does: all graphs captured, then the most that is held."""
-    # Of the square of products, the blocks of rows leave a share out.
-    share = (ROW_BLOCKS + 1) / (2 * ROW_BLOCKS)
-    held = math.isqrt(int(_limit(device, MAX_PRODUCTS, HELD_SHARE) / share))
     times = captures.USES_BEFORE_CAPTURE + 1
     return [
         *[(captures.MAX_TOKENS, ratio) for ratio in (0.1, 0.4) for _ in range(times)],
-        (held, 0.1),
+        (_max_held_tokens(device), 0.4),
     ]
+
+
+def _max_held_tokens(device: torch.device) -> int:
+    """Return how many tokens' products are held, about."""
+    # Of their square, the blocks of rows leave a share out.
+    share = (ROW_BLOCKS + 1) / (2 * ROW_BLOCKS)
+    return math.isqrt(int(_limit(device, MAX_PRODUCTS, HELD_SHARE) / share))
 
 
 def _limit(device: torch.device, num_products: int, share: int) -> int:
@@ -796,11 +806,18 @@ def _limit(device: torch.device, num_products: int, share: int) -> int:
     return min(num_products, memory // (4 * share))
 
 
-def num_components(num_tokens: int, num_retained: int) -> int:
+def num_components(num_tokens: int, num_retained: int, device: torch.device) -> int:
     """Return how many components to build a tree between: those above K are rarely many."""
     expected = num_retained + max(1024, num_retained // 4)
-    size = MIN_COMPONENTS if expected <= MIN_COMPONENTS else MAX_COMPONENTS
-    return min(num_tokens, size)
+    if num_tokens <= captures.MAX_TOKENS:
+        # Few sizes, so that few graphs serve all ratios.
+        size = MIN_COMPONENTS if expected <= MIN_COMPONENTS else MAX_COMPONENTS
+    elif num_tokens <= _max_held_tokens(device):
+        size = min(expected, math.isqrt(_limit(device, BLOCK_PRODUCTS, BLOCK_SHARE) // 2))
+    else:
+        # In place of the products.
+        size = min(expected, math.isqrt(_limit(device, MAX_PRODUCTS, HELD_SHARE)))
+    return max(1, min(num_tokens, size))
 
 
 def _sorted(values: torch.Tensor, decreasing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -395,6 +395,7 @@ def steer_kernel(
     balance,
     tau_at,
     go,
+    again,
     link,
     sorted_link,
     parent,
@@ -412,6 +413,7 @@ def steer_kernel(
         moved = tl.load(state + _MOVED)
         steps = tl.load(state + _STEPS)
         middle = tl.load(state + _MIDDLE)
+        guessed = middle
         below = tl.load(balance)
         above = tl.load(balance + 1)
         num_retained = tl.load(num_retained_at)
@@ -468,6 +470,11 @@ def steer_kernel(
         tl.store(balance + 1, above)
         tl.store(tau_at, tau)
         tl.store(go, (low < high).to(tl.int32))
+        # The runs and components of the interval that was found may be those of the last guess.
+        if phase == _STEP:
+            tl.store(again, ((low < high) | (guessed != low)).to(tl.int32))
+        else:
+            tl.store(again, 1)
 
 
 @triton.jit(do_not_specialize=["num_nodes"])
