@@ -164,7 +164,18 @@ class Video:
     """A video's tokens in Prim's order of each frame, their products, and what a pass fills in.
 
     Positions in that order number the tokens; a component of the spatial step is a run of them, and
-    known by its last.
+    known by its last, its node.
+
+    Attributes:
+        rows: (N, D), the tokens in their own order.
+        length: (N,) float32, theirs.
+        order: (N,) int32, the token at each position.
+        link: (N,) float32, the weight that joined each to its frame's tree, -inf for the first.
+        parent: (N,) int32 by node, the forest of what was united.
+        state: of a search on the device, and flags; see ``kernels``.
+        tau: (1,) float32, the threshold that was asked for or found.
+        always: (1,) int32, 1.
+        grid: of a kernel with a lane for each token.
     """
 
     def __init__(self, tokens: torch.Tensor) -> None:
@@ -199,7 +210,7 @@ class Video:
             block=self._lanes,
             num_warps=self._warps(8),
         )
-        self.ordered = self.rows[self.order]
+        self._ordered = self.rows[self.order]
         self._hold_products()
         self.tau = self.new(1, torch.float32)
         self.always = self.new(1, torch.int32, 1)
@@ -244,7 +255,7 @@ class Video:
 
     def _multiply(self, start: int, out: torch.Tensor) -> torch.Tensor:
         """Compute the block of products that begins with a row."""
-        left, right = self.ordered[start : start + self._block_rows], self.ordered[start:]
+        left, right = self._ordered[start : start + self._block_rows], self._ordered[start:]
         out = out[: len(left) * len(right)]
         _multiplied(left, right.T, out.view(len(left), len(right)))
         return out
