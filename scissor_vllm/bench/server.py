@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scissor_vllm.metrics import VIDEO_CACHE_HITS, VIDEO_CACHE_QUERIES, VIDEO_STAGE_SECONDS
+
 HISTOGRAMS = (
     "vllm:time_to_first_token_seconds",
     "vllm:e2e_request_latency_seconds",
     "vllm:request_queue_time_seconds",
     "vllm:request_prefill_time_seconds",
     "vllm:request_decode_time_seconds",
-    "scissor_vllm:video_stage_seconds",
+    VIDEO_STAGE_SECONDS,
 )
 """Read as sum and count; the last is ours, by ``stage``. A server may have any of them or none."""
 COUNTERS = (
@@ -29,8 +31,8 @@ COUNTERS = (
     "vllm:mm_cache_queries",
     "vllm:mm_cache_hits",
     "vllm:num_preemptions",
-    "scissor_vllm:video_cache_queries",
-    "scissor_vllm:video_cache_hits",
+    VIDEO_CACHE_QUERIES,
+    VIDEO_CACHE_HITS,
 )
 """Read where they are, without the exposition's ``_total``; the last two are ours, by ``cache``."""
 _LABELS = ("stage", "cache")

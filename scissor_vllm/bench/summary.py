@@ -12,16 +12,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scissor_vllm.bench.workload import ratio_name
+from scissor_vllm.metrics import VIDEO_CACHE_HITS, VIDEO_CACHE_QUERIES, VIDEO_STAGE_SECONDS
 
 PERCENTILES = (50, 90, 99)
 OBJECTIVES = ("ttft", "tpot", "e2el")
 """What a service level objective may name, as in ``vllm bench serve --goodput``; milliseconds."""
 VIDEO_STAGES = ("decode", "preprocess", "tower", "compress")
 STAGES = {
-    **{
-        f"video_{stage}": f'scissor_vllm:video_stage_seconds{{stage="{stage}"}}'
-        for stage in VIDEO_STAGES
-    },
+    **{f"video_{stage}": f'{VIDEO_STAGE_SECONDS}{{stage="{stage}"}}' for stage in VIDEO_STAGES},
     "queue": "vllm:request_queue_time_seconds",
     "prefill": "vllm:request_prefill_time_seconds",
     "decode": "vllm:request_decode_time_seconds",
@@ -35,7 +33,7 @@ CACHES = {
     "mm": ("vllm:mm_cache_queries", "vllm:mm_cache_hits"),
     **{
         cache: tuple(
-            f'scissor_vllm:video_cache_{what}{{cache="{cache}"}}' for what in ("queries", "hits")
+            f'{name}{{cache="{cache}"}}' for name in (VIDEO_CACHE_QUERIES, VIDEO_CACHE_HITS)
         )
         for cache in ("frames", "features")
     },
