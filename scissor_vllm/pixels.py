@@ -90,9 +90,8 @@ def resized_frames(
         ValueError: the processor fails on these frames, as in stock vLLM.
     """
     pixels = _rgb_frames(video)
-    if pixels is None or context.get_merged_mm_kwargs(options).keys() - (
-        _OPTIONS_BEFORE_NORMALIZATION
-    ):
+    given = context.get_merged_mm_kwargs(options).keys()
+    if pixels is None or given - _OPTIONS_BEFORE_NORMALIZATION:
         return None
     normalization = get_normalization(getattr(hf_processor, "video_processor", None))
     if normalization is None:
@@ -114,19 +113,14 @@ def resized_frames(
         resized: torch.Tensor = output["pixel_values_videos"][0]
         return resized.permute(0, 2, 3, 1)
 
-    sampling = _takes_frames_out(hf_processor.video_processor, context, options)
-    resized = resize(pixels) if sampling else _in_threads(resize, pixels)
+    # Where frames are taken out, what becomes of one depends on the others.
+    samples = given & _SAMPLING_OPTIONS or getattr(
+        hf_processor.video_processor, "do_sample_frames", False
+    )
+    resized = resize(pixels) if samples else _in_threads(resize, pixels)
     if resized.dtype != torch.uint8:
         return None
     return resized.contiguous(), normalization
-
-
-def _takes_frames_out(
-    video_processor: Any, context: InputProcessingContext, options: Mapping[str, object]
-) -> bool:
-    """Return whether what becomes of a frame may depend on the others."""
-    by_option = context.get_merged_mm_kwargs(options).keys() & _SAMPLING_OPTIONS
-    return bool(by_option) or bool(getattr(video_processor, "do_sample_frames", False))
 
 
 def _in_threads(

@@ -54,8 +54,6 @@ LEAST, MOST = 2.0**-40, 2.0**40
 
 _ROWS = 16
 _WIDE = 1024
-_NO_KEY = -(1 << 63)
-_LEAST = -(1 << 31)
 
 
 @dataclass(frozen=True)
@@ -664,13 +662,13 @@ class Search:
             size,
             block=_WIDE,
         )
-        weights = video.new(size * size, torch.int32, _LEAST)
+        weights = video.new(size * size, torch.int32, kernels.NO_WEIGHT)
         video.between(self._tau, part, weights, size)
         square = weights.view(size, size)
         symmetric = torch.maximum(square, square.T)
         label = torch.arange(size, dtype=torch.int32, device=video.device)
         up = label.clone()
-        best, kept = video.new(2 * size, torch.int64, _NO_KEY).split(size)
+        best, kept = video.new(2 * size, torch.int64, kernels.NO_KEY).split(size)
         go = self._rounds(size)
         for turn in range(len(go) - 2):
             kernels.grow_kernel[size,](
@@ -709,8 +707,8 @@ class Search:
         """
         video = self.video
         label, up = label.clone(), self._positions.clone()
-        best = video.new(video.num_tokens, torch.int64, _NO_KEY)
-        kept = video.new(video.num_tokens, torch.int64, _NO_KEY)
+        best = video.new(video.num_tokens, torch.int64, kernels.NO_KEY)
+        kept = video.new(video.num_tokens, torch.int64, kernels.NO_KEY)
         go = self._rounds(video.num_tokens)
         for turn in range(len(go) - 2):
             this, following = go[turn:], go[turn + 1 :]

@@ -31,10 +31,16 @@ MAX_PER_FRAME = 1 << 12
 MAX_NODES = 1 << 18
 """An edge's two nodes and its weight share 64 bits."""
 
+NO_KEY = -(1 << 63)
+"""Below the key of every edge."""
+
+NO_WEIGHT = -(1 << 31)
+"""Below the weight of every edge, in units."""
+
 _UNION, _STRONGEST = tl.constexpr(UNION), tl.constexpr(STRONGEST)
 _BETWEEN, _DEGREE = tl.constexpr(BETWEEN), tl.constexpr(DEGREE)
 _MOST = tl.constexpr((1 << 31) - 1)
-_LEAST = tl.constexpr(-(1 << 31))
+_LEAST = tl.constexpr(NO_WEIGHT)
 _BEGIN, _STEP = tl.constexpr(BEGIN), tl.constexpr(STEP)
 _LOW, _HIGH, _MOVED, _STEPS = (tl.constexpr(place) for place in (LOW, HIGH, MOVED, STEPS))
 _MIDDLE, _NUM_COMPONENTS = tl.constexpr(MIDDLE), tl.constexpr(NUM_COMPONENTS)
@@ -50,10 +56,20 @@ _EDGE_BITS = tl.constexpr(36)
 _NODE_MASK = tl.constexpr((1 << 18) - 1)
 _EDGE_MASK = tl.constexpr((1 << 36) - 1)
 _WEIGHT_UNIT = tl.constexpr(2.0**26)
-_NO_KEY = tl.constexpr(-(1 << 63))
+_NO_KEY = tl.constexpr(NO_KEY)
 _NO_EDGE = tl.constexpr(NO_EDGE)
 _ONE, _RESOLUTION = tl.constexpr(ONE), tl.constexpr(RESOLUTION)
 _WORD = tl.constexpr((1 << 32) - 1)
+
+
+@triton.jit
+def _root(parent, node, active, cache: tl.constexpr = ""):
+    """Return the root of each node's tree, nodes that are not active as they are."""
+    up = tl.load(parent + node, mask=active, other=0, cache_modifier=cache)
+    while tl.max((active & (up != node)).to(tl.int32), 0) > 0:
+        node = tl.where(active, up, node)
+        up = tl.load(parent + node, mask=active, other=0, cache_modifier=cache)
+    return node
 
 
 @triton.jit
@@ -64,14 +80,8 @@ def _union(parent, one, other, active):
     parent is never above its child, so a tree's root is its lowest node.
     """
     while tl.max(active.to(tl.int32)) > 0:
-        up = tl.load(parent + one, mask=active, other=0)
-        while tl.max((active & (up != one)).to(tl.int32)) > 0:
-            one = tl.where(active, up, one)
-            up = tl.load(parent + one, mask=active, other=0)
-        up = tl.load(parent + other, mask=active, other=0)
-        while tl.max((active & (up != other)).to(tl.int32)) > 0:
-            other = tl.where(active, up, other)
-            up = tl.load(parent + other, mask=active, other=0)
+        one = _root(parent, one, active)
+        other = _root(parent, other, active)
         active = active & (one != other)
         high = tl.maximum(one, other)
         low = tl.minimum(one, other)
@@ -79,6 +89,20 @@ def _union(parent, one, other, active):
         active = active & (before != high)
         one = tl.where(active, before, one)
         other = tl.where(active, low, other)
+
+
+@triton.jit
+def _edge_key(weight, lower, higher):
+    """Return an edge as a number: by weight in units, of equal ones the first by its nodes."""
+    edge = ((lower << _NODE_BITS) | higher) ^ _EDGE_MASK
+    return (weight.to(tl.int64) << _EDGE_BITS) | edge
+
+
+@triton.jit
+def _nodes_of(key):
+    """Return an edge's lower and higher node."""
+    edge = (key & _EDGE_MASK) ^ _EDGE_MASK
+    return edge >> _NODE_BITS, edge & _NODE_MASK
 
 
 @triton.jit
@@ -321,8 +345,7 @@ def pairs_kernel(
                     own_rank = tl.load(rank + node).to(tl.int64)
                     lower = tl.minimum(own_rank, column_rank)
                     higher = tl.maximum(own_rank, column_rank)
-                    weight = tl.floor(value * _WEIGHT_UNIT).to(tl.int64)
-                    key = (weight << _EDGE_BITS) | (((lower << _NODE_BITS) | higher) ^ _EDGE_MASK)
+                    key = _edge_key(tl.floor(value * _WEIGHT_UNIT), lower, higher)
                     key = tl.where(pair & (column_label != own), key, _NO_KEY)
                     top = tl.max(key, 0)
                     if top > tl.load(best + own):
@@ -481,12 +504,7 @@ def steer_kernel(
 def find_roots_kernel(parent, label, num_nodes, block: tl.constexpr):
     node = tl.program_id(0) * block + tl.arange(0, block)
     active = node < num_nodes
-    root = tl.load(parent + node, mask=active, other=0)
-    up = tl.load(parent + root, mask=active, other=0)
-    while tl.max((active & (up != root)).to(tl.int32)) > 0:
-        root = tl.where(active, up, root)
-        up = tl.load(parent + root, mask=active, other=0)
-    tl.store(label + node, root, mask=active)
+    tl.store(label + node, _root(parent, node, active), mask=active)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -501,9 +519,9 @@ def hook_kernel(best, label, up, kept, node_of, go, next_go, num_tokens, block: 
         is_root = inside & (tl.load(label + node, mask=inside, other=-1) == node)
         key = tl.load(best + node, mask=is_root, other=_NO_KEY)
         grows = is_root & (key != _NO_KEY)
-        edge = (key & _EDGE_MASK) ^ _EDGE_MASK
-        one = tl.load(node_of + (edge >> _NODE_BITS), mask=grows, other=0)
-        other = tl.load(node_of + (edge & _NODE_MASK), mask=grows, other=0)
+        one, other = _nodes_of(key)
+        one = tl.load(node_of + one, mask=grows, other=0)
+        other = tl.load(node_of + other, mask=grows, other=0)
         one = tl.load(label + one, mask=grows, other=0)
         other = tl.load(label + other, mask=grows, other=0)
         beyond = tl.where(one == node, other, one)
@@ -521,12 +539,8 @@ def flatten_kernel(best, label, up, go, num_tokens, block: tl.constexpr):
     if tl.load(go) != 0:
         node = tl.program_id(0) * block + tl.arange(0, block)
         active = node < num_tokens
-        root = tl.load(label + node, mask=active, other=0)
-        above = tl.load(up + root, mask=active, other=0)
-        while tl.max((active & (above != root)).to(tl.int32), 0) > 0:
-            root = tl.where(active, above, root)
-            above = tl.load(up + root, mask=active, other=0)
-        tl.store(label + node, root, mask=active)
+        own = tl.load(label + node, mask=active, other=0)
+        tl.store(label + node, _root(up, own, active), mask=active)
         tl.store(best + node, tl.full((block,), _NO_KEY, tl.int64), mask=active)
 
 
@@ -576,8 +590,7 @@ def grow_kernel(
             other = tl.load(label + column, mask=inside, other=own)
             lower = tl.minimum(row, column).to(tl.int64)
             higher = tl.maximum(row, column).to(tl.int64)
-            edge = ((lower << _NODE_BITS) | higher) ^ _EDGE_MASK
-            key = (weight.to(tl.int64) << _EDGE_BITS) | edge
+            key = _edge_key(weight, lower, higher)
             known = inside & (other != own) & (weight != _LEAST)
             top = tl.maximum(top, tl.max(tl.where(known, key, _NO_KEY), 0))
         tl.atomic_max(best + own, top, sem="relaxed")
@@ -589,9 +602,9 @@ def grow_kernel(
                 # Others wrote these: not from this processor's own cache.
                 key = tl.load(best + node, mask=inside, other=_NO_KEY, cache_modifier=".cg")
                 chosen = inside & (key != _NO_KEY)
-                edge = (key & _EDGE_MASK) ^ _EDGE_MASK
-                one = tl.load(label + (edge >> _NODE_BITS), mask=chosen, other=0)
-                other = tl.load(label + (edge & _NODE_MASK), mask=chosen, other=0)
+                one, other = _nodes_of(key)
+                one = tl.load(label + one, mask=chosen, other=0)
+                other = tl.load(label + other, mask=chosen, other=0)
                 beyond = tl.where(one == node, other, one)
                 same = tl.load(best + beyond, mask=chosen, other=_NO_KEY, cache_modifier=".cg")
                 hooks = chosen & ((beyond < node) | (same != key))
@@ -602,12 +615,8 @@ def grow_kernel(
             for start in range(0, num, block):
                 node = start + tl.arange(0, block)
                 active = node < num
-                root = tl.load(label + node, mask=active, other=0)
-                above = tl.load(up + root, mask=active, other=0, cache_modifier=".cg")
-                while tl.max((active & (above != root)).to(tl.int32), 0) > 0:
-                    root = tl.where(active, above, root)
-                    above = tl.load(up + root, mask=active, other=0, cache_modifier=".cg")
-                tl.store(label + node, root, mask=active)
+                before = tl.load(label + node, mask=active, other=0)
+                tl.store(label + node, _root(up, before, active, ".cg"), mask=active)
                 tl.store(best + node, tl.full((block,), _NO_KEY, tl.int64), mask=active)
             tl.store(ticket, 0)
             tl.store(next_go, grows)
@@ -716,9 +725,9 @@ def cut_kernel(keys, state, node_of, parent, num_tokens, num_retained_at, block:
     active = (edge < num_cut) & (edge < num_tokens)
     key = tl.load(keys + edge, mask=active, other=0)
     active = active & (key != _NO_KEY)
-    pair = (key & _EDGE_MASK) ^ _EDGE_MASK
-    one = tl.load(node_of + (pair >> _NODE_BITS), mask=active, other=0)
-    other = tl.load(node_of + (pair & _NODE_MASK), mask=active, other=0)
+    one, other = _nodes_of(key)
+    one = tl.load(node_of + one, mask=active, other=0)
+    other = tl.load(node_of + other, mask=active, other=0)
     _union(parent, one, other, active)
 
 
