@@ -63,8 +63,10 @@ _WORD = tl.constexpr((1 << 32) - 1)
 
 
 @triton.jit
-def _root(parent, node, active, cache: tl.constexpr = ""):
+def _root(parent, node, active, others_write: tl.constexpr):
     """Return the root of each node's tree, nodes that are not active as they are."""
+    # What another multiprocessor writes meanwhile may be old in this one's own cache.
+    cache: tl.constexpr = ".cg" if others_write else ""
     up = tl.load(parent + node, mask=active, other=0, cache_modifier=cache)
     while tl.max((active & (up != node)).to(tl.int32), 0) > 0:
         node = tl.where(active, up, node)
@@ -80,8 +82,8 @@ def _union(parent, one, other, active):
     parent is never above its child, so a tree's root is its lowest node.
     """
     while tl.max(active.to(tl.int32)) > 0:
-        one = _root(parent, one, active)
-        other = _root(parent, other, active)
+        one = _root(parent, one, active, False)
+        other = _root(parent, other, active, False)
         active = active & (one != other)
         high = tl.maximum(one, other)
         low = tl.minimum(one, other)
@@ -504,7 +506,7 @@ def steer_kernel(
 def find_roots_kernel(parent, label, num_nodes, block: tl.constexpr):
     node = tl.program_id(0) * block + tl.arange(0, block)
     active = node < num_nodes
-    tl.store(label + node, _root(parent, node, active), mask=active)
+    tl.store(label + node, _root(parent, node, active, False), mask=active)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -540,7 +542,7 @@ def flatten_kernel(best, label, up, go, num_tokens, block: tl.constexpr):
         node = tl.program_id(0) * block + tl.arange(0, block)
         active = node < num_tokens
         own = tl.load(label + node, mask=active, other=0)
-        tl.store(label + node, _root(up, own, active), mask=active)
+        tl.store(label + node, _root(up, own, active, False), mask=active)
         tl.store(best + node, tl.full((block,), _NO_KEY, tl.int64), mask=active)
 
 
@@ -616,7 +618,7 @@ def grow_kernel(
                 node = start + tl.arange(0, block)
                 active = node < num
                 before = tl.load(label + node, mask=active, other=0)
-                tl.store(label + node, _root(up, before, active, ".cg"), mask=active)
+                tl.store(label + node, _root(up, before, active, True), mask=active)
                 tl.store(best + node, tl.full((block,), _NO_KEY, tl.int64), mask=active)
             tl.store(ticket, 0)
             tl.store(next_go, grows)
