@@ -138,7 +138,8 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         "--video-compression",
         choices=sorted(METHODS),
         default=None,
-        help="scc: Semantic Connected Components; uniform: evenly spaced tokens, for comparison "
+        help="scc: Semantic Connected Components; the others are for comparison: selections of "
+        "tokens, with +merge those with SCC's last step, and SCC without one of its steps "
         f"(default {DEFAULT_VIDEO_COMPRESSION})",
     )
     group.add_argument(
@@ -179,8 +180,10 @@ def apply_retention_options(args: argparse.Namespace) -> None:
     """Move our options into the engine's ``mm_processor_kwargs``, which reach every process.
 
     Raises:
-        SystemExit: the default ratio is below the minimum, or a setting is no number.
+        SystemExit: the default ratio is below the minimum, a setting is no number, or there is no
+            such method of compression.
     """
+    from scissor_vllm.compression import check_method
     from scissor_vllm.retention import RetentionPolicy
     from scissor_vllm.reuse import CacheSizes
 
@@ -195,7 +198,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
     given = {key: value for key, value in own.items() if value is not None}
     merged = {**(args.mm_processor_kwargs or {}), **given}
     try:
-        RetentionPolicy.from_mm_processor_kwargs(merged)
+        check_method(RetentionPolicy.from_mm_processor_kwargs(merged).method)
         CacheSizes.of(merged, args.mm_processor_cache_gb)
     except (TypeError, ValueError) as error:
         raise SystemExit(f"scissor-vllm serve: {error}") from error

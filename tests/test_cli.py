@@ -14,6 +14,7 @@ from scissor_vllm.cli import (
     main,
     set_environment,
 )
+from scissor_vllm.compression import METHODS
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -67,6 +68,30 @@ def test_a_cache_size_that_is_no_number_ends_the_start() -> None:
 def test_a_default_below_the_minimum_ends_the_start() -> None:
     args = parse("--default-retention-ratio", "0.1", "--min-retention-ratio", "0.2")
     with pytest.raises(SystemExit, match=r"at least 0.2 on this server, got 0.1"):
+        apply_retention_options(args)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_chosen(name: str) -> None:
+    args = parse("--video-compression", name)
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {"video_compression": name}
+
+
+def test_an_unknown_method_is_a_usage_error_that_lists_the_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--video-compression", "scissor")
+    printed = capsys.readouterr().err
+    assert "invalid choice: 'scissor'" in printed
+    assert all(name in printed for name in METHODS)
+
+
+def test_an_unknown_method_among_the_engines_options_ends_the_start() -> None:
+    args = parse()
+    args.mm_processor_kwargs = {"video_compression": "scissor"}
+    with pytest.raises(SystemExit, match=r"unknown .* 'scissor': choose one of evs, .*vidcom2"):
         apply_retention_options(args)
 
 

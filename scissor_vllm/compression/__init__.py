@@ -4,8 +4,15 @@ A method is a function of that form, found by its name with :func:`get_compresso
 knows no model, no server and no vLLM.
 """
 
-from scissor_vllm.compression.methods import METHODS, Compressor, get_compressor
-from scissor_vllm.compression.result import CompressedTokens
+from scissor_vllm.compression.methods import METHODS, check_method, get_compressor
+from scissor_vllm.compression.result import CompressedTokens, Compressor
 from scissor_vllm.compression.scc import compress
 
-__all__ = ["METHODS", "CompressedTokens", "Compressor", "compress", "get_compressor"]
+__all__ = [
+    "METHODS",
+    "CompressedTokens",
+    "Compressor",
+    "check_method",
+    "compress",
+    "get_compressor",
+]

@@ -1,43 +1,76 @@
-"""The compression methods by name. A new method is one function and one line in METHODS."""
+"""The compression methods by name. A new method is one function and one line in this file."""
 
+import pkgutil
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 
-from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.scc import compress
+from scissor_vllm.compression.ablations import compress_across_frames, compress_in_frames
+from scissor_vllm.compression.baselines import select_longest, select_randomly
+from scissor_vllm.compression.result import CompressedTokens, Compressor
+from scissor_vllm.compression.scc import compress, represent
+from scissor_vllm.compression.selection import merging
 from scissor_vllm.compression.uniform import select_evenly
-
-
-class Compressor(Protocol):
-    """A method: exactly ``num_retained`` rows from one video's tokens."""
-
-    def __call__(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
-        """Return K rows for tokens (T, P, D), for any K in 1..T*P and any finite input."""
-        ...
 
 
 def _scc(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
     return compress(tokens, num_retained=num_retained)
 
 
-METHODS: Mapping[str, Compressor] = {
-    "scc": _scc,
+SELECTORS: Mapping[str, Compressor | str] = {
     "uniform": select_evenly,
+    "random": select_randomly,
+    "l2norm": select_longest,
+    "evs": "scissor_vllm.vllm_selectors:select_by_evs",
+    "vidcom2": "scissor_vllm.vllm_selectors:select_by_vidcom2",
 }
+"""Methods that keep tokens as they are and drop the others. What needs vLLM is named as
+``module:function`` and imported when it is asked for."""
+
+MERGE = "+merge"
+"""After a selector's name: the tokens it drops are merged into those it keeps, as SCC does."""
+
+MERGERS: Mapping[str, Compressor] = {
+    "scc": _scc,
+    "scc-no-merge": represent,
+    "scc-spatial": compress_in_frames,
+    "scc-temporal": compress_across_frames,
+}
+"""Methods whose rows are means of tokens."""
+
+METHODS: tuple[str, ...] = (*MERGERS, *SELECTORS, *(name + MERGE for name in SELECTORS))
+"""The names that :func:`get_compressor` knows."""
+
+
+def check_method(name: str) -> None:
+    """Raise ValueError if there is no method of that name; the message lists those there are."""
+    if name not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise ValueError(f"unknown video compression method {name!r}: choose one of {known}")
 
 
 def get_compressor(name: str) -> Compressor:
     """Return the method of that name.
 
     Raises:
-        ValueError: no such method; the message lists those there are.
+        ValueError: no such method.
+        ImportError: the method is vLLM's own and vLLM is not installed.
     """
+    check_method(name)
+    if name in MERGERS:
+        return MERGERS[name]
+    selector = SELECTORS[name.removesuffix(MERGE)]
+    if isinstance(selector, str):
+        selector = _imported(name, selector)
+    return merging(selector) if name.endswith(MERGE) else selector
+
+
+def _imported(name: str, path: str) -> Compressor:
     try:
-        return METHODS[name]
-    except KeyError:
-        known = ", ".join(sorted(METHODS))
-        raise ValueError(
-            f"unknown video compression method {name!r}: choose one of {known}"
-        ) from None
+        found: Compressor = pkgutil.resolve_name(path)
+    except ImportError as error:
+        raise ImportError(
+            f"the video compression method {name!r} is vLLM's own and cannot be imported "
+            f"({error}): install a vLLM that this release supports, or choose another method"
+        ) from error
+    return found

@@ -1,6 +1,7 @@
-"""What every compression method returns."""
+"""What every compression method is, and what it returns."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,3 +17,11 @@ class CompressedTokens:
     token that a selecting method dropped."""
     similarity_threshold: float | None = None
     """Cosine above which tokens counted as connected: as given, or as found for the budget."""
+
+
+class Compressor(Protocol):
+    """A method: exactly ``num_retained`` rows from one video's tokens."""
+
+    def __call__(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+        """Return K rows for tokens (T, P, D), for any K in 1..T*P and any finite input."""
+        ...

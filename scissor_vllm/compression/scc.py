@@ -33,10 +33,11 @@ from scissor_vllm.compression.components import (
     maximum_spanning_trees,
     threshold_labels,
 )
+from scissor_vllm.compression.merge import merged
 from scissor_vllm.compression.products import Products
 from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.similarity import RESOLUTION, Similarity, most_similar
-from scissor_vllm.compression.sums import sizes, sums
+from scissor_vllm.compression.similarity import RESOLUTION, Similarity
+from scissor_vllm.compression.sums import means
 from scissor_vllm.compression.validation import (
     check_finite,
     check_num_retained,
@@ -113,15 +114,34 @@ def compress(
     check_finite(frames)
     video = _Video(frames)
     if num_retained is not None:
-        threshold, kept = _within_budget(video, num_retained)
+        threshold, kept, _ = _within_budget(video, num_retained)
     else:
         assert similarity_threshold is not None
         threshold = float(similarity_threshold)
         kept = _above_threshold(video, threshold)
-    flat = video.flat
-    assignment = most_similar(flat, kept)
-    merged = _merge(flat, kept, assignment)
-    return CompressedTokens(merged.to(tokens.dtype), assignment, threshold)
+    rows, assignment = merged(video.flat, kept)
+    return CompressedTokens(rows.to(tokens.dtype), assignment, threshold)
+
+
+@torch.no_grad()
+def represent(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+    """Return the K representatives that both steps leave, without the merge that follows them.
+
+    A token's row is the one of its component: ``compress`` may merge it into another, that it
+    resembles more.
+
+    Args:
+        tokens: (T, P, D) floating, one video; N = T*P.
+        num_retained: K, 1 <= K <= N.
+
+    Raises:
+        TypeError, ValueError: as :func:`compress`.
+    """
+    check_num_retained(num_retained, check_tokens(tokens))
+    frames = tokens.float()
+    check_finite(frames)
+    threshold, kept, assignment = _within_budget(_Video(frames), num_retained)
+    return CompressedTokens(kept.to(tokens.dtype), assignment, threshold)
 
 
 def _on_gpu(
@@ -165,7 +185,7 @@ class _Video:
 
     def means(self, spatial: Components) -> torch.Tensor:
         """Return the representatives of spatial components, (S, D) float32."""
-        return _means(self.flat, spatial)
+        return means(self.flat, spatial.part, spatial.num_parts)
 
 
 def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
@@ -177,11 +197,14 @@ def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
     temporal = Similarity(representatives[None])
     labels = threshold_labels(temporal, threshold)
     across_frames = in_order(labels, degrees(temporal, threshold), count_components(labels))
-    return _means(representatives, across_frames)
+    return means(representatives, across_frames.part, across_frames.num_parts)
 
 
-def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tensor]:
-    """Return the threshold that was found and exactly K representatives, (K, D) float32."""
+def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Return the threshold that was found, exactly K representatives and the tokens' components.
+
+    (K, D) float32 and (N,) int64.
+    """
     found = _Search(video).find(num_retained)
     num_spatial = len(found.representatives)
     degree = degrees(video.spatial, found.threshold)
@@ -200,7 +223,8 @@ def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tenso
         trees = maximum_spanning_trees(Similarity(representatives[None]))
         left, right = trees.left, trees.right
     labels = forest_labels(num_spatial, left[:num_merges], right[:num_merges])
-    return found.threshold, _means(representatives, in_order(labels, degree, num_retained))
+    part = in_order(labels, degree, num_retained).part
+    return found.threshold, means(representatives, part, num_retained), part[in_frames.part]
 
 
 @dataclass(frozen=True)
@@ -269,7 +293,7 @@ class _Search:
             tokens = self._spatial(middle)
             if products is None:
                 joined = None
-                temporal = Similarity(_means(self._flat, tokens)[None])
+                temporal = Similarity(self._video.means(tokens)[None])
             else:
                 joined = products.joined(tokens)
                 temporal = joined.similarity()
@@ -319,18 +343,6 @@ class _Search:
             threshold = start
         tied = 0 < num_merges < len(weights) and weights[num_merges - 1] == weights[num_merges]
         return _Found(threshold, spatial, representatives, temporal, trees, tied)
-
-
-def _means(rows: torch.Tensor, components: Components) -> torch.Tensor:
-    """Return the plain mean of each part's rows, (parts, D) float32."""
-    count = sizes(components.part, components.num_parts)
-    return sums(rows, components.part, count).div_(count[:, None]).float()
-
-
-def _merge(flat: torch.Tensor, kept: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-    """Return (representative + sum of its tokens) / (number of its tokens + 1), (K, D) float32."""
-    count = sizes(assignment, len(kept))
-    return sums(flat, assignment, count).add_(kept).div_(count[:, None] + 1).float()
 
 
 def _float32(value: float) -> float:

@@ -49,3 +49,9 @@ def weighted_sums(
 def grouped(part: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows by part and number, and where each part begins among them."""
     return torch.argsort(part, stable=True), torch.cumsum(count, 0) - count
+
+
+def means(rows: torch.Tensor, part: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """Return the plain mean of each part's rows, (parts, D) float32; see :func:`sums`."""
+    count = sizes(part, num_parts)
+    return sums(rows, part, count).div_(count[:, None]).float()

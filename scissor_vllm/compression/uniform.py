@@ -3,6 +3,7 @@
 import torch
 
 from scissor_vllm.compression.result import CompressedTokens
+from scissor_vllm.compression.selection import evenly_spaced, selected
 from scissor_vllm.compression.validation import check_num_retained, check_tokens
 
 
@@ -18,8 +19,4 @@ def select_evenly(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
     """
     num_tokens = check_tokens(tokens)
     check_num_retained(num_retained, num_tokens)
-    rows = torch.arange(num_retained, device=tokens.device)
-    kept = rows * num_tokens // num_retained
-    assignment = torch.full((num_tokens,), -1, dtype=torch.int64, device=tokens.device)
-    assignment[kept] = rows
-    return CompressedTokens(tokens.reshape(num_tokens, -1)[kept], assignment)
+    return selected(tokens, evenly_spaced(num_retained, num_tokens, tokens.device))
