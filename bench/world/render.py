@@ -386,7 +386,7 @@ def _make_stamp(packed: PackedScenes, slot: int) -> _Stamp:
         tables.atlas[columns["figure"]], points, padding_mode="border", align_corners=False
     ).view(len(packed), 2, packed.num_frames, _PATCH, _PATCH)
     distance = sampled[:, 0] * half
-    edge = (half * 0.09).clamp(0.7, 2.0)
+    edge = (half * 0.09 - 0.2).clamp(0.35, 2.0)
     alpha = (0.5 - distance).clamp(0, 1) * is_visible[..., None, None]
     body = (0.5 - distance - edge).clamp(0, 1)[..., None]
     ink = ((sampled[:, 1] - 0.5) * 3 + 0.5).clamp(0, 1)[..., None]
@@ -464,7 +464,7 @@ def _draw_figure(figure: str) -> npt.NDArray[np.float64]:
     if figure == "circle":
         distance = np.hypot(x, y) - 0.95
     elif figure == "ring":
-        distance = np.abs(np.hypot(x, y) - 0.72) - 0.27
+        distance = np.abs(np.hypot(x, y) - 0.7) - 0.3
     elif figure in GLYPHS:
         beyond = np.maximum(np.abs((x, y)) - 0.56, 0)
         distance = np.hypot(*beyond) - 0.24

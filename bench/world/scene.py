@@ -465,7 +465,7 @@ def _sample_mix(rng: random.Random, num_frames: int) -> _Plan:
     if not is_still and num_frames >= MIN_NUM_FRAMES["cut"] and rng.random() < 0.3:
         cut = _sample_cut(rng, num_frames)
         shots = [(0, cut), (cut, num_frames)]
-    has_small = is_still and rng.random() < 0.5
+    has_small = is_still and rng.random() < 0.65
     num_things = rng.randint(2, 4 if has_small else 6)
     names = _sample_names(rng, num_things + 2)
     if rng.random() < 0.4:
