@@ -10,20 +10,18 @@ of its processes. Cells that the result file has are left: after an abort, the s
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scissor_vllm.bench.process import running_server
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
@@ -37,7 +35,6 @@ ENVIRONMENT = {
 }
 BENCH = [sys.executable, "-m", "scissor_vllm.cli", "bench"]
 SERVED_NAME = "measured"
-STOP_SECONDS = 30
 
 
 class PlanError(Exception):
@@ -118,53 +115,19 @@ def serving(server: Server, model: str, port: int, log: Path, timeout: float) ->
     Raises:
         RuntimeError: it ended, or did not answer in time; the message ends with its log.
     """
-    command = [*server.command, model, *server.options]
-    command += ["--served-model-name", SERVED_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command = [*server.command, model, *server.options, "--served-model-name", SERVED_NAME]
     print(f"\n{server.label}: {shlex.join(command)}", flush=True)
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            env={**os.environ, **server.environment},
-        )
-        try:
-            base_url = f"http://127.0.0.1:{port}"
-            begin = time.monotonic()
-            while not _is_healthy(base_url):
-                if process.poll() is not None or time.monotonic() - begin > timeout:
-                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-                    state = "ended" if process.poll() is not None else "is not up"
-                    waited = time.monotonic() - begin
-                    raise RuntimeError(
-                        f"{server.label} {state} after {waited:.0f} s, see {log}:\n{tail}"
-                    )
-                time.sleep(0.5)
-            print(f"{server.label}: up after {time.monotonic() - begin:.0f} s", flush=True)
-            yield base_url
-        finally:
-            _stop(process)
-
-
-def _is_healthy(base_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{base_url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process and all of its session, which hold a GPU's memory until they end."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+    begin = time.monotonic()
+    with running_server(
+        server.label,
+        command,
+        port=port,
+        log=log,
+        timeout_seconds=timeout,
+        environment=server.environment,
+    ) as base_url:
+        print(f"{server.label}: up after {time.monotonic() - begin:.0f} s", flush=True)
+        yield base_url
 
 
 def main(argv: Sequence[str] | None = None) -> int:

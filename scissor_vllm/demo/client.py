@@ -2,18 +2,15 @@
 
 import argparse
 import base64
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from scissor_vllm.bench.process import free_port, running_server
 from scissor_vllm.demo.model import DEMO_MODEL
 
 CLIP = Path(__file__).with_name("clip.mp4")
@@ -132,38 +129,17 @@ def demo_server(*flags: str) -> Iterator[str]:
     Raises:
         RuntimeError: it did not start; the message ends with its log.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.NamedTemporaryFile("w+", prefix="scissor-vllm-demo-", suffix=".log") as log:
+    command = [sys.executable, "-m", "scissor_vllm.cli", "serve", DEMO_MODEL, *flags]
+    with tempfile.TemporaryDirectory(prefix="scissor-vllm-demo-") as folder:
         print("starting the server (about a minute)", end="", flush=True)
-        command = ["serve", DEMO_MODEL, "--host", "127.0.0.1", "--port", str(port), *flags]
-        server = subprocess.Popen(
-            [sys.executable, "-m", "scissor_vllm.cli", *command], stdout=log, stderr=log
-        )
-        try:
-            _wait_until_healthy(server, port, Path(log.name))
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-            print("server stopped")
-
-
-def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    for _ in range(START_SECONDS):
-        if server.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                print(" ready", flush=True)
-                return
-        except (urllib.error.URLError, OSError):
-            print(".", end="", flush=True)
-            time.sleep(1)
-    tail = "".join(log.read_text().splitlines(keepends=True)[-40:])
-    raise RuntimeError(f"the server did not start; the end of its log:\n{tail}")
+        with running_server(
+            "the server",
+            command,
+            port=free_port(),
+            log=Path(folder, "server.log"),
+            timeout_seconds=START_SECONDS,
+            on_wait=lambda: print(".", end="", flush=True),
+        ) as base_url:
+            print(" ready", flush=True)
+            yield f"{base_url}/v1"
+        print("server stopped")

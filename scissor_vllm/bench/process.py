@@ -1,0 +1,94 @@
+"""Starts a server in a process of its own, and leaves none of its processes behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+STOP_SECONDS = 30
+_POLL_SECONDS = 0.5
+_LOG_LINES = 40
+
+
+@contextmanager
+def running_server(
+    name: str,
+    command: Sequence[str],
+    *,
+    port: int,
+    log: Path,
+    timeout_seconds: float,
+    environment: Mapping[str, str] | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[str]:
+    """Yield the base URL, without ``/v1``, of a server that answers; it is stopped at the end.
+
+    Args:
+        name: what errors call it.
+        command: with what starts it; ``--host`` and ``--port`` are added.
+        port: of 127.0.0.1; see `free_port`.
+        log: the file that takes its output.
+        timeout_seconds: for it to answer.
+        environment: variables beside those of this process.
+        on_wait: called twice a second until it answers.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; the message ends with its log.
+    """
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+        try:
+            base_url = f"http://127.0.0.1:{port}"
+            begin = time.monotonic()
+            while not _is_healthy(base_url):
+                waited = time.monotonic() - begin
+                if process.poll() is not None or waited > timeout_seconds:
+                    state = "ended" if process.poll() is not None else "is not up"
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+                    raise RuntimeError(f"{name} {state} after {waited:.0f} s; {log} ends:\n{tail}")
+                on_wait()
+                time.sleep(_POLL_SECONDS)
+            yield base_url
+        finally:
+            _stop(process)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _is_healthy(base_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{base_url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process and all of its session, which hold a GPU's memory until they end."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
