@@ -57,6 +57,10 @@ class FakeServer:
     break_off: Callable[[dict[str, Any]], bool] = lambda body: False
     """Whether the answer to this body ends in an error after its first token."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    answer: Callable[[dict[str, Any]], str] = lambda body: "a"
+    """The text of an answer that is not streamed."""
+    keep: Callable[[float], int] = lambda ratio: int(NUM_VIDEO_TOKENS * ratio)
+    """How many of the video tokens are kept at a ratio."""
     num_answered: int = 0
     most_in_flight: int = 0
     _in_flight: int = 0
@@ -103,17 +107,28 @@ class FakeServer:
             if number == 0 and self.break_off(body):
                 yield {"error": {"message": "the engine is gone", "code": 500}}
                 return
+        yield {"choices": [], **self._usage(body)}
+
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer that is not streamed."""
+        time.sleep(self.token_seconds)
+        message = {"role": "assistant", "content": self.answer(body)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        own = {"id": "1", "object": "chat.completion", "created": 0, "model": "fake"}
+        return {**own, "choices": [choice], **self._usage(body)}
+
+    def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
         ratio = body.get("retention_ratio") or 1.0
-        kept = int(NUM_VIDEO_TOKENS * ratio)
-        usage = {"prompt_tokens": 20 + kept, "completion_tokens": body["max_completion_tokens"]}
-        last: dict[str, Any] = {"choices": [], "usage": usage}
+        kept, made = self.keep(ratio), body["max_completion_tokens"]
+        counts = {"prompt_tokens": 20 + kept, "completion_tokens": made}
+        usage: dict[str, Any] = {"usage": {**counts, "total_tokens": 20 + kept + made}}
         if self.compresses:
-            last["video_compression"] = {
+            usage["video_compression"] = {
                 "retention_ratio": ratio,
                 "num_video_tokens": NUM_VIDEO_TOKENS,
                 "num_retained_video_tokens": kept,
             }
-        yield last
+        return usage
 
 
 @contextmanager
@@ -142,6 +157,9 @@ def fake_server(port: int = 0, **how: Any) -> Iterator[FakeServer]:
                 if reason := fake.refuse(body):
                     self._send({"error": {"message": reason, "code": 400}}, 400)
                     return
+                if not body.get("stream"):
+                    self._send(fake.completion(body))
+                    return
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Connection", "close")
@@ -155,6 +173,7 @@ def fake_server(port: int = 0, **how: Any) -> Iterator[FakeServer]:
         def _send(self, content: Any, status: int = 200) -> None:
             text = content if isinstance(content, str) else json.dumps(content)
             self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
             self.wfile.write(text.encode())

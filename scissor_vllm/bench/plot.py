@@ -16,7 +16,7 @@ from scissor_vllm.bench.results import ResultError
 from scissor_vllm.bench.workload import STOCK
 
 Row = dict[str, Any]
-_MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X"
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -43,12 +43,16 @@ def save_plots(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        unfinished = folder / f"{name}.png.part"
-        figure.savefig(unfinished, dpi=150, format="png")
-        unfinished.replace(path)
-        paths.append(path)
+        paths.append(folder / f"{name}.png")
+        save_figure(figure, paths[-1])
     return paths
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    figure.savefig(unfinished, dpi=150, format="png")
+    unfinished.replace(path)
 
 
 def throughput_figure(rows: Sequence[Row]) -> Any:
@@ -67,7 +71,7 @@ def throughput_figure(rows: Sequence[Row]) -> Any:
                 if _is_number(row["retention_ratio"])
             )
             if points:
-                marker = _MARKERS[labels.index(label) % len(_MARKERS)]
+                marker = MARKERS[labels.index(label) % len(MARKERS)]
                 name = f"{label}, {load}"
                 axes.plot(*zip(*points, strict=True), style, marker=marker, color=color, label=name)
             for row in cells:
@@ -100,7 +104,7 @@ def latency_figure(rows: Sequence[Row]) -> Any:
                     [row["requests_per_second"] for row in cells],
                     [row["ttft_p50_seconds"] for row in cells],
                     _STYLES[labels.index(label) % len(_STYLES)],
-                    marker=_MARKERS[labels.index(label) % len(_MARKERS)],
+                    marker=MARKERS[labels.index(label) % len(MARKERS)],
                     color=f"C{ratios.index(ratio) % 10}",
                     label=f"{label}, {'no ratio' if ratio == STOCK else f'ratio {ratio}'}",
                 )
@@ -151,7 +155,7 @@ def accuracy_figure(rows: Sequence[Row], accuracy: Sequence[dict[str, Any]]) -> 
             [rate for rate, _ in points],
             [a["accuracy"] for _, a in points],
             yerr=[below, above],
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             capsize=3,
             label=method,
         )

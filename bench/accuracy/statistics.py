@@ -1,0 +1,144 @@
+"""How sure an accuracy is: intervals of 95 %, and differences on the same questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+LEVEL = 0.95
+NUM_RESAMPLES = 10_000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the bounds of its interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(num_correct: int, num_answered: int) -> Estimate:
+    """Return the share of correct answers with Wilson's score interval.
+
+    The answers count as independent. Source: Wilson, "Probable inference", 1927.
+    """
+    if num_answered == 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    n, share = num_answered, num_correct / num_answered
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def mcnemar(num_only_first: int, num_only_second: int) -> float:
+    """Return the p-value of McNemar's exact test, two-sided.
+
+    Args:
+        num_only_first: questions that only the first answered correctly.
+        num_only_second: questions that only the second answered correctly.
+    """
+    n = num_only_first + num_only_second
+    tail = sum(math.comb(n, k) for k in range(min(num_only_first, num_only_second) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+class Bootstrap:
+    """Means over skills with intervals, and differences of them, from one set of resamples.
+
+    Whole videos are drawn with replacement, since questions about one share its fate: those of one
+    skill among each other, those of several skills among themselves. Every call uses the same
+    draws, so a comparison is paired. Where every answer of a skill is correct, its share cannot
+    vary and the interval is too narrow by what Wilson's shows for that skill.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Hashable],
+        skills: Sequence[str],
+        *,
+        num_resamples: int = NUM_RESAMPLES,
+        seed: int = SEED,
+    ) -> None:
+        """Draw the resamples.
+
+        Args:
+            videos: the video of each question.
+            skills: the skill of each question.
+            num_resamples: how many draws, B.
+            seed: of the draws.
+        """
+        self._video = _numbers(videos)
+        self._skill = _numbers(skills)
+        self._num_skills = len(set(skills))
+        stratum = np.full(self._video.max() + 1, -1)
+        for video in range(len(stratum)):
+            own = np.unique(self._skill[self._video == video])
+            stratum[video] = own[0] if len(own) == 1 else self._num_skills
+        rng = np.random.default_rng(seed)
+        self._weights = np.zeros((num_resamples, len(stratum)), dtype=np.float32)
+        for number in np.unique(stratum):
+            members = np.flatnonzero(stratum == number)
+            drawn = rng.integers(len(members), size=(num_resamples, len(members)))
+            drawn += np.arange(num_resamples)[:, None] * len(members)
+            counts = np.bincount(drawn.ravel(), minlength=num_resamples * len(members))
+            self._weights[:, members] = counts.reshape(num_resamples, len(members))
+
+    def mean(self, correct: np.ndarray) -> Estimate:
+        """Return the mean over skills of the share that is correct.
+
+        Args:
+            correct: (questions,) float; 1 correct, 0 wrong, NaN not answered.
+        """
+        point, drawn = self._means(correct, ~np.isnan(correct))
+        return _estimate(point, drawn)
+
+    def difference(self, first: np.ndarray, second: np.ndarray) -> Estimate:
+        """Return the first mean less the second, over the questions that both answered."""
+        both = ~np.isnan(first) & ~np.isnan(second)
+        (a, drawn_a), (b, drawn_b) = self._means(first, both), self._means(second, both)
+        return _estimate(a - b, drawn_a - drawn_b)
+
+    def ratio(self, first: np.ndarray, second: np.ndarray) -> Estimate:
+        """Return the first mean by the second, over the questions that both answered."""
+        both = ~np.isnan(first) & ~np.isnan(second)
+        (a, drawn_a), (b, drawn_b) = self._means(first, both), self._means(second, both)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _estimate(float(np.divide(a, b)), np.divide(drawn_a, drawn_b))
+
+    def _means(self, correct: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the mean over skills of what is counted, and that of each resample (B,)."""
+        shape = self._weights.shape[1], self._num_skills
+        right, answered = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        where = self._video[counted], self._skill[counted]
+        np.add.at(right, where, correct[counted])
+        np.add.at(answered, where, 1)
+        point = _mean_share(right.sum(0), answered.sum(0))
+        return float(point), _mean_share(self._weights @ right, self._weights @ answered)
+
+
+def _mean_share(right: np.ndarray, answered: np.ndarray) -> np.ndarray:
+    """Return the mean over the last axis of right / answered; skills without an answer are out."""
+    share = np.divide(right, answered, out=np.zeros(right.shape), where=answered > 0)
+    known = (answered > 0).sum(-1)
+    return np.divide(share.sum(-1), known, out=np.full(known.shape, np.nan), where=known > 0)
+
+
+def _estimate(point: float, drawn: np.ndarray) -> Estimate:
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn) or not math.isfinite(point):
+        return Estimate(point, math.nan, math.nan)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(point, float(low), float(high))
+
+
+def _numbers(values: Sequence[Hashable]) -> np.ndarray:
+    """Return each value's number, in the order of first use."""
+    number = {value: n for n, value in enumerate(dict.fromkeys(values))}
+    return np.array([number[value] for value in values])
