@@ -1,0 +1,138 @@
+"""The demo model's forward pass for training: one clip, many questions.
+
+The layers are written out over the Hugging Face model's own modules. Attention is split where that
+saves most: the clip's tokens are purely causal, the questions have a mask. Tests hold the result
+against the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from bench.demo_training.model import vision_tower
+from bench.demo_training.packing import PackedQuestions, question_mask
+
+Tensor = torch.Tensor
+
+
+def tower_layer(layer: Any, hidden: Tensor) -> Tensor:
+    """Return the output of one layer of the vision tower, (B, N, D)."""
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden).to(hidden.dtype)
+    query, key, value = (
+        project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return hidden + layer.mlp(layer.layer_norm2(hidden).to(hidden.dtype))
+
+
+def text_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    """Return the output of one layer of the language model, (B, S + L, D).
+
+    Args:
+        layer: of the language model.
+        hidden: (B, S + L, D), S tokens of the clip and L of the questions.
+        cos: (B, 1, S + L, head size), of the positions.
+        sin: likewise.
+        mask: bool (B, 1, L, S + L), what the questions see.
+    """
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    query, key, value = (
+        project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+    num_shared = hidden.shape[1] - mask.shape[2]
+    clip = F.scaled_dot_product_attention(
+        query[:, :, :num_shared], key[:, :, :num_shared], value[:, :, :num_shared], is_causal=True
+    )
+    questions = F.scaled_dot_product_attention(query[:, :, num_shared:], key, value, attn_mask=mask)
+    mixed = torch.cat([clip, questions], dim=2).transpose(1, 2).flatten(2)
+    hidden = hidden + attention.o_proj(mixed)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class PackedModel(nn.Module):
+    """A LLaVA-OneVision model that answers packed questions.
+
+    Its language model must have as many key heads as query heads.
+    """
+
+    def __init__(self, model: Any, prefix: tuple[int, ...], *, compile_layers: bool = False):
+        """Take the model, whose weights are shared, and the tokens before a video."""
+        super().__init__()
+        text = model.config.text_config
+        if text.num_key_value_heads != text.num_attention_heads:
+            raise ValueError(
+                "the packed forward needs as many key heads as query heads, got "
+                f"{text.num_key_value_heads} and {text.num_attention_heads}: set them alike"
+            )
+        self.model = model
+        self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
+        self._tower_layer: Callable[..., Tensor] = tower_layer
+        self._text_layer: Callable[..., Tensor] = text_layer
+        if compile_layers:
+            self._tower_layer = torch.compile(tower_layer)
+            self._text_layer = torch.compile(text_layer)
+
+    def _layers(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Return the compiled layers in training; elsewhere shapes differ too often for them."""
+        if self.training:
+            return self._tower_layer, self._text_layer
+        return tower_layer, text_layer
+
+    def video_tokens(self, pixels: Tensor) -> Tensor:
+        """Return what compression sees, (B, T, P, D), from normalised pixels (B, T, 3, H, W)."""
+        encode_layer, _ = self._layers()
+        tower = vision_tower(self.model)
+        hidden = tower.embeddings(pixels.flatten(0, 1))
+        hidden = hidden.to(_stream_dtype(hidden))
+        for layer in tower.encoder.layers:
+            hidden = encode_layer(layer, hidden)
+        inner = self.model.model
+        tokens = inner.apply_pooling(inner.multi_modal_projector(hidden))
+        return tokens.unflatten(0, pixels.shape[:2])
+
+    def forward(self, video: Tensor, questions: PackedQuestions) -> Tensor:
+        """Return the last hidden states of the questions' tokens, (B, L, D).
+
+        Args:
+            video: (B, K, D), K tokens of each clip, compressed or not, without the newline.
+            questions: about each clip.
+        """
+        _, text_layer_of = self._layers()
+        text, embed = self.model.model.language_model, self.model.get_input_embeddings()
+        batch = video.shape[0]
+        prefix = embed(self.prefix).expand(batch, -1, -1)
+        newline = self.model.model.image_newline.expand(batch, 1, -1)
+        parts = [prefix, video, newline, embed(questions.tokens)]
+        hidden = torch.cat([part.to(_stream_dtype(video)) for part in parts], dim=1)
+        num_shared = hidden.shape[1] - questions.tokens.shape[1]
+        shared = torch.arange(num_shared, device=video.device).expand(batch, -1)
+        positions = torch.cat([shared, num_shared + questions.offsets], dim=1)
+        cos, sin = (part[:, None] for part in text.rotary_emb(hidden, positions))
+        mask = question_mask(questions.questions, num_shared)
+        for layer in text.layers:
+            hidden = text_layer_of(layer, hidden, cos, sin, mask)
+        return text.norm(hidden[:, num_shared:])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the token that follows each, float32 (B, L, V)."""
+        return self.model.lm_head(hidden).float()
+
+
+def _stream_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of the residual stream: autocast's, where it is on."""
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype

@@ -1,0 +1,428 @@
+"""Trains the demo model from random weights on made-up clips and writes it with its record.
+
+    python bench/train_demo.py --output DIR [--seed 0] [--minutes-limit M]
+        [--steps N] [--batch-size B]
+
+Runs on one GPU, or slowly on the CPU. Clips are sampled by worker processes and painted on the
+device. Checkpoints go to DIR while it runs, so that an abort leaves one. The learning rate follows
+the steps, or the time where M minutes are the nearer end: a slow machine gets a short training, not
+an unfinished one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.demo_training import validation  # noqa: E402
+from bench.demo_training.batches import Batch, BatchMaker, Curriculum, batch_loader  # noqa: E402
+from bench.demo_training.card import CARD, RECORD, card  # noqa: E402
+from bench.demo_training.forward import PackedModel  # noqa: E402
+from bench.demo_training.model import (  # noqa: E402
+    ModelSize,
+    build_model,
+    build_tokenizer,
+    load,
+    save,
+)
+from bench.demo_training.packing import IGNORED, Encoder, PackedQuestions  # noqa: E402
+from bench.demo_training.pixels import as_values, filmed, normalised  # noqa: E402
+from bench.demo_training.validation import Score, autocast, make_batches  # noqa: E402
+from bench.record import environment  # noqa: E402
+from bench.world.questions import SKILLS, VOCABULARY  # noqa: E402
+from bench.world.render import NUM_CLASSES, cover, render  # noqa: E402
+
+VALIDATION_SEED = 2**32
+NUM_FINAL_CLIPS_PER_SKILL = 64
+NUM_COMPRESSED_CLIPS_PER_SKILL = 24
+RATIOS = (0.25, 0.1, 0.05)
+METHODS = ("scc", "uniform")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How it is trained."""
+
+    seed: int = 0
+    steps: int = 4500
+    batch_size: int = 32
+    minutes_limit: float = 9.5
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 2e-5
+    num_warmup_steps: int = 150
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_gradient_norm: float = 1.0
+    row_length: int = 320
+    """Tokens of questions about a clip."""
+    cover_weight: float = 1.0
+    """Of the auxiliary loss: what does each token show? It shrinks with the learning rate."""
+    place_weight: float = 0.1
+    """Of tokens that show but a place in that loss: most do."""
+    seconds_for_the_end: float = 45.0
+    """Kept of the limit for the last validation."""
+    free_time: float = 0.1
+    """Share of the time after which it counts: a start is slow, and steps alone are repeatable."""
+
+
+@dataclass
+class Progress:
+    """What training has seen so far."""
+
+    step: int = 0
+    num_clips: int = 0
+    skill_losses: list[float] = field(default_factory=lambda: [math.nan] * len(SKILLS))
+    curve: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    training_seconds: float = 0.0
+
+
+class Trainer:
+    """A model, its optimizer and the loop around them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        size: ModelSize,
+        device: torch.device,
+        start: float,
+        *,
+        compile_layers: bool = False,
+    ) -> None:
+        """Build the model.
+
+        Args:
+            recipe: how to train it.
+            size: its widths and depths.
+            device: where to train it.
+            start: by the monotonic clock, from which the recipe's limit counts.
+            compile_layers: as PackedModel does.
+        """
+        self.recipe, self.size, self.device, self.start = recipe, size, device, start
+        self.tokenizer = build_tokenizer(VOCABULARY)
+        self.encoder = Encoder(self.tokenizer.backend_tokenizer)
+        hf_model = build_model(size, self.tokenizer, recipe.seed)
+        self.model = PackedModel(hf_model, self.encoder.prefix, compile_layers=compile_layers)
+        self.model.to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.cover_head = nn.Linear(size.text_width, NUM_CLASSES).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self._groups(), lr=0.0, betas=recipe.betas, fused=device.type == "cuda"
+        )
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.progress = Progress()
+        self._loss_sums = torch.zeros(2, len(SKILLS) + 1, device=device)
+        self.class_weights = torch.ones(NUM_CLASSES, device=device)
+        self.class_weights[: num_places()] = recipe.place_weight
+
+    @property
+    def hf_model(self) -> Any:
+        """The Hugging Face model."""
+        return self.model.model
+
+    def _groups(self) -> list[dict[str, Any]]:
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, weight in (*self.model.named_parameters(), *self.cover_head.named_parameters()):
+            is_matrix = weight.ndim > 1 and "embed" not in name
+            (decayed if is_matrix else others).append(weight)
+        decay = self.recipe.weight_decay
+        return [
+            {"params": decayed, "weight_decay": decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+
+    def done(self) -> float:
+        """Return the part of the training that is done, by steps or by time, 0 to 1."""
+        limit = self.recipe.minutes_limit * 60 - self.recipe.seconds_for_the_end
+        free = self.recipe.free_time
+        time_spent = ((time.monotonic() - self.start) / max(limit, 1e-3) - free) / (1 - free)
+        return min(1.0, max(self.progress.step / self.recipe.steps, time_spent))
+
+    def learning_rate(self, done: float) -> float:
+        """Return the rate: a straight rise, then a half cosine down."""
+        recipe = self.recipe
+        warm = min(1.0, (self.progress.step + 1) / recipe.num_warmup_steps)
+        span = recipe.learning_rate - recipe.final_learning_rate
+        return warm * (recipe.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def train_step(self, batch: Batch) -> None:
+        """Learn from one batch."""
+        self.model.train()
+        done = self.done()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(done)
+        loss = self._loss(batch, done)
+        loss.backward()
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        torch.nn.utils.clip_grad_norm_(weights, self.recipe.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.num_clips += len(batch)
+
+    def _loss(self, batch: Batch, done: float) -> torch.Tensor:
+        scenes, questions = batch.scenes.to(self.device), batch.questions.to(self.device)
+        pixels = normalised(filmed(as_values(render(scenes, self.device)), self.generator))
+        classes = cover(scenes, self.size.grid, self.device)
+        with autocast(self.device):
+            tokens = self.model.video_tokens(pixels)
+            logits = self.model.logits(self.model(tokens.flatten(1, 2), questions))
+            shown = self.cover_head(tokens)
+        each = F.cross_entropy(
+            logits.flatten(0, 1),
+            questions.labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        losses = self._losses_of_skills(each, questions)
+        cover_loss = F.cross_entropy(
+            shown.float().flatten(0, 2), classes.flatten(), weight=self.class_weights
+        )
+        self._loss_sums[:, :-1] += losses.detach()
+        self._loss_sums[:, -1] += torch.stack([cover_loss.detach(), torch.ones_like(cover_loss)])
+        # Some skills are asked about ten times as often as others: the root evens that out a bit.
+        shares = losses[1].sqrt()
+        answer_loss = (losses[0] / losses[1].clamp(min=1) * shares).sum() / shares.sum()
+        return answer_loss + self.recipe.cover_weight * (1 - done) * cover_loss
+
+    @staticmethod
+    def _losses_of_skills(each: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
+        """Return the sum of the tokens' losses and their number, (2, skills)."""
+        skills = questions.skills.flatten()
+        is_answer = (questions.labels.flatten() != IGNORED).float()
+        sums = torch.zeros(2, len(SKILLS), device=each.device)
+        return sums.index_add(1, skills, torch.stack([each, is_answer]))
+
+    def take_losses(self) -> dict[str, float]:
+        """Return the mean losses since the last call: of each skill, of all, and of the cover.
+
+        Read together and seldom: the device would have to be waited for at each step.
+        """
+        sums, counts = self._loss_sums.tolist()
+        self._loss_sums.zero_()
+        means = [s / c if c else math.nan for s, c in zip(sums, counts, strict=True)]
+        self.progress.skill_losses = [
+            new if math.isfinite(new) else old
+            for new, old in zip(means, self.progress.skill_losses, strict=False)
+        ]
+        answer = sum(sums[:-1]) / max(sum(counts[:-1]), 1)
+        return {**dict(zip(SKILLS, means, strict=False)), "answer": answer, "cover": means[-1]}
+
+
+def num_places() -> int:
+    """Return how many of the classes are places; they come first."""
+    from bench.world.scene import PLACES
+
+    return len(PLACES)
+
+
+def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Return scores as JSON takes them."""
+    return {way: {skill: asdict(s) for skill, s in each.items()} for way, each in scores.items()}
+
+
+class Run:
+    """One training: the loop, what it prints and what it writes."""
+
+    def __init__(self, args: argparse.Namespace, trainer: Trainer) -> None:
+        """Make the validation clips."""
+        self.args, self.trainer = args, trainer
+        self.tokenizer = trainer.tokenizer.backend_tokenizer
+        count = args.validation_clips * len(SKILLS)
+        self.batches = self._validation(range(VALIDATION_SEED, VALIDATION_SEED + count))
+        self.final: dict[str, Any] = {}
+        self._last_save = self._last_print = time.monotonic()
+        self._printed_clips = 0
+
+    def _validation(self, seeds: range) -> list[validation.ValidationBatch]:
+        size = self.trainer.recipe.batch_size
+        return make_batches(self.tokenizer, seeds, size, num_frames=self.args.num_frames)
+
+    def train(self, batches: Iterator[Batch], curriculum: Curriculum) -> None:
+        """Train to the last step or the end of time."""
+        trainer, args = self.trainer, self.args
+        begin = time.monotonic()
+        for batch in batches:
+            trainer.train_step(batch)
+            step, is_last = trainer.progress.step, trainer.done() >= 1.0
+            if step % args.print_every == 0 or is_last:
+                self._print_losses()
+                if not args.no_adaptive_shares:
+                    curriculum.favour(trainer.progress.skill_losses)
+            if step % args.validate_every == 0:
+                self._validate()
+            if time.monotonic() - self._last_save > args.save_seconds:
+                self._save()
+            if is_last:
+                break
+        trainer.progress.training_seconds = time.monotonic() - begin
+
+    def finish(self) -> None:
+        """Write the last checkpoint, judge it as it is on disk, write the record and the card."""
+        self._save()
+        trainer, device = self.trainer, self.trainer.device
+        saved = PackedModel(load(self.args.output), trainer.encoder.prefix).to(device)
+        del trainer.optimizer
+        few = self._final_batches(self.args.compressed_clips)
+        ways = validation.compressors(METHODS, RATIOS)
+        final = validation.accuracy(saved, self._final_batches(self.args.final_clips), device)
+        print(f"saved model: {_line(final['whole'])}", flush=True)
+        compressed = validation.accuracy(saved, few, device, ways)
+        for name, scores in compressed.items():
+            print(f"  {name:14} {_line(scores)}", flush=True)
+        self.final = {
+            "final_validation": plain(final),
+            "compressed_validation": plain(compressed),
+            "similarity": validation.similarity(saved, few[:4], device),
+            "num_validation_clips": self.args.final_clips * len(SKILLS),
+            "num_compressed_clips": self.args.compressed_clips * len(SKILLS),
+        }
+        print(json.dumps(self.final["similarity"], indent=1), flush=True)
+        self._save()
+
+    def _final_batches(self, clips_per_skill: int) -> list[validation.ValidationBatch]:
+        return self._validation(
+            range(VALIDATION_SEED, VALIDATION_SEED + clips_per_skill * len(SKILLS))
+        )
+
+    def _print_losses(self) -> None:
+        trainer, now = self.trainer, time.monotonic()
+        losses = trainer.take_losses()
+        clips = trainer.progress.num_clips
+        rate = (clips - self._printed_clips) / max(now - self._last_print, 1e-9)
+        self._printed_clips, self._last_print = clips, now
+        lr = trainer.learning_rate(trainer.done())
+        rounded = {name: round(loss, 4) for name, loss in losses.items() if math.isfinite(loss)}
+        trainer.progress.curve.append({"step": trainer.progress.step, "lr": lr, **rounded})
+        skills = " ".join(f"{skill} {losses[skill]:.2f}" for skill in SKILLS)
+        print(
+            f"{now - trainer.start:6.0f} s  step {trainer.progress.step:5}  {rate:6.1f} clips/s  "
+            f"lr {lr:.1e}  cover {losses['cover']:.3f}  answer {losses['answer']:.4f}  ({skills})",
+            flush=True,
+        )
+
+    def _validate(self) -> None:
+        scores = validation.accuracy(self.trainer.model, self.batches, self.trainer.device)["whole"]
+        shares = {skill: score.accuracy for skill, score in scores.items() if score.num_asked}
+        self.trainer.progress.validations.append({"step": self.trainer.progress.step, **shares})
+        print(f"          validation: {_line(scores)}", flush=True)
+        self._last_print = time.monotonic()
+
+    def _save(self) -> None:
+        record = self._record()
+        texts = {RECORD: json.dumps(record, indent=1) + "\n"}
+        if self.final:
+            texts[CARD] = card(record)
+        save(self.trainer.hf_model, self.trainer.tokenizer, self.args.output, texts)
+        self._last_save = time.monotonic()
+
+    def _record(self) -> dict[str, Any]:
+        trainer, progress = self.trainer, self.trainer.progress
+        num_parameters = sum(weight.numel() for weight in trainer.hf_model.parameters())
+        return {
+            "command": shlex.join(["python", "bench/train_demo.py", *sys.argv[1:]]),
+            "seed": trainer.recipe.seed,
+            "batch_size": trainer.recipe.batch_size,
+            "recipe": asdict(trainer.recipe),
+            "model": {
+                "size": asdict(trainer.size),
+                "tokens_per_frame": trainer.size.tokens_per_frame,
+                "num_parameters": num_parameters,
+                "weights_bytes": 2 * num_parameters,
+            },
+            "num_steps": progress.step,
+            "num_clips": progress.num_clips,
+            "seconds": time.monotonic() - trainer.start,
+            "training_seconds": progress.training_seconds,
+            "environment": environment(),
+            "units": {"curve": "mean cross entropy in nats a token", "seconds": "wall clock"},
+            "curve": progress.curve,
+            "validations": progress.validations,
+            **self.final,
+        }
+
+
+def _line(scores: dict[str, Score]) -> str:
+    shares = [score.accuracy for score in scores.values() if score.num_asked]
+    mean = sum(shares) / max(len(shares), 1)
+    return f"mean {mean:.3f}  " + " ".join(f"{s} {v.accuracy:.2f}" for s, v in scores.items())
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command's options."""
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder of the checkpoint; replaced")
+    add("--seed", type=int, default=recipe.seed)
+    add("--steps", type=int, default=recipe.steps)
+    add("--batch-size", type=int, default=recipe.batch_size)
+    add("--minutes-limit", type=float, default=recipe.minutes_limit, help="of all, start to end")
+    add("--learning-rate", type=float, default=recipe.learning_rate)
+    add("--row-length", type=int, default=recipe.row_length, help="question tokens a clip")
+    add("--size", nargs="*", default=[], metavar="FIELD=INTEGER", help="of ModelSize")
+    add("--num-frames", type=int, default=16, help="of validation clips, and of the longest")
+    add("--num-workers", type=int, default=max(0, min(14, len(os.sched_getaffinity(0)) - 2)))
+    add("--compile", action="store_true", help="compile the layers: slower start, faster steps")
+    add("--no-adaptive-shares", action="store_true", help="all skills weigh alike throughout")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--print-every", type=int, default=50, help="steps")
+    add("--validate-every", type=int, default=300, help="steps")
+    add("--validation-clips", type=int, default=16, help="a skill, while training")
+    add("--final-clips", type=int, default=NUM_FINAL_CLIPS_PER_SKILL, help="a skill")
+    add("--compressed-clips", type=int, default=NUM_COMPRESSED_CLIPS_PER_SKILL, help="a skill")
+    add("--save-seconds", type=float, default=60.0, help="between checkpoints")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train."""
+    start = time.monotonic()
+    args = parse(argv)
+    torch.set_float32_matmul_precision("high")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    device = torch.device(args.device)
+    size = ModelSize().changed(args.size)
+    recipe = Recipe(
+        seed=args.seed,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        minutes_limit=args.minutes_limit,
+        learning_rate=args.learning_rate,
+        row_length=args.row_length,
+        num_warmup_steps=min(Recipe.num_warmup_steps, max(1, args.steps // 10)),
+    )
+    curriculum = Curriculum(recipe.seed, recipe.batch_size, recipe.steps, args.num_frames)
+    backend = build_tokenizer(VOCABULARY).backend_tokenizer
+    loader = batch_loader(BatchMaker(backend, recipe.row_length), curriculum, args.num_workers)
+    # The workers are forked here, before there is a CUDA context they could not share.
+    batches = iter(loader)
+    trainer = Trainer(recipe, size, device, start, compile_layers=args.compile)
+    flops = size.flops_per_clip(args.num_frames, recipe.row_length)
+    count = sum(weight.numel() for weight in trainer.hf_model.parameters())
+    print(f"{count / 1e6:.2f} million parameters, {flops / 1e9:.0f} GFLOP a clip", flush=True)
+    run = Run(args, trainer)
+    run.train(batches, curriculum)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""The demo model's training: what it learns from is what a server asks, and its record is true."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from bench import train_demo
+from bench.demo_training import validation
+from bench.demo_training.batches import BatchMaker, BatchPlan, Curriculum, casual
+from bench.demo_training.card import card
+from bench.demo_training.forward import PackedModel
+from bench.demo_training.model import ModelSize, build_model, build_tokenizer, load, save
+from bench.demo_training.packing import (
+    IGNORED,
+    NO_QUESTION,
+    EncodedQuestion,
+    Encoder,
+    pack,
+    question_mask,
+)
+from bench.demo_training.pixels import as_values, filmed, normalised
+from bench.world.questions import SKILLS, VOCABULARY, ask
+from bench.world.render import pack as pack_scenes
+from bench.world.render import render
+from bench.world.scene import sample_scene
+
+TINY = (
+    "vision_width=64",
+    "vision_layers=2",
+    "vision_heads=2",
+    "vision_mlp=96",
+    "text_width=64",
+    "text_layers=2",
+    "text_heads=2",
+    "text_mlp=96",
+)
+CPU = torch.device("cpu")
+EVEN = (1.0,) * len(SKILLS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The demo's tokenizer."""
+    return build_tokenizer(VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny model with random weights that are far from all alike."""
+    model = build_model(ModelSize().changed(TINY), tokenizer, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    save(model, tokenizer, path, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    """That model as Hugging Face loads it."""
+    return load(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Any:
+    """Its saved processor."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture
+def encoder(tokenizer: Any) -> Encoder:
+    """The packing's encoder."""
+    return Encoder(tokenizer.backend_tokenizer)
+
+
+def prompt_of(processor: Any, frames: np.ndarray, text: str) -> Any:
+    """Return what a server makes of a clip and a question, up to where the answer begins."""
+    content = [{"type": "video"}, {"type": "text", "text": text}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return processor(text=prompt, videos=[frames], return_tensors="pt")
+
+
+# The tokenizer
+
+
+@pytest.mark.parametrize("text", ["", "what  colour ?\n\n A red", "Größe ☃\t<0x41>", "\x00 </s> x"])
+def test_every_text_comes_back_from_its_tokens(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_each_word_of_the_world_is_one_token_wherever_it_stands(tokenizer: Any) -> None:
+    for word in VOCABULARY:
+        for form in (word, f" {word}"):
+            assert len(tokenizer(form)["input_ids"]) == 1, form
+
+
+def test_questions_written_casually_take_no_more_tokens(tokenizer: Any) -> None:
+    for question in ask(sample_scene(3), 3):
+        plain, written = (
+            tokenizer(text)["input_ids"] for text in (question.text, casual(question.text))
+        )
+        assert len(written) <= len(plain)
+
+
+# The packed forward pass
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_packed_logits_are_those_of_each_question_asked_alone(
+    model: Any, processor: Any, encoder: Encoder, num_frames: int
+) -> None:
+    scenes = [sample_scene(seed, None, num_frames) for seed in (0, 1)]
+    frames = render(scenes, CPU)
+    asked = [ask(scene, seed)[:5] for seed, scene in enumerate(scenes)]
+    rows = [[encoder(each.text, each.answer, 0) for each in questions] for questions in asked]
+    questions, num_left_out = pack(rows, 200, encoder.padding)
+    assert num_left_out == 0
+    packed = PackedModel(model, encoder.prefix).eval()
+    with torch.no_grad():
+        video = packed.video_tokens(normalised(as_values(frames))).flatten(1, 2)
+        logits = packed.logits(packed(video, questions))
+    for row, clip in enumerate(asked):
+        for index, question in enumerate(clip):
+            prompt = prompt_of(processor, frames[row].numpy(), question.text)
+            answer = processor.tokenizer(question.answer + "<|im_end|>", return_tensors="pt")
+            ids = torch.cat([prompt["input_ids"], answer["input_ids"]], dim=1)
+            with torch.no_grad():
+                alone = model(input_ids=ids, pixel_values_videos=prompt["pixel_values_videos"])
+            where = questions.questions[row] == index
+            num_own = int(where.sum())
+            assert ids[0, -num_own - 1 : -1].tolist() == questions.tokens[row][where].tolist()
+            torch.testing.assert_close(
+                logits[row][where], alone.logits[0, -num_own - 1 : -1], rtol=1e-3, atol=1e-3
+            )
+            to_predict = questions.labels[row][where]
+            num_answer = answer["input_ids"].shape[1]
+            assert to_predict[-num_answer:].tolist() == answer["input_ids"][0].tolist()
+            assert (to_predict[:-num_answer] == IGNORED).all()
+
+
+def test_the_clip_stands_before_the_question_as_the_processor_puts_it(
+    processor: Any, encoder: Encoder
+) -> None:
+    frames = render([sample_scene(0, None, 2)], CPU)[0].numpy()
+    ids = prompt_of(processor, frames, "where are you ?")["input_ids"][0].tolist()
+    num_video = ids.count(encoder.video)
+    assert num_video == 2 * ModelSize().tokens_per_frame + 1
+    assert ids[: len(encoder.prefix) + num_video] == [*encoder.prefix, *[encoder.video] * num_video]
+
+
+def test_pixels_are_those_of_the_saved_processor(processor: Any) -> None:
+    frames = render([sample_scene(5, None, 2)], CPU)
+    expected = prompt_of(processor, frames[0].numpy(), "")["pixel_values_videos"]
+    torch.testing.assert_close(normalised(as_values(frames)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_question_sees_the_clip_and_its_own_past_alone() -> None:
+    mask = question_mask(torch.tensor([[0, 0, 1, 1, NO_QUESTION]]), num_shared=2)[0, 0]
+    assert mask[:, :2].all()
+    assert mask[:, 2:].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+
+
+def test_what_finds_no_room_is_left_out_whole() -> None:
+    long = EncodedQuestion(tuple(range(1, 8)), 2, 0)
+    short = EncodedQuestion((8, 9, 10), 2, 1)
+    questions, num_left_out = pack([[long, long, short]], 9, padding=0)
+    assert num_left_out == 1
+    assert questions.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 8, 9, 0]]
+    assert questions.labels[0, 4:].tolist() == [6, 7, 9, 10, IGNORED]
+    assert questions.offsets.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 0]]
+
+
+def test_fewer_key_heads_are_refused(model: Any) -> None:
+    heads = model.config.text_config.num_key_value_heads
+    model.config.text_config.num_key_value_heads = 1
+    try:
+        with pytest.raises(ValueError, match="as many key heads"):
+            PackedModel(model, (1,))
+    finally:
+        model.config.text_config.num_key_value_heads = heads
+
+
+# Batches
+
+
+def test_equal_plans_make_equal_batches(tokenizer: Any) -> None:
+    maker = BatchMaker(tokenizer.backend_tokenizer, 120)
+    plan = BatchPlan(range(7, 10), 8, EVEN)
+    first, second = maker[plan], maker[plan]
+    assert torch.equal(first.questions.tokens, second.questions.tokens)
+    assert torch.equal(render(first.scenes, CPU), render(second.scenes, CPU))
+    assert (first.questions.labels != IGNORED).any(dim=1).all()
+
+
+def test_no_clip_is_trained_on_twice_nor_taken_from_another_split() -> None:
+    from bench.world.heldout import SEEDS
+
+    plans = list(Curriculum(seed=3, batch_size=4, num_batches=50))
+    seeds = [seed for plan in plans for seed in plan.seeds]
+    assert len(set(seeds)) == 200
+    assert all(seed in SEEDS["train"] for seed in seeds)
+    assert SEEDS["validation"].start == train_demo.VALIDATION_SEED
+
+
+def test_skills_that_lag_get_a_larger_share(tokenizer: Any) -> None:
+    curriculum = Curriculum(seed=0, batch_size=1, num_batches=1)
+    losses = [0.1] * len(SKILLS)
+    losses[SKILLS.index("glyph")] = 2.0
+    curriculum.favour(losses)
+    weights = dict(zip(SKILLS, curriculum.skill_weights, strict=True))
+    assert weights.pop("glyph") > 2 * max(weights.values())
+    maker = BatchMaker(tokenizer.backend_tokenizer, 120)
+
+    def num_glyphs(weights: Sequence[float]) -> int:
+        questions = maker[BatchPlan(range(60), 16, tuple(weights))].questions
+        is_answer = questions.labels != IGNORED
+        return int((questions.skills[is_answer] == SKILLS.index("glyph")).sum())
+
+    assert num_glyphs(curriculum.skill_weights) > num_glyphs(EVEN)
+
+
+def test_an_unknown_loss_changes_no_share() -> None:
+    curriculum = Curriculum(seed=0, batch_size=1, num_batches=1)
+    curriculum.favour([math.nan, *[0.2] * (len(SKILLS) - 1)])
+    assert curriculum.skill_weights == pytest.approx(EVEN)
+
+
+# A camera's and a codec's faults
+
+
+def test_filming_changes_pixels_a_little_and_repeatably() -> None:
+    values = as_values(render([sample_scene(seed, None, 2) for seed in range(6)], CPU))
+    first, second = (filmed(values, torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.min() >= 0
+    assert first.max() <= 1
+    difference = (first - values).abs().mean(dim=(1, 2, 3, 4))
+    assert (difference > 0).all()
+    assert (difference < 0.06).all()
+
+
+# Validation
+
+
+def test_an_answer_is_right_when_greedy_decoding_gives_it(
+    model: Any, processor: Any, encoder: Encoder
+) -> None:
+    packed = PackedModel(model, encoder.prefix)
+    for seed in range(3):
+        scene = sample_scene(seed, "attribute", 2)
+        question = ask(scene, seed, "attribute")[0]
+        prompt = prompt_of(processor, render([scene], CPU)[0].numpy(), question.text)
+        made = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        given = tuple(made[0, prompt["input_ids"].shape[1] :].tolist())
+        asked = encoder(question.text, "", SKILLS.index("attribute")).tokens[:-1]
+        other = (*given[:-1], given[-1] ^ 1)
+        right, wrong = (
+            EncodedQuestion((*asked, *answer), len(answer), SKILLS.index("attribute"))
+            for answer in (given, other)
+        )
+        questions, _ = pack([[right, wrong, right]], 150, encoder.padding)
+        batch = validation.ValidationBatch(pack_scenes([scene]), questions)
+        scores = validation.accuracy(packed, [batch], CPU)["whole"]
+        assert scores["attribute"] == validation.Score(num_right=2, num_asked=3)
+
+
+def test_compressed_clips_are_judged_by_the_packages_methods(
+    model: Any, tokenizer: Any, encoder: Encoder
+) -> None:
+    packed = PackedModel(model, encoder.prefix)
+    batches = validation.make_batches(
+        tokenizer.backend_tokenizer, range(2), num_frames=2, batch_size=2
+    )
+    ways = validation.compressors(["scc", "uniform"], [0.1])
+    assert ways["scc 0.1"](torch.randn(2, 100, 8)).shape == (20, 8)
+    scores = validation.accuracy(packed, batches, CPU, ways)
+    assert list(scores) == ["whole", "scc 0.1", "uniform 0.1"]
+    asked = {sum(score.num_asked for score in each.values()) for each in scores.values()}
+    assert len(asked) == 1
+    assert asked.pop() > 0
+
+
+def test_similarity_of_a_still_clip_is_one_in_time(model: Any, encoder: Encoder) -> None:
+    packed = PackedModel(model, encoder.prefix)
+    scene = next(
+        scene
+        for scene in (sample_scene(seed, "small", 3) for seed in range(9))
+        if scene.is_still and all(thing.direction == "still" for thing in scene.sprites)
+    )
+    questions, _ = pack([[]], 8, encoder.padding)
+    batch = validation.ValidationBatch(pack_scenes([scene]), questions)
+    summary = validation.similarity(packed, [batch], CPU)
+    assert summary["cosine of neighbours in time"] == pytest.approx([1.0] * 5, abs=1e-3)
+    assert summary["cosine of any two in a frame"][0] < 0.999
+
+
+# What is saved
+
+
+def test_the_demos_weights_fit_a_repository(tokenizer: Any) -> None:
+    with torch.device("meta"):
+        model = build_model(ModelSize(), tokenizer, seed=0)
+    assert 2 * sum(weight.numel() for weight in model.parameters()) < 24e6
+
+
+def test_a_checkpoint_is_bfloat16_named_as_on_the_hub_and_replaced_whole(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    model = build_model(ModelSize().changed(TINY), tokenizer, seed=0)
+    save(model, tokenizer, tmp_path / "it", {"old.txt": "old"})
+    save(model, tokenizer, tmp_path / "it", {"new.txt": "new"})
+    assert {path.name for path in tmp_path.iterdir()} == {"it"}
+    assert (tmp_path / "it/new.txt").read_text() == "new"
+    assert not (tmp_path / "it/old.txt").exists()
+    with safe_open(tmp_path / "it/model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert file.get_tensor("image_newline").dtype == torch.bfloat16
+    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in names
+    assert "language_model.model.embed_tokens.weight" in names
+    loaded = load(tmp_path / "it").state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded[name], weight.bfloat16().float()), name
+
+
+def test_pictures_and_plain_text_run_too(model: Any, processor: Any) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    inputs = processor(text="<|im_start|>user\n<image>", images=[picture], return_tensors="pt")
+    for batch in (inputs, processor(text="what is this ?", return_tensors="pt")):
+        assert torch.isfinite(model(**batch).logits).all()
+
+
+# A whole run
+
+COMMAND = (
+    *("--steps=4", "--batch-size=2", "--num-frames=2", "--num-workers=0", "--device=cpu"),
+    *("--row-length=96", "--print-every=2", "--validate-every=2", "--minutes-limit=30"),
+    *("--validation-clips=1", "--final-clips=1", "--compressed-clips=1", "--size", *TINY),
+)
+
+
+def test_a_run_leaves_a_model_its_record_and_its_card(tmp_path: Path) -> None:
+    train_demo.main(["--output", str(tmp_path / "a"), "--seed=5", *COMMAND])
+    train_demo.main(["--output", str(tmp_path / "b"), "--seed=5", *COMMAND])
+    train_demo.main(["--output", str(tmp_path / "c"), "--seed=6", *COMMAND])
+    first, second, other = (load(tmp_path / name).state_dict() for name in "abc")
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert not all(torch.equal(weight, other[name]) for name, weight in first.items())
+    record = json.loads((tmp_path / "a/training.json").read_text())
+    assert (record["seed"], record["num_steps"], record["num_clips"]) == (5, 4, 8)
+    assert record["environment"]["versions"]["torch"]
+    assert [point["step"] for point in record["curve"]] == [2, 4]
+    assert record["validations"][0]["step"] == 2
+    assert set(record["compressed_validation"]) == {
+        "whole",
+        *(f"{method} {ratio}" for method in ("scc", "uniform") for ratio in (0.25, 0.1, 0.05)),
+    }
+    assert (tmp_path / "a/README.md").read_text() == card(record)
+
+
+def test_the_card_says_what_the_record_says(tmp_path: Path) -> None:
+    train_demo.main(["--output", str(tmp_path / "a"), *COMMAND])
+    record = json.loads((tmp_path / "a/training.json").read_text())
+    record["final_validation"]["whole"]["count"] = {"num_right": 7, "num_asked": 8}
+    text = card(record)
+    assert "| count | 87.5 % |" in text
+    assert "4 steps of 2 clips, 8 clips in all; seed 0" in text
+    assert "apache-2.0" in text
+
+
+def test_a_time_limit_ends_a_run_early(tmp_path: Path) -> None:
+    train_demo.main(["--output", str(tmp_path / "a"), *COMMAND, "--minutes-limit=0.01"])
+    assert json.loads((tmp_path / "a/training.json").read_text())["num_steps"] == 1
+
+
+def test_training_lowers_the_loss_on_what_it_sees(tokenizer: Any) -> None:
+    recipe = train_demo.Recipe(steps=40, batch_size=4, num_warmup_steps=4, row_length=96)
+    trainer = train_demo.Trainer(recipe, ModelSize().changed(TINY), CPU, time.monotonic())
+    batch = BatchMaker(tokenizer.backend_tokenizer, 96)[BatchPlan(range(4), 2, EVEN)]
+    trainer.train_step(batch)
+    before = trainer.take_losses()
+    for _ in range(29):
+        trainer.train_step(batch)
+    trainer.take_losses()
+    trainer.train_step(batch)
+    after = trainer.take_losses()
+    assert after["answer"] < 0.5 * before["answer"]
+    assert after["cover"] < before["cover"]
