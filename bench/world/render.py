@@ -62,8 +62,8 @@ _BASES = {
     "sea": (62, 122, 140),
     "forest": (62, 84, 48),
     "desert": (190, 160, 112),
-    "snow": (204, 212, 222),
-    "night": (34, 34, 62),
+    "snow": (188, 196, 208),
+    "night": (44, 44, 74),
     "city": (122, 112, 112),
 }
 _TONES: dict[str, dict[str, tuple[float, float, float]]] = {
@@ -328,11 +328,15 @@ def _make_field(uniform: torch.Tensor, begin: torch.Tensor, name: str) -> torch.
     lattice = uniform[(rows % _TABLE)[:, :, None], (columns % _TABLE)[:, None, :]]
     if name == "lights":
         lattice = (lattice > _LIGHT_SHARE).float()
+    down, across = (_make_stretch(count, name, str(begin.device)) for count in (height, width))
+    return down @ lattice @ across.T
+
+
+@lru_cache(maxsize=64)
+def _make_stretch(count: int, name: str, device: str) -> torch.Tensor:
+    """Return the matrix that enlarges `count` numbers to a canvas: float32 (_CANVAS, count)."""
     mode = "nearest" if name in ("blocks", "lights") else "bicubic"
-    size = (_CANVAS, _CANVAS)
-    if mode == "nearest":
-        return F.interpolate(lattice[:, None], size, mode=mode)[:, 0]
-    return F.interpolate(lattice[:, None], size, mode=mode, align_corners=False)[:, 0]
+    return F.interpolate(torch.eye(count)[None, None], (_CANVAS, count), mode=mode)[0, 0].to(device)
 
 
 def _make_noise(packed: PackedScenes) -> torch.Tensor:
@@ -386,7 +390,7 @@ def _make_stamp(packed: PackedScenes, slot: int) -> _Stamp:
         tables.atlas[columns["figure"]], points, padding_mode="border", align_corners=False
     ).view(len(packed), 2, packed.num_frames, _PATCH, _PATCH)
     distance = sampled[:, 0] * half
-    edge = (half * 0.09 - 0.2).clamp(0.35, 2.0)
+    edge = (half * 0.09 - 0.1).clamp(0.55, 2.0)
     alpha = (0.5 - distance).clamp(0, 1) * is_visible[..., None, None]
     body = (0.5 - distance - edge).clamp(0, 1)[..., None]
     ink = ((sampled[:, 1] - 0.5) * 3 + 0.5).clamp(0, 1)[..., None]
