@@ -85,6 +85,7 @@ def _serve(argv: list[str]) -> int:
         if args.model_tag == DEMO_MODEL:
             use_demo_model(args)
     apply_retention_options(args)
+    bound_encoder_steps(args)
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
@@ -204,6 +205,14 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         raise SystemExit(f"scissor-vllm serve: {error}") from error
     if merged:
         args.mm_processor_kwargs = merged
+
+
+def bound_encoder_steps(args: argparse.Namespace) -> None:
+    """Bound the tower's work in a step, unless the operator chose another cache manager."""
+    from scissor_vllm.encoder_budget import CACHE_MANAGER
+
+    if args.ec_manager_config.encoder_cache_manager_cls is None:
+        args.ec_manager_config.encoder_cache_manager_cls = CACHE_MANAGER
 
 
 def use_demo_model(args: argparse.Namespace) -> None:

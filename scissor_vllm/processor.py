@@ -49,6 +49,9 @@ from scissor_vllm.reuse import FRAMES, CacheSizes
 NUM_RETAINED = "num_retained"
 """Field of each video's data: K, an int64 of its own, kept on the CPU."""
 
+NUM_VIDEO_TOKENS = "num_video_tokens"
+"""The same for N, by which the scheduler bounds what the tower does in one step."""
+
 
 def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingContext:
     """Return the context with our keys taken out of the engine's ``mm_processor_kwargs``.
@@ -183,6 +186,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return {
             **fields,
             NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            NUM_VIDEO_TOKENS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_FRAMES: MultiModalFieldConfig.batched("video"),
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
             FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
@@ -200,6 +204,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if counts:
             for index, num_tokens in enumerate(counts):
                 self._check_num_tokens(processed, index, num_tokens)
+            processed[NUM_VIDEO_TOKENS] = torch.tensor(counts)
             processed[NUM_RETAINED] = torch.tensor(
                 [num_retained_tokens(num_tokens, ratio) for num_tokens in counts]
             )

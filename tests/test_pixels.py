@@ -37,7 +37,7 @@ from scissor_vllm.pixels import (
     take_video_pixels,
 )
 from scissor_vllm.plugin import register
-from scissor_vllm.processor import NUM_RETAINED
+from scissor_vllm.processor import NUM_RETAINED, NUM_VIDEO_TOKENS
 from scissor_vllm.reuse import FRAMES
 
 SIDE = 98
@@ -236,7 +236,8 @@ def test_where_torch_has_no_integer_resize_stocks_order_of_channels_is_kept(
 
 def test_frames_travel_as_bytes(demo: Processors) -> None:
     (item,) = demo.run(demo.ours, {"video": [frames(5, 50, 60)]})["video"]
-    assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, VIDEO_IDENTITY, NUM_RETAINED}
+    counts = {NUM_RETAINED, NUM_VIDEO_TOKENS}
+    assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, VIDEO_IDENTITY, *counts}
     sent = item[VIDEO_FRAMES].data
     assert (sent.dtype, tuple(sent.shape)) == (torch.uint8, (5, SIDE, SIDE, 3))
     assert sent.is_contiguous()

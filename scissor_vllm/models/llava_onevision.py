@@ -23,7 +23,12 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from scissor_vllm.pixels import FRAME_OF, VIDEO_FRAMES, VideoPixels, stacked, take_video_pixels
-from scissor_vllm.processor import NUM_RETAINED, RetentionProcessingInfo, RetentionProcessor
+from scissor_vllm.processor import (
+    NUM_RETAINED,
+    NUM_VIDEO_TOKENS,
+    RetentionProcessingInfo,
+    RetentionProcessor,
+)
 from scissor_vllm.tower import VideoCompression
 
 _POOLING_STRIDE = 2
@@ -109,6 +114,7 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
     def _embed(self, **kwargs: object) -> MultiModalEmbeddings:
         newline = self.image_newline[None]
         num_retained = kwargs.pop(NUM_RETAINED, None)
+        kwargs.pop(NUM_VIDEO_TOKENS, None)
         if not isinstance(num_retained, torch.Tensor):
             return super().embed_multimodal(**kwargs)
         counts = num_retained.flatten().tolist()
