@@ -474,12 +474,15 @@ FAKE_SERVE = """
 import sys, time
 sys.path.insert(0, {root!r})
 from tests.fake_vllm import fake_server
-from tests.test_accuracy import right, right_above
 method = sys.argv[sys.argv.index("--video-compression") + 1]
+def answer(body):
+    text = body["messages"][0]["content"][1]["text"]
+    if method != "scc" and body["retention_ratio"] < 0.5 and int(text.split(":")[0]) % 2:
+        return "none"
+    return "3" if "many" in text else "B"
 open({started!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")
 if method == "random" and "--refuse" in sys.argv:
     sys.exit("no such method")
-answer = right if method == "scc" else right_above(0.5)
 with fake_server(port=int(sys.argv[sys.argv.index("--port") + 1]), answer=answer):
     time.sleep(600)
 """
@@ -605,6 +608,26 @@ def test_plots_have_a_panel_a_skill_and_a_line_a_label(
         assert list(lines["scc"].get_xdata()) == [1.0, 0.5, 0.1, 0.05]
     scc = next(line for line in figure.axes[0].get_lines() if line.get_label() == "scc")
     assert list(scc.get_ydata()) == [1.0, 1.0, 1.0, 0.5]
+
+
+def test_only_some_labels_are_shown(two_labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", str(two_labels), "--label", "scc"]) == 0
+    entries = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {entry["method"] for entry in entries} == {"scc"}
+    assert main(["table", str(two_labels), "--label", "best"]) == 1
+    assert "--label must be of uniform, scc, got 'best'" in capsys.readouterr().err
+
+
+def test_the_commonest_answer_is_counted_by_the_form_of_the_question(
+    folder: Path, result: Path
+) -> None:
+    lines = (folder / "questions.jsonl").read_text().replace('"color"', '"count"')
+    (folder / "questions.jsonl").write_text(lines)
+    with fake_server(answer=right) as fake:
+        where = ["--base-url", fake.base_url, "--questions", str(folder), "--output", str(result)]
+        assert main(["run", *where, "--retention-ratio", "0.5"]) == 0
+    # All free answers are 3 and all letters B: who says so without looking is always right.
+    assert Summary([read_results(result)]).commonest_share("count") == 1.0
 
 
 def test_results_about_other_questions_do_not_compare(

@@ -177,7 +177,7 @@ def table(argv: Sequence[str]) -> int:
         help="what the others are compared with (default: scc, or the first)",
     )
     args = parser.parse_args(argv)
-    found = _summary(args.results)
+    found = _summary(args)
     shown = (
         csv_table(found) if args.csv else markdown(found, args.baseline or found.default_baseline)
     )
@@ -191,7 +191,7 @@ def plot(argv: Sequence[str]) -> int:
     _add_results(parser)
     parser.add_argument("--output", type=Path, help="folder (default: that of the first result)")
     args = parser.parse_args(argv)
-    for path in save_plots(_summary(args.results), args.output or args.results[0].parent):
+    for path in save_plots(_summary(args), args.output or args.results[0].parent):
         print(path)
     return 0
 
@@ -202,9 +202,9 @@ def summary(argv: Sequence[str]) -> int:
     _add_results(parser)
     parser.add_argument("--output", type=Path, help="JSON (default: print it)")
     args = parser.parse_args(argv)
-    entries = accuracy_file(_summary(args.results))
+    entries = accuracy_file(_summary(args))
     if args.output is None:
-        print(json.dumps(entries, indent=2))
+        print(json.dumps(entries))
     else:
         write_json(args.output, entries)
         print(args.output)
@@ -249,12 +249,15 @@ def _show(results: Results) -> None:
     print(f"\n{markdown(found, found.default_baseline)}\n\n{results.path}, {path}")
 
 
-def _summary(paths: Sequence[Path]) -> Summary:
-    return Summary([read_results(path) for path in paths])
+def _summary(args: argparse.Namespace) -> Summary:
+    return Summary([read_results(path) for path in args.results], args.label)
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
+    parser.add_argument(
+        "--label", nargs="+", metavar="LABEL", help="only these, in this order (default: all)"
+    )
 
 
 def _add_asking(parser: argparse.ArgumentParser) -> None:

@@ -50,7 +50,7 @@ class Question:
             "skill": self.skill,
             "text": self.text,
             "expected": self.answer,
-            "choices": list(self.choices),
+            "num_choices": len(self.choices),
             "seed": self.seed,
         }
 

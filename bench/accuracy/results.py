@@ -2,7 +2,7 @@
 
     {"format": 1,
      "questions": {"folder", "num_questions", "num_videos", "video_bytes", "fingerprint",
-                   "items": [{"id", "video", "skill", "text", "expected", "choices", "seed"}]},
+                   "items": [{"id", "video", "skill", "text", "expected", "num_choices", "seed"}]},
      "runs": [{"label", "commands": [...], "environment": {...}, "server": {...},
                "settings": {...}, "answers": {"columns": [...], "rows": [[...], ...]}}]}
 

@@ -14,6 +14,9 @@ NUM_RESAMPLES = 10_000
 SEED = 0
 
 
+_Means = tuple[float, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A value and the bounds of its interval of 95 %."""
@@ -81,6 +84,8 @@ class Bootstrap:
         for video in range(len(stratum)):
             own = np.unique(self._skill[self._video == video])
             stratum[video] = own[0] if len(own) == 1 else self._num_skills
+        # A comparison asks again for what the table has asked for.
+        self._known: dict[bytes, _Means] = {}
         rng = np.random.default_rng(seed)
         self._weights = np.zeros((num_resamples, len(stratum)), dtype=np.float32)
         for number in np.unique(stratum):
@@ -96,24 +101,35 @@ class Bootstrap:
         Args:
             correct: (questions,) float; 1 correct, 0 wrong, NaN not answered.
         """
-        point, drawn = self._means(correct, ~np.isnan(correct))
-        return _estimate(point, drawn)
+        return _estimate(*self._means(correct))
 
     def difference(self, first: np.ndarray, second: np.ndarray) -> Estimate:
         """Return the first mean less the second, over the questions that both answered."""
-        both = ~np.isnan(first) & ~np.isnan(second)
-        (a, drawn_a), (b, drawn_b) = self._means(first, both), self._means(second, both)
+        (a, drawn_a), (b, drawn_b) = self._both_means(first, second)
         return _estimate(a - b, drawn_a - drawn_b)
 
     def ratio(self, first: np.ndarray, second: np.ndarray) -> Estimate:
         """Return the first mean by the second, over the questions that both answered."""
-        both = ~np.isnan(first) & ~np.isnan(second)
-        (a, drawn_a), (b, drawn_b) = self._means(first, both), self._means(second, both)
+        (a, drawn_a), (b, drawn_b) = self._both_means(first, second)
         with np.errstate(divide="ignore", invalid="ignore"):
             return _estimate(float(np.divide(a, b)), np.divide(drawn_a, drawn_b))
 
-    def _means(self, correct: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the mean over skills of what is counted, and that of each resample (B,)."""
+    def _both_means(self, first: np.ndarray, second: np.ndarray) -> tuple[_Means, _Means]:
+        """Return the means of each over the questions that both answered."""
+        return (
+            self._means(np.where(np.isnan(second), np.nan, first)),
+            self._means(np.where(np.isnan(first), np.nan, second)),
+        )
+
+    def _means(self, correct: np.ndarray) -> _Means:
+        """Return the mean over skills, and that of each resample (B,)."""
+        key = correct.tobytes()
+        if key not in self._known:
+            self._known[key] = self._find_means(correct)
+        return self._known[key]
+
+    def _find_means(self, correct: np.ndarray) -> _Means:
+        counted = ~np.isnan(correct)
         shape = self._weights.shape[1], self._num_skills
         right, answered = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         where = self._video[counted], self._skill[counted]

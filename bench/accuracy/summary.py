@@ -61,11 +61,12 @@ class Comparison:
 class Summary:
     """What result files with the same questions say together."""
 
-    def __init__(self, files: Sequence[Results]) -> None:
-        """Take the runs of all files.
+    def __init__(self, files: Sequence[Results], labels: Sequence[str] | None = None) -> None:
+        """Take the runs of all files, or only these labels, in this order.
 
         Raises:
-            HarnessError: they are about other questions, or two have the same label.
+            HarnessError: the files are about other questions, two runs have the same label, or a
+                label is in none.
         """
         for file in files[1:]:
             for key in ("fingerprint", "num_questions"):
@@ -83,6 +84,11 @@ class Summary:
                 f"the result files {', '.join(str(file.path) for file in files)} must have answers "
                 f"and each label once, got {found}"
             )
+        if labels is not None:
+            by_label = {run.label: run for run in self.runs}
+            if unknown := [label for label in labels if label not in by_label]:
+                raise HarnessError(f"--label must be of {', '.join(by_label)}, got {unknown[0]!r}")
+            self.runs = [by_label[label] for label in dict.fromkeys(labels)]
         self.video_bytes = {file.questions["video_bytes"] for file in files}
         self._items: list[dict[str, Any]] = files[0].questions["items"]
 
@@ -139,14 +145,19 @@ class Summary:
         ]
 
     def commonest_share(self, skill: str) -> float:
-        """Return the accuracy of always giving the skill's commonest answer: seeing nothing.
+        """Return the accuracy of always giving the commonest answer: what needs no video.
 
-        For `OVERALL` the mean over skills.
+        It is the commonest of the skill's free answers, of its letters among four, and so on. For
+        `OVERALL` the mean over skills.
         """
         if skill == OVERALL:
             return sum(map(self.commonest_share, self.skills)) / len(self.skills)
-        expected = Counter(i["expected"] for i in self._items if i["skill"] == skill)
-        return expected.most_common(1)[0][1] / expected.total()
+        forms: dict[int, Counter[str]] = {}
+        for item in self._items:
+            if item["skill"] == skill:
+                forms.setdefault(item["num_choices"], Counter())[item["expected"]] += 1
+        right = sum(form.most_common(1)[0][1] for form in forms.values())
+        return right / sum(form.total() for form in forms.values())
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, float, str], Cell]:

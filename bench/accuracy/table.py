@@ -65,7 +65,7 @@ def notes(summary: Summary) -> list[str]:
     """Return what a reader of the numbers must know."""
     lines = [
         "- Mean over skills: each skill weighs the same; bootstrap over videos, "
-        f"{NUM_RESAMPLES} draws, seed {SEED}; too narrow where a skill's answers are all correct. "
+        f"{NUM_RESAMPLES} draws, seed {SEED}; too narrow where a skill's answers are all alike. "
         "A skill: Wilson's interval, questions independent."
     ]
     for cell in summary.cells:
