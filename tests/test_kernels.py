@@ -223,6 +223,8 @@ for tokens, kept in (
     (make(8, 0.3, (4, 12), torch.float32), (1, 6, 40)),
     (make(6, 0.0, (3, 17), torch.bfloat16), (6, 20)),
     (make(9, 0.6, (5, 9), torch.bfloat16), (4, 20)),
+    (1 + make(9, 0.0, (4, 8), torch.bfloat16) / 64, (3, 9, 17)),
+    (torch.ones(3, 5, 8), (1, 4, 13)),
 ):
     budgets = [{"num_retained": k} for k in kept] + [{"similarity_threshold": 0.3}]
     for budget in budgets:
@@ -232,15 +234,20 @@ for tokens, kept in (
         torch.testing.assert_close(merged, expected.tokens, atol=2e-2, rtol=0)
         assert abs(threshold - expected.similarity_threshold) < 1e-5, budget
 
-gpu.MIN_COMPONENTS = gpu.MAX_COMPONENTS = 3
+gpu.MAX_COMPONENTS = 3
+tokens = make(9, 0.6, (5, 9), torch.bfloat16)
 for video in (tokens, torch.ones(3, 9, 8)):
     expected = compress(video, num_retained=4)
     assert torch.equal(on_kernels(video, num_retained=4)[2], expected.assignment)
 
 gpu.captures.MAX_TOKENS = 10
-assert torch.equal(on_kernels(tokens, **budgets[0])[2], compress(tokens, **budgets[0]).assignment)
+budget = {"num_retained": 4}
+assert torch.equal(on_kernels(tokens, **budget)[2], compress(tokens, **budget).assignment)
 gpu.MAX_PRODUCTS, gpu.BLOCK_PRODUCTS = 0, 2 * 9 * 45
-assert torch.equal(on_kernels(tokens, **budgets[0])[2], compress(tokens, **budgets[0]).assignment)
+assert torch.equal(on_kernels(tokens, **budget)[2], compress(tokens, **budget).assignment)
+for video in (tokens, torch.ones(3, 9, 8)):
+    expected = compress(video, **budget)
+    assert torch.equal(on_kernels(video, **budget)[2], expected.assignment)
 print("the same")
 """
 

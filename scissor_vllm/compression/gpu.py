@@ -11,9 +11,8 @@ frames in one order only; the cosine of two runs is a sum of them. And of the te
 only what is below the found interval is built: what is above is one union.
 """
 
-import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,16 +43,18 @@ ROW_BLOCKS = 4
 MAX_COUNTED = 1 << 14
 """Most numbers that are sorted by counting, in one launch in place of a radix sort's dozen."""
 
-MIN_COMPONENTS, MAX_COMPONENTS = 1 << 11, 1 << 12
-"""Components of which the weights between any two are held, 64 MiB and a copy, where a search is
-captured; elsewhere half of what a block's products may take, or where none are held, as all may.
-Of more, each of Boruvka's rounds goes through all products."""
+MAX_COMPONENTS = captures.MAX_TOKENS
+"""Components of which the weights between any two are held where a search is captured: all, 256 MiB
+at most. Elsewhere as many as a block's products may take, or where none are held, as all may; of
+more, each of Boruvka's rounds goes through all products."""
 
 LEAST, MOST = 2.0**-40, 2.0**40
 """Largest magnitudes of tokens between these have products and sums far from float32's ends."""
 
 _ROWS = 16
 _WIDE = 1024
+_CELLS = 1 << 13
+_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,7 @@ class Video:
         rank: torch.Tensor,
         best: torch.Tensor,
         degree: torch.Tensor,
-        num_parts: int = 0,
+        num_parts: torch.Tensor | None = None,
     ) -> None:
         for block in self._blocks():
             kernels.pairs_kernel[self.num_frames, block.num_frames, self._chunks](
@@ -322,7 +323,7 @@ class Video:
                 self._block_rows,
                 block.base,
                 block.first_frame,
-                num_parts,
+                self.always if num_parts is None else num_parts,
                 block=self._lanes,
                 rows=_ROWS,
                 use=use,
@@ -348,7 +349,11 @@ class Video:
         self._pairs(kernels.STRONGEST, tau, go, label, rank, best, best)
 
     def between(
-        self, tau: torch.Tensor, part: torch.Tensor, weights: torch.Tensor, num_parts: int
+        self,
+        tau: torch.Tensor,
+        part: torch.Tensor,
+        weights: torch.Tensor,
+        num_parts: torch.Tensor,
     ) -> None:
         """Raise the weights (parts * parts,) int32 to those of the strongest edges between parts.
 
@@ -356,7 +361,7 @@ class Video:
             tau: (1,).
             part: (N,) int32 by node.
             weights: of part i to part j or of j to i.
-            num_parts: those from this one on are left out.
+            num_parts: (1,) int32, those from this one on are left out.
         """
         self._pairs(kernels.BETWEEN, tau, self.always, part, part, weights, self.parent, num_parts)
 
@@ -470,17 +475,16 @@ def at_threshold(video: Video, threshold: float) -> Parts | None:
     return Parts(threshold, count, num_joined, tokens, weight)
 
 
-class _Tree(enum.Enum):
-    """How the spanning tree below the found interval is built."""
+@dataclass(frozen=True)
+class _Tree:
+    """A maximum spanning tree of components."""
 
-    BETWEEN = enum.auto()
-    """From the weights between any two components; they are rarely many."""
-    WHOLE = enum.auto()
-    """From all products, where the components are too many; equal weights by their tokens."""
-    IN_PAPER_ORDER = enum.auto()
-    """From all products, equal weights by the paper's order of the runs, which follows from the
-    threshold: where equal ones are on both sides of the cut. The threshold stays where it was
-    placed."""
+    keys: torch.Tensor
+    """Of its edges, int64, strongest first, then what is no edge."""
+    node_of: torch.Tensor
+    """Int32, the node for each number that keys name."""
+    by_token: bool = False
+    """Whether equal weights are in the order of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -517,20 +521,21 @@ class Search:
         self._tau = video.new(1, torch.float32)
         self._searching = video.new(1, torch.int32)
         self._again = video.new(1, torch.int32)
+        self._tied = video.new(1, torch.int32)
         self._positions = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
         self._steer(kernels.BEGIN)
         self._guess()
-        self._first = self._cut(_Tree.BETWEEN)
+        self._first = self._cut(self._tree_between_components)
 
     def finish(self, num_retained: int) -> Parts | None:
         """Return parts for a threshold whose two steps leave at least K, cut to K.
 
         The host looks once; again after each further ``GUESSES`` guesses, for each interval that is
-        too narrow to hold a threshold, and if equal weights are on both sides of the cut. None if
-        these tokens are not for these kernels.
+        too narrow to hold a threshold, and if there are too many components for the weights between
+        any two. None if these tokens are not for these kernels.
         """
         # What was captured is written again by the next start: it stays where it is.
-        cut, tree = self._first, _Tree.BETWEEN
+        cut, tree = self._first, self._tree_between_components
         while True:
             number, threshold, num_joined = cut.seen.tolist()
             flags = int(number)
@@ -541,9 +546,7 @@ class Search:
             elif flags & kernels.TOO_NARROW:
                 self._steer(kernels.NEXT)
             elif flags & kernels.TOO_MANY:
-                tree = _Tree.WHOLE
-            elif flags & kernels.TIED and tree != _Tree.IN_PAPER_ORDER:
-                tree = _Tree.IN_PAPER_ORDER
+                tree = self._tree_between_tokens
             else:
                 tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])
                 return Parts(threshold, num_retained, int(num_joined), tokens, cut.weight)
@@ -577,79 +580,78 @@ class Search:
             block=_WIDE,
         )
 
-    def _cut(self, tree: _Tree) -> _Cut:
-        """Place the threshold, cut the tree, group the tokens by part and weight them."""
+    def _cut(self, build: Callable[[torch.Tensor], _Tree]) -> _Cut:
+        """Place the threshold, cut the tree, group the tokens by part and weight them.
+
+        The tree's equal weights are in any order. If such are on both sides of the cut, it is built
+        again with the paper's order of the runs, which follows from the threshold.
+        """
         video = self.video
         # The last cut joined components: only before the first are those of a guess there.
-        video.unite(self._tau, self._again if tree == _Tree.BETWEEN else video.always)
+        is_first = build == self._tree_between_components
+        video.unite(self._tau, self._again if is_first else video.always)
         label = video.labels()
-        if tree == _Tree.BETWEEN:
-            keys, node_of = self._tree_between_components(label)
-            self._place(keys, by_token=False)
-        elif tree == _Tree.WHOLE:
-            node_of = torch.empty_like(video.order)
-            node_of[video.order] = self._positions
-            keys = self._spanning_tree(label, video.order, node_of)
-            self._place(keys, by_token=True)
+        tree = build(label)
+        self._place(tree)
         lead, rank_of_token = video.order_of_runs()
-        if tree == _Tree.IN_PAPER_ORDER:
+        if video.holds_products or int(self._tied):
             rank, node_of = video.ranks(lead, rank_of_token)
-            keys = self._spanning_tree(label, rank, node_of)
-        kernels.cut_kernel[triton.cdiv(len(keys), 128),](
-            keys,
-            video.state,
-            node_of,
-            video.parent,
-            len(keys),
-            self.retained,
-            block=128,
-        )
+            ordered = _Tree(self._spanning_tree(label, rank, node_of, self._tied), node_of)
+            self._merge_strongest(ordered, tied=True)
+        self._merge_strongest(tree, tied=False)
         part, weight, _ = video.parts(video.labels(), lead)
         tokens = _Grouped.of(part, video.num_tokens)
         seen = [video.state[kernels.FLAGS :], video.tau, tokens.joined()[-1:]]
         return _Cut(tokens, weight, torch.cat([each.double() for each in seen]))
 
-    def _place(self, keys: torch.Tensor, by_token: bool) -> None:
-        """Place the video's tau in the interval that was found, and set flags.
+    def _merge_strongest(self, tree: _Tree, tied: bool) -> None:
+        """Merge until K components are left, where weights are tied at the cut or where not."""
+        kernels.cut_kernel[triton.cdiv(len(tree.keys), 128),](
+            tree.keys,
+            self.video.state,
+            tree.node_of,
+            self.video.parent,
+            len(tree.keys),
+            self.retained,
+            self._tied,
+            tied=int(tied),
+            block=128,
+        )
 
-        Args:
-            keys: of the tree's edges, strongest first.
-            by_token: whether equal ones are in the order of their tokens.
-        """
+    def _place(self, tree: _Tree) -> None:
+        """Place the video's tau in the interval that was found, and set flags."""
         video = self.video
         kernels.place_kernel[1,](
             video.state,
             self._tau,
             video.tau,
             self._searching,
-            keys,
+            tree.keys,
             self._sorted_link,
             video.link,
             video.parent,
             video.num_tokens,
             video.num_frames,
             self.retained,
-            len(keys),
+            len(tree.keys),
             self._settings.threshold_margin,
-            by_token=by_token,
+            self._tied,
+            by_token=tree.by_token,
             block=_WIDE,
         )
 
-    def _tree_between_components(self, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tree_between_components(self, label: torch.Tensor) -> _Tree:
         """Return the maximum spanning tree of components from the weights between any two.
 
-        Their number is not known here, but it is rarely far above K.
+        Their number is not known here, but memory is touched by its square only.
 
         Args:
             label: (N,) int32 by node.
-
-        Returns:
-            (C,) int64 keys of edges, strongest first, then what is no edge; and a node of each
-            component by the number that keys name it by, (C,) int32.
         """
         video, size = self.video, self._num_components
         node_of = video.new(size, torch.int32, 0)
         number, part = torch.empty_like(label), torch.empty_like(label)
+        num_parts = video.new(1, torch.int32)
         kernels.number_parts_kernel[1,](
             label,
             video.link,
@@ -657,50 +659,60 @@ class Search:
             number,
             node_of,
             part,
-            video.state,
+            num_parts,
             video.num_tokens,
             size,
             block=_WIDE,
         )
-        weights = video.new(size * size, torch.int32, kernels.NO_WEIGHT)
-        video.between(self._tau, part, weights, size)
-        square = weights.view(size, size)
-        symmetric = torch.maximum(square, square.T)
+        weights = video.new(size * size, torch.int32)
+        kernels.no_weights_kernel[triton.cdiv(size * size, _CELLS),](
+            weights, num_parts, block=_CELLS
+        )
+        video.between(self._tau, part, weights, num_parts)
+        tiles = triton.cdiv(size, _TILE)
+        kernels.mirror_weights_kernel[tiles, tiles](weights, num_parts, tile=_TILE)
         label = torch.arange(size, dtype=torch.int32, device=video.device)
         up = label.clone()
         best, kept = video.new(2 * size, torch.int64, kernels.NO_KEY).split(size)
-        go = self._rounds(size)
+        go = self._rounds(size, video.always)
         for turn in range(len(go) - 2):
             kernels.grow_kernel[size,](
-                symmetric,
+                weights,
                 label,
                 up,
                 best,
                 kept,
-                video.state,
+                num_parts,
                 go[turn:],
                 go[turn + 1 :],
                 go[-1:],
-                size,
                 block=_WIDE,
             )
-        return _sorted(kept, decreasing=True)[0], node_of
+        return _Tree(_sorted(kept, decreasing=True)[0], node_of)
 
-    def _rounds(self, size: int) -> torch.Tensor:
-        """Return what tells each of Boruvka's rounds to run, at first the first, and a zero."""
-        go = self.video.new(size.bit_length() + 2, torch.int32, 0)
-        go[:1].fill_(1)
-        return go
+    def _tree_between_tokens(self, label: torch.Tensor) -> _Tree:
+        """Return the same from all products, for components of any number (N,) int32 by node."""
+        node_of = torch.empty_like(self.video.order)
+        node_of[self.video.order] = self._positions
+        keys = self._spanning_tree(label, self.video.order, node_of, self.video.always)
+        return _Tree(keys, node_of, by_token=True)
+
+    def _rounds(self, size: int, go: torch.Tensor) -> torch.Tensor:
+        """Return what tells each of Boruvka's rounds to run, for the first go, and a zero."""
+        rounds = self.video.new(size.bit_length() + 2, torch.int32, 0)
+        rounds[:1].copy_(go)
+        return rounds
 
     def _spanning_tree(
-        self, label: torch.Tensor, rank: torch.Tensor, node_of: torch.Tensor
+        self, label: torch.Tensor, rank: torch.Tensor, node_of: torch.Tensor, go: torch.Tensor
     ) -> torch.Tensor:
-        """Return the maximum spanning tree of components, by Boruvka's rounds.
+        """Return the maximum spanning tree of components, by Boruvka's rounds through all products.
 
         Args:
             label: (N,) int32 by node.
             rank: (N,) int32 by node, the order of nodes where weights are equal.
             node_of: its inverse.
+            go: (1,) int32, there is none if it is 0.
 
         Returns:
             (N,) int64 keys of edges, strongest first, then what is no edge.
@@ -709,14 +721,16 @@ class Search:
         label, up = label.clone(), self._positions.clone()
         best = video.new(video.num_tokens, torch.int64, kernels.NO_KEY)
         kept = video.new(video.num_tokens, torch.int64, kernels.NO_KEY)
-        go = self._rounds(video.num_tokens)
-        for turn in range(len(go) - 2):
-            this, following = go[turn:], go[turn + 1 :]
+        rounds = self._rounds(video.num_tokens, go)
+        for turn in range(len(rounds) - 2):
+            this, following = rounds[turn:], rounds[turn + 1 :]
             video.strongest(self._tau, this, label, rank, best)
             kernels.hook_kernel[video.grid](
                 best, label, up, kept, node_of, this, following, video.num_tokens, block=_WIDE
             )
             kernels.flatten_kernel[video.grid](best, label, up, this, video.num_tokens, block=_WIDE)
+            if video.num_tokens <= captures.MAX_TOKENS:
+                continue
             looks = turn % 3 == 2 or not video.holds_products
             if looks and not int(following[0]):
                 break
@@ -795,7 +809,7 @@ def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
     """Return what ``scc.costliest_calls`` does: all graphs captured, then the most that is held."""
     times = captures.USES_BEFORE_CAPTURE + 1
     return [
-        *[(captures.MAX_TOKENS, ratio) for ratio in (0.1, 0.4) for _ in range(times)],
+        *[(captures.MAX_TOKENS, 0.1) for _ in range(times)],
         (_max_held_tokens(device), 0.4),
     ]
 
@@ -819,10 +833,10 @@ def num_components(num_tokens: int, num_retained: int, device: torch.device) -> 
     """Return how many components to build a tree between: those above K are rarely many."""
     expected = num_retained + max(1024, num_retained // 4)
     if num_tokens <= captures.MAX_TOKENS:
-        # Few sizes, so that few graphs serve all ratios.
-        size = MIN_COMPONENTS if expected <= MIN_COMPONENTS else MAX_COMPONENTS
+        # One size, so that one graph serves all ratios.
+        size = MAX_COMPONENTS
     elif num_tokens <= _max_held_tokens(device):
-        size = min(expected, math.isqrt(_limit(device, BLOCK_PRODUCTS, BLOCK_SHARE) // 2))
+        size = min(expected, math.isqrt(_limit(device, BLOCK_PRODUCTS, BLOCK_SHARE)))
     else:
         # In place of the products.
         size = min(expected, math.isqrt(_limit(device, MAX_PRODUCTS, HELD_SHARE)))

@@ -22,7 +22,7 @@ LOW, HIGH, MOVED, STEPS, MIDDLE, NUM_COMPONENTS, FLAGS = range(7)
 
 NUM_STATES = 7
 
-NOT_FINITE, OUT_OF_RANGE, SEARCHING, TOO_NARROW, TIED, TOO_MANY = 1, 2, 4, 8, 16, 32
+NOT_FINITE, OUT_OF_RANGE, SEARCHING, TOO_NARROW, TOO_MANY = 1, 2, 4, 8, 16
 """Bits of the flags that end in the state."""
 
 MAX_PER_FRAME = 1 << 12
@@ -47,7 +47,7 @@ _MIDDLE, _NUM_COMPONENTS = tl.constexpr(MIDDLE), tl.constexpr(NUM_COMPONENTS)
 _FLAGS = tl.constexpr(FLAGS)
 _NOT_FINITE, _OUT_OF_RANGE = tl.constexpr(NOT_FINITE), tl.constexpr(OUT_OF_RANGE)
 _SEARCHING, _TOO_NARROW = tl.constexpr(SEARCHING), tl.constexpr(TOO_NARROW)
-_TIED, _TOO_MANY = tl.constexpr(TIED), tl.constexpr(TOO_MANY)
+_TOO_MANY = tl.constexpr(TOO_MANY)
 _NEAR_ROWS = tl.constexpr(8)
 _LANE_BITS = tl.constexpr(12)
 _LANE_MASK = tl.constexpr((1 << 12) - 1)
@@ -257,9 +257,7 @@ def lengths_kernel(
             tl.store(run_of + first + lane, tl.zeros_like(lane) + node, mask=member)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "per_frame", "block_rows", "base", "first_frame", "num_parts"]
-)
+@triton.jit(do_not_specialize=["num_tokens", "per_frame", "block_rows", "base", "first_frame"])
 def pairs_kernel(
     store,
     link,
@@ -276,7 +274,7 @@ def pairs_kernel(
     block_rows,
     base,
     first_frame,
-    num_parts,
+    num_parts_at,
     block: tl.constexpr,
     rows: tl.constexpr,
     use: tl.constexpr,
@@ -298,6 +296,7 @@ def pairs_kernel(
         has_runs = tl.sum(ends.to(tl.int32), 0) < per_frame
         column_unit = tl.load(unit + column, mask=ends, other=0.0)
         if use == _BETWEEN:
+            num_parts = tl.load(num_parts_at)
             column_label = tl.load(label + column, mask=ends, other=-1)
         if use == _STRONGEST:
             column_label = tl.load(label + column, mask=ends, other=-1)
@@ -548,9 +547,12 @@ def flatten_kernel(best, label, up, go, num_tokens, block: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def number_parts_kernel(
-    label, link, tau_at, number, node_of, part, state, num_tokens, size, block: tl.constexpr
+    label, link, tau_at, number, node_of, part, num_parts_at, num_tokens, size, block: tl.constexpr
 ):
-    """Number the components by their roots, in one program: of each node, and the root of each."""
+    """Number the components by their roots, in one program: of each node, and the root of each.
+
+    And how many of them there is room for.
+    """
     tau = tl.load(tau_at)
     seen = tl.zeros((), tl.int32)
     for start in range(0, num_tokens, block):
@@ -562,7 +564,7 @@ def number_parts_kernel(
         tl.store(number + node, place, mask=is_root)
         tl.store(node_of + place, node, mask=is_root & (place < size))
         seen += tl.sum(is_root.to(tl.int32), 0)
-    tl.store(state + _NUM_COMPONENTS, seen.to(tl.int64))
+    tl.store(num_parts_at, tl.minimum(seen, size))
     tl.debug_barrier()
     for start in range(0, num_tokens, block):
         node = start + tl.arange(0, block)
@@ -571,23 +573,51 @@ def number_parts_kernel(
         tl.store(part + node, tl.load(number + root, mask=inside, other=0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
+def no_weights_kernel(weights, num_parts_at, block: tl.constexpr):
+    """Empty the weights between any two parts."""
+    num = tl.load(num_parts_at).to(tl.int64)
+    cell = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    tl.store(weights + cell, tl.full((block,), _LEAST, tl.int32), mask=cell < num * num)
+
+
+@triton.jit
+def mirror_weights_kernel(weights, num_parts_at, tile: tl.constexpr):
+    """Give the weight of part i to part j and that of j to i the larger of both."""
+    num = tl.load(num_parts_at)
+    top = tl.program_id(0) * tile
+    left = tl.program_id(1) * tile
+    if (left >= top) & (left < num):
+        row = top + tl.arange(0, tile)
+        column = left + tl.arange(0, tile)
+        above = weights + row[:, None].to(tl.int64) * num + column[None, :]
+        below = weights + column[:, None].to(tl.int64) * num + row[None, :]
+        in_above = (row[:, None] < num) & (column[None, :] < num)
+        in_below = (column[:, None] < num) & (row[None, :] < num)
+        one = tl.load(above, mask=in_above, other=_LEAST)
+        other = tl.load(below, mask=in_below, other=_LEAST)
+        larger = tl.maximum(one, tl.trans(other))
+        tl.store(above, larger, mask=in_above)
+        tl.store(below, tl.trans(larger), mask=in_below)
+
+
+@triton.jit
 def grow_kernel(
-    weights, label, up, best, kept, state, go, next_go, ticket, size, block: tl.constexpr
+    weights, label, up, best, kept, num_parts_at, go, next_go, ticket, block: tl.constexpr
 ):
     """Do one of Boruvka's rounds with the weights of all pairs of components.
 
     Each program finds the strongest edge of one; the last to end then does the rest of the round.
     """
     row = tl.program_id(0)
-    num = tl.minimum(tl.load(state + _NUM_COMPONENTS), size).to(tl.int32)
+    num = tl.load(num_parts_at)
     if (tl.load(go) != 0) & (row < num):
         own = tl.load(label + row)
         top = tl.full((), _NO_KEY, tl.int64)
         for start in range(0, num, block):
             column = start + tl.arange(0, block)
             inside = column < num
-            at = weights + row.to(tl.int64) * size + column
+            at = weights + row.to(tl.int64) * num + column
             weight = tl.load(at, mask=inside, other=_LEAST)
             other = tl.load(label + column, mask=inside, other=own)
             lower = tl.minimum(row, column).to(tl.int64)
@@ -670,13 +700,15 @@ def place_kernel(
     num_retained_at,
     most_components,
     margin,
+    tied_at,
     by_token: tl.constexpr,
     block: tl.constexpr,
 ):
     """Place the threshold in the interval that was found.
 
-    Edges of equal weight that are ordered by token are in the paper's order where no two tokens of
-    a frame are joined: each is then its own run, and has no neighbour in its frame.
+    And tell whether equal weights are on both sides of the cut, and not in the paper's order. Edges
+    that are ordered by token are in it where no two tokens of a frame are joined: each is then its
+    own run, and has no neighbour in its frame.
     """
     low = tl.load(state + _LOW)
     num_retained = tl.load(num_retained_at)
@@ -710,19 +742,31 @@ def place_kernel(
     flags = tl.load(state + _FLAGS) & (_NOT_FINITE | _OUT_OF_RANGE)
     flags |= tl.where(tl.load(go) != 0, _SEARCHING, 0)
     flags |= tl.where(too_narrow, _TOO_NARROW, 0)
+    flags |= tl.where(count > most_components, _TOO_MANY, 0)
     if by_token:
         tied = tied & (is_last == 0)
-    flags |= tl.where(tied, _TIED, 0)
-    flags |= tl.where(count > most_components, _TOO_MANY, 0)
+    # Where the search goes on, the runs may be those of another guess, and have no order.
+    tl.store(tied_at, (tied & (flags == 0)).to(tl.int32))
     tl.store(state + _FLAGS, flags)
     tl.store(state + _NUM_COMPONENTS, count.to(tl.int64))
     tl.store(tau_at, found)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def cut_kernel(keys, state, node_of, parent, num_tokens, num_retained_at, block: tl.constexpr):
-    """Make the strongest merges until K components are left."""
+def cut_kernel(
+    keys,
+    state,
+    node_of,
+    parent,
+    num_tokens,
+    num_retained_at,
+    tied_at,
+    tied: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Make the strongest merges until K components are left, if weights are tied or are not."""
     num_cut = tl.load(state + _NUM_COMPONENTS) - tl.load(num_retained_at)
+    num_cut = tl.where(tl.load(tied_at) == tied, num_cut, 0)
     edge = tl.program_id(0) * block + tl.arange(0, block)
     active = (edge < num_cut) & (edge < num_tokens)
     key = tl.load(keys + edge, mask=active, other=0)
