@@ -56,7 +56,7 @@ def metrics_directory(environment: MutableMapping[str, str]) -> Iterator[None]:
 
 
 class StageClock:
-    """Times the stages of a video in one process, from any thread.
+    """Times the stages of a video in one process.
 
     On a GPU it marks a stage's begin and end in the stream, and reads them when a later stage comes
     by: nothing waits for the GPU, and what the last video took is seen with the next.
@@ -64,7 +64,6 @@ class StageClock:
 
     def __init__(self) -> None:
         self._unread: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._reading = threading.Lock()
 
     @contextmanager
     def stage(self, name: str, device: torch.device | None = None) -> Iterator[None]:
@@ -97,10 +96,9 @@ class StageClock:
         self._unread.append((name, begin, end))
 
     def _read_ended(self) -> None:
-        with self._reading:
-            while self._unread and self._unread[0][2].query():
-                name, begin, end = self._unread.popleft()
-                self._record(name, begin.elapsed_time(end) / 1e3)
+        while self._unread and self._unread[0][2].query():
+            name, begin, end = self._unread.popleft()
+            self._record(name, begin.elapsed_time(end) / 1e3)
 
     def _record(self, name: str, seconds: float) -> None:
         with _lock:

@@ -1,8 +1,8 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from vllm.config import VllmConfig
@@ -17,7 +17,6 @@ from scissor_vllm.metrics import CLOCK, count_cache_query
 from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.retention import RetentionPolicy
 from scissor_vllm.reuse import CacheSizes, FeatureCache
-from scissor_vllm.side_stream import SideStream
 
 logger = init_logger(__name__)
 
@@ -50,7 +49,6 @@ class VideoCompression:
         budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame
         self._is_warm = False
-        self._side_stream: SideStream | None = None
         self._max_tokens = policy.max_video_tokens
         self._features = make_feature_cache(vllm_config)
         self.max_frames_per_call = max(1, budget // tokens_per_frame)
@@ -64,35 +62,21 @@ class VideoCompression:
     def _is_recording() -> bool:
         return not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
 
-    @contextmanager
-    def warmed_up(self, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-        """Compress made-up tokens before the block, once, on a GPU.
+    def warm_up(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compress made-up tokens, once, on a GPU.
 
         vLLM's first call profiles memory, uncompressed: this lets it see what compression takes at
-        most beside the tower's call, and compiles kernels before a request waits for them.
+        most, and compiles kernels before a request waits for them.
         """
         if self._is_warm or device.type != "cuda":
-            yield
             return
         self._is_warm = True
-        reserved = torch.cuda.memory_reserved(device)
-        allocated = torch.cuda.memory_allocated(device)
-        self._compress_made_up(width, dtype, device)
-        # The side stream's memory serves no other; graphs keep a part of it.
-        taken = torch.cuda.memory_reserved(device) - reserved
-        kept = torch.cuda.memory_allocated(device) - allocated
-        held = torch.empty(max(0, taken - kept), dtype=torch.uint8, device=device)
-        yield
-        del held
-
-    def _compress_made_up(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
         for num_tokens, ratio in [*costliest_calls(device), (self._max_tokens, 0.1)]:
             num_frames = max(1, min(num_tokens, self._max_tokens) // self._tokens_per_frame)
             shape = (num_frames, self._tokens_per_frame, width)
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-            num_retained = max(1, int(num_frames * self._tokens_per_frame * ratio))
-            self._start(tokens, num_retained)()
+            self._compress(tokens, max(1, int(num_frames * self._tokens_per_frame * ratio)))
 
     def keeps_all(self, videos: Sequence[Sized], num_retained: list[int]) -> bool:
         """Return whether no video is to be compressed."""
@@ -109,31 +93,14 @@ class VideoCompression:
     ) -> Iterator[torch.Tensor]:
         """Yield (K, D) for each video.
 
-        On a GPU a video is compressed while the tower encodes the next.
-
         Args:
             videos: T frames each.
             num_retained: K of each.
             encode: pixels (t, C, H, W) to tokens (t, P, D); called with at most
                 ``max_frames_per_call`` frames of one video.
         """
-        before: Callable[[], torch.Tensor] | None = None
         for video, count in zip(videos, num_retained, strict=True):
-            started = self._start(self._tokens(video, encode), count)
-            if before is not None:
-                yield before()
-            before = started
-        if before is not None:
-            yield before()
-
-    def _start(self, tokens: torch.Tensor, num_retained: int) -> Callable[[], torch.Tensor]:
-        """Start compressing, and return what waits for the K rows and returns them."""
-        if num_retained == tokens.shape[0] * tokens.shape[1] or tokens.device.type != "cuda":
-            rows = self._exactly(tokens, num_retained)
-            return lambda: rows
-        if self._side_stream is None:
-            self._side_stream = SideStream(tokens.device)
-        return self._side_stream.start(partial(self._exactly, num_retained=num_retained), tokens)
+            yield self._exactly(self._tokens(video, encode), count)
 
     def _tokens(
         self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]

@@ -95,7 +95,6 @@ def test_more_components_than_a_tree_is_built_between_give_the_same(
 
     tokens = make_video(60, 0.5, 7)
     captures.clear()
-    monkeypatch.setattr(gpu, "MIN_COMPONENTS", 100)
     monkeypatch.setattr(gpu, "MAX_COMPONENTS", 100)
     for kept in (99, 101, 600):
         check_same(tokens, num_retained=kept)
@@ -178,6 +177,24 @@ def test_tokens_that_are_nearly_all_alike_are_compressed(noise: float) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.3, 0.7, 20.0])
+def test_for_serving_the_host_does_not_wait_and_the_result_is_the_same(noise: float) -> None:
+    from scissor_vllm.compression.scc import compress_for_serving
+
+    tokens = make_video(60, noise, 4).cuda()
+    for kept in (1, 120, 700):
+        expected = compress(tokens, num_retained=kept)
+        for _ in range(4):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                served = compress_for_serving(tokens, kept)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert torch.equal(served.assignment, expected.assignment)
+            assert torch.equal(served.tokens, expected.tokens)
+
+
+@gpu
 def test_zero_tokens_are_like_nothing() -> None:
     tokens = make_video(20, 0.2, 8)
     tokens[::3] = 0
@@ -195,6 +212,7 @@ from scissor_vllm.compression import gpu, scc
 
 scc.EXHAUSTIVE_TOKENS = 0
 settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN)
+compared = []
 
 
 def on_kernels(tokens, num_retained=None, similarity_threshold=None):
@@ -207,8 +225,13 @@ def on_kernels(tokens, num_retained=None, similarity_threshold=None):
         search = gpu.Search(tokens, size, settings)
         search.retained.fill_(num_retained)
         search.start()
+        video, unseen = search.video, None
+        if num_tokens <= gpu.captures.MAX_TOKENS and search._first.seen[0] == 0:
+            unseen = gpu.merge(video, search.unseen(num_retained))
         parts = search.finish(num_retained)
-        video = search.video
+        if unseen is not None:
+            assert torch.equal(unseen[1], gpu.merge(video, parts)[1])
+            compared.append(num_retained)
     return parts.threshold, *gpu.merge(video, parts)
 
 
@@ -233,6 +256,18 @@ for tokens, kept in (
         assert torch.equal(assignment, expected.assignment), budget
         torch.testing.assert_close(merged, expected.tokens, atol=2e-2, rtol=0)
         assert abs(threshold - expected.similarity_threshold) < 1e-5, budget
+
+assert len(compared) >= 10, compared
+broken = make(9, 0.6, (5, 9), torch.float32)
+broken[1, 2, 3], broken[0, 4], broken[3, 3] = torch.nan, torch.inf, 3e38
+search = gpu.Search(broken, 45, settings)
+search.retained.fill_(20)
+search.start()
+merged, assignment = gpu.merge(search.video, search.unseen(20))
+zeroed = broken.clone()
+zeroed[1, 2], zeroed[0, 4], zeroed[3, 3] = 0, 0, 0
+assert torch.equal(assignment, compress(zeroed, num_retained=20).assignment)
+assert merged.isfinite().all()
 
 gpu.MAX_COMPONENTS = 3
 tokens = make(9, 0.6, (5, 9), torch.bfloat16)

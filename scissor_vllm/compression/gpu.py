@@ -13,6 +13,7 @@ only what is below the found interval is built: what is above is one union.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ from scissor_vllm.compression.result import CompressedTokens
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS, exact_float32
 
 GUESSES = 10
-"""Guesses of a search between two looks of the host."""
+"""Guesses of a search between two looks of the host, where it is not captured."""
 
 MAX_PRODUCTS = 1 << 29
 """Most products that are held, 2 GiB in float32: those of 29 thousand tokens. Of more tokens they
@@ -86,17 +87,39 @@ def compress(
     if num_frames * per_frame > kernels.MAX_NODES or per_frame > kernels.MAX_PER_FRAME:
         return None
     dtype = tokens.dtype
-    tokens = (tokens.float() if dtype == torch.float64 else tokens).contiguous()
     if num_retained is None:
         assert threshold is not None
-        video = Video(tokens)
+        video = Video((tokens.float() if dtype == torch.float64 else tokens).contiguous())
         parts = at_threshold(video, float(threshold))
         return _compressed(video, parts, dtype)
-    size = num_components(num_frames * per_frame, num_retained, tokens.device)
-    make = partial(Search, num_components=size, settings=settings)
-    with captures.search(tokens, num_retained, (size, settings), make) as search:
+    with _search(tokens, num_retained, settings) as search:
         parts = search.finish(num_retained)
         return _compressed(search.video, parts, dtype)
+
+
+def compress_unseen(
+    tokens: torch.Tensor, num_retained: int, settings: SearchSettings
+) -> CompressedTokens | None:
+    """Return tokens merged to a budget without waiting for the device, and without a threshold.
+
+    Tokens that are not finite, or larger or smaller than ``compress`` takes, count as zeros. None
+    if the tokens are too many.
+    """
+    num_frames, per_frame, _ = tokens.shape
+    if num_frames * per_frame > captures.MAX_TOKENS or per_frame > kernels.MAX_PER_FRAME:
+        return None
+    with _search(tokens, num_retained, settings) as search:
+        merged, assignment = merge(search.video, search.unseen(num_retained))
+        return CompressedTokens(merged.to(tokens.dtype), assignment)
+
+
+def _search(
+    tokens: torch.Tensor, num_retained: int, settings: SearchSettings
+) -> AbstractContextManager["Search"]:
+    tokens = (tokens.float() if tokens.dtype == torch.float64 else tokens).contiguous()
+    size = num_components(tokens.shape[0] * tokens.shape[1], num_retained, tokens.device)
+    make = partial(Search, num_components=size, settings=settings)
+    return captures.search(tokens, num_retained, (size, settings), make)
 
 
 def _compressed(
@@ -182,14 +205,17 @@ class Video:
         self.num_frames, self.per_frame, self.width = tokens.shape
         self.num_tokens = self.num_frames * self.per_frame
         self.device = tokens.device
-        self.rows = tokens.reshape(self.num_tokens, self.width)
+        rows = tokens.reshape(self.num_tokens, self.width)
         self._lanes = max(16, triton.next_power_of_2(self.per_frame))
         self._chunks = triton.cdiv(self.per_frame, _ROWS)
         self.grid = (triton.cdiv(self.num_tokens, _WIDE),)
 
         self.state = self.new(kernels.NUM_STATES, torch.int64)
+        largest = torch.linalg.vector_norm(rows, math.inf, dim=1)
+        # Where nobody looks at the flags, what they tell of counts as nothing.
+        usable = (largest >= LEAST) & (largest <= MOST)
+        self.rows = torch.where(usable[:, None], rows, 0)
         self.length = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float32)
-        largest = torch.linalg.vector_norm(self.rows, math.inf, dim=1)
         kernels.check_kernel[1,](
             largest, self.state, self.num_tokens, LEAST, MOST, block=_WIDE, num_warps=4
         )
@@ -527,6 +553,21 @@ class Search:
         self._guess()
         self._first = self._cut(self._tree_between_components)
 
+    def unseen(self, num_retained: int) -> Parts:
+        """Return K parts without a look of the host, of tokens few enough for a capture.
+
+        They are those of ``finish``, unless the threshold lies in an interval that is narrower than
+        the resolution. The parts have no threshold, and as many of them as may be are taken to be
+        of more than one token.
+        """
+        assert self.video.num_tokens <= captures.MAX_TOKENS
+        most_joined = min(num_retained, self.video.num_tokens - num_retained)
+        return self._parts(self._first, num_retained, math.nan, most_joined)
+
+    def _parts(self, cut: _Cut, num_retained: int, threshold: float, num_joined: int) -> Parts:
+        tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])
+        return Parts(threshold, num_retained, num_joined, tokens, cut.weight)
+
     def finish(self, num_retained: int) -> Parts | None:
         """Return parts for a threshold whose two steps leave at least K, cut to K.
 
@@ -548,14 +589,16 @@ class Search:
             elif flags & kernels.TOO_MANY:
                 tree = self._tree_between_tokens
             else:
-                tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])
-                return Parts(threshold, num_retained, int(num_joined), tokens, cut.weight)
+                return self._parts(cut, num_retained, threshold, int(num_joined))
             cut = self._cut(tree)
 
     def _guess(self) -> None:
         """Make guesses until the search is over or the host is to look."""
-        video = self.video
-        for _ in range(GUESSES):
+        video, num_guesses = self.video, GUESSES
+        if video.num_tokens <= captures.MAX_TOKENS:
+            # Halving ends within so many: what is captured needs no second look.
+            num_guesses = self._settings.line_steps + video.num_tokens.bit_length()
+        for _ in range(num_guesses):
             video.unite(self._tau, self._searching)
             self._steer(kernels.STEP)
             if not video.holds_products and not int(self._searching):
@@ -754,7 +797,7 @@ def merge(video: Video, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
         size = triton.cdiv(num_parts + parts.num_joined, 64) * 64
         factors = torch.empty(size, width, dtype=torch.bfloat16, device=video.device)
     grid = (num_parts, triton.cdiv(width, 128))
-    block = {"members": 16, "block": 128}
+    block = {"few": 16, "members": 64, "block": 128}
     kernels.sums_kernel[grid](
         video.rows,
         parts.tokens.order,

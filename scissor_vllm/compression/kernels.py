@@ -910,17 +910,21 @@ def sums_kernel(
     width,
     merges: tl.constexpr,
     halves: tl.constexpr,
+    few: tl.constexpr,
     members: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Add up the rows of a part in the order of their number, in float64."""
+    """Add up the rows of a part in the order of their number, in float64.
+
+    One after the other if they are few, else so many members at once.
+    """
     part = tl.program_id(0)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width
     first = tl.load(begin + part)
     last = tl.load(begin + part + 1)
     total = tl.zeros((block,), tl.float64)
-    if last - first < members:
+    if last - first < few:
         for member in range(first, last):
             token = tl.load(order + member).to(tl.int64)
             value = tl.load(rows + token * width + column, mask=inside, other=0.0).to(tl.float64)

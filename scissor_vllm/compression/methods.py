@@ -3,19 +3,12 @@
 import pkgutil
 from collections.abc import Mapping
 
-import torch
-
 from scissor_vllm.compression.ablations import compress_across_frames, compress_in_frames
 from scissor_vllm.compression.baselines import select_longest, select_randomly
-from scissor_vllm.compression.result import CompressedTokens, Compressor
-from scissor_vllm.compression.scc import compress, represent
+from scissor_vllm.compression.result import Compressor
+from scissor_vllm.compression.scc import compress_for_serving, represent
 from scissor_vllm.compression.selection import merging
 from scissor_vllm.compression.uniform import select_evenly
-
-
-def _scc(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
-    return compress(tokens, num_retained=num_retained)
-
 
 SELECTORS: Mapping[str, Compressor | str] = {
     "uniform": select_evenly,
@@ -31,7 +24,7 @@ MERGE = "+merge"
 """After a selector's name: the tokens it drops are merged into those it keeps, as SCC does."""
 
 MERGERS: Mapping[str, Compressor] = {
-    "scc": _scc,
+    "scc": compress_for_serving,
     "scc-no-merge": represent,
     "scc-spatial": compress_in_frames,
     "scc-temporal": compress_across_frames,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Rational
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ the candidates: the number of components is not everywhere monotone in the thres
 means that the temporal step compares change with it, so a lower threshold that also leaves K may
 go unseen."""
 
-LINE_STEPS = 16
+LINE_STEPS = 10
 """After this many guesses along a straight line the search halves what is left, which always ends
 soon. 3136 clustered or random tokens take 5 to 10 guesses in all."""
 
@@ -124,6 +125,29 @@ def compress(
 
 
 @torch.no_grad()
+def compress_for_serving(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+    """Return what ``compress`` does, without a threshold and, on a GPU, without waiting for it.
+
+    A server's host then prepares the language model's step while the GPU still compresses. This
+    takes at most 8192 tokens, Triton and a GPU; otherwise it is ``compress``. Nobody looks at the
+    tokens: those that are not finite count as zeros. And where cosines are closer to each other
+    than 2^-20, one threshold may be taken for the next.
+
+    Args:
+        tokens: (T, P, D) floating, one video; N = T*P.
+        num_retained: K, 1 <= K <= N.
+
+    Raises:
+        TypeError, ValueError: as :func:`compress`.
+    """
+    num_tokens = check_tokens(tokens)
+    check_num_retained(num_retained, num_tokens)
+    gpu = _gpu_kernels(tokens.device) if num_tokens > EXHAUSTIVE_TOKENS else None
+    compressed = gpu.compress_unseen(tokens, num_retained, _settings(gpu)) if gpu else None
+    return compressed or compress(tokens, num_retained=num_retained)
+
+
+@torch.no_grad()
 def represent(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
     """Return the K representatives that both steps leave, without the merge that follows them.
 
@@ -151,9 +175,13 @@ def _on_gpu(
     gpu = _gpu_kernels(tokens.device)
     if gpu is None:
         return None
-    search = gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN)
-    compressed: CompressedTokens | None = gpu.compress(tokens, threshold, num_retained, search)
+    settings = _settings(gpu)
+    compressed: CompressedTokens | None = gpu.compress(tokens, threshold, num_retained, settings)
     return compressed
+
+
+def _settings(gpu: ModuleType) -> Any:
+    return gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN)
 
 
 def costliest_calls(device: torch.device) -> list[tuple[int, float]]:

@@ -107,12 +107,8 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         """Return (K + 1, D) for each video; images, and equally long videos that are all
         kept whole, as vLLM does.
         """
-        newline = self.image_newline
-        with self.video_compression.warmed_up(len(newline), newline.dtype, newline.device):
-            return self._embed(**kwargs)
-
-    def _embed(self, **kwargs: object) -> MultiModalEmbeddings:
         newline = self.image_newline[None]
+        self.video_compression.warm_up(newline.shape[1], newline.dtype, newline.device)
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
         if not isinstance(num_retained, torch.Tensor):
