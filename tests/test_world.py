@@ -168,7 +168,7 @@ def split_options(question: Question) -> str:
 @pytest.mark.parametrize(("skill", "num_frames"), KINDS)
 def test_answers_are_those_an_onlooker_gives(skill: str | None, num_frames: int) -> None:
     scenes = scenes_of(skill, 12, num_frames)
-    for scene, classes in zip(scenes, cover(scenes, 20, "cpu"), strict=True):
+    for scene, classes in zip(scenes, cover(scenes, 22, "cpu"), strict=True):
         witness = Witness(classes)
         for question in ask(scene, scene.seed):
             right = question.answer
@@ -410,7 +410,7 @@ def test_a_still_scene_without_movers_shows_one_picture() -> None:
 
 def test_neighbouring_cells_of_a_background_are_alike_but_not_equal() -> None:
     scenes = [replace(scene, sprites=()) for scene in scenes_of("cut", 20)]
-    cells = render(scenes, "cpu").float().unflatten(3, (10, 16)).unflatten(2, (10, 16))
+    cells = render(scenes, "cpu").float().unflatten(3, (11, 16)).unflatten(2, (11, 16))
     means = cells.mean((3, 5))
     beside = (means[:, :, :, 1:] - means[:, :, :, :-1]).norm(dim=-1)
     assert (beside > 0.2).float().mean() > 0.95
@@ -422,18 +422,18 @@ def test_a_batch_looks_like_its_scenes_one_by_one() -> None:
     batch = render(scenes, "cpu")
     assert batch.shape == (len(scenes), 8, FRAME_SIZE, FRAME_SIZE, 3)
     assert batch.dtype == torch.uint8
-    classes = cover(scenes, 10, "cpu")
+    classes = cover(scenes, 11, "cpu")
     for index in range(0, len(scenes), 7):
         alone = render([scenes[index]], "cpu")[0]
         assert (batch[index].int() - alone.int()).abs().max() <= 1
-        assert torch.equal(classes[index], cover([scenes[index]], 10, "cpu")[0])
+        assert torch.equal(classes[index], cover([scenes[index]], 11, "cpu")[0])
 
 
 def test_packed_scenes_stand_for_scenes() -> None:
     scenes = scenes_of(None, 3)
     packed = pickle.loads(pickle.dumps(pack(scenes)))
     assert torch.equal(render(packed, "cpu"), render(scenes, "cpu"))
-    assert torch.equal(cover(packed, 10, "cpu"), cover(scenes, 10, "cpu"))
+    assert torch.equal(cover(packed, 11, "cpu"), cover(scenes, 11, "cpu"))
 
 
 def test_scenes_of_different_lengths_are_refused() -> None:
@@ -444,10 +444,10 @@ def test_scenes_of_different_lengths_are_refused() -> None:
 @pytest.mark.parametrize("skill", MIXED)
 def test_each_cell_that_a_thing_fills_is_covered_by_it(skill: str | None) -> None:
     (scene,) = scenes_of(skill, 1)
-    (classes,) = cover([scene], 10, "cpu")
+    (classes,) = cover([scene], 11, "cpu")
     assert 0 <= int(classes.min()) <= int(classes.max()) < NUM_CLASSES
     for thing in scene.sprites:
-        share = changed(scene, thing).float().unflatten(2, (10, 16)).unflatten(1, (10, 16))
+        share = changed(scene, thing).float().unflatten(2, (11, 16)).unflatten(1, (11, 16))
         share = share.mean((2, 4))
         mine = classes == class_of(thing)
         assert mine[share > 0.55].all()
@@ -464,7 +464,7 @@ def test_a_gpu_paints_what_a_cpu_paints() -> None:
     cuda, cpu = render(scenes, "cuda").cpu().int(), render(scenes, "cpu").int()
     assert (cuda - cpu).abs().max() <= 2
     assert ((cuda - cpu).abs() > 1).float().mean() < 1e-5
-    assert (cover(scenes, 10, "cuda").cpu() != cover(scenes, 10, "cpu")).float().mean() < 1e-3
+    assert (cover(scenes, 11, "cuda").cpu() != cover(scenes, 11, "cpu")).float().mean() < 1e-3
 
 
 # Clips.

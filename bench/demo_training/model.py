@@ -24,7 +24,7 @@ _TOWER_PARTS = ("embeddings.", "encoder.", "post_layernorm.", "head.")
 class ModelSize:
     """Widths and depths; the defaults are the demo's."""
 
-    image_size: int = 160
+    image_size: int = 176
     patch_size: int = 8
     vision_width: int = 192
     vision_layers: int = 6

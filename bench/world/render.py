@@ -256,7 +256,7 @@ def cover(
     """
     packed = (scenes if isinstance(scenes, PackedScenes) else pack(scenes)).to(device)
     if FRAME_SIZE % grid:
-        raise ValueError(f"grid must divide {FRAME_SIZE}, got {grid}: choose 10 or 20")
+        raise ValueError(f"grid must divide {FRAME_SIZE}, got {grid}: choose 11 or 22")
     with torch.autocast(torch.device(device).type, enabled=False):
         return torch.cat([_find_classes(part, grid) for part in _parts(packed)])
 

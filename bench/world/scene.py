@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-FRAME_SIZE = 160
+FRAME_SIZE = 176
 NUM_FRAMES = 16
 MAX_NUM_FRAMES = 32
 FRAMES_PER_SECOND = 4

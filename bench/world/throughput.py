@@ -45,7 +45,7 @@ def main() -> None:
         "ask": lambda: [ask(scene, scene.seed) for scene in scenes],
         "pack": lambda: pack(scenes).to(args.device),
         "render": lambda: render(packed, args.device),
-        "cover": lambda: cover(packed, 10, args.device),
+        "cover": lambda: cover(packed, 11, args.device),
     }
     print(f"mixed clips of {NUM_FRAMES} frames, {args.num_clips} at a time, {args.device}")
     for name, work in steps.items():
