@@ -545,7 +545,7 @@ def flatten_kernel(best, label, up, go, num_tokens, block: tl.constexpr):
         tl.store(best + node, tl.full((block,), _NO_KEY, tl.int64), mask=active)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "size"])
 def number_parts_kernel(
     label, link, tau_at, number, node_of, part, num_parts_at, num_tokens, size, block: tl.constexpr
 ):
