@@ -24,8 +24,9 @@ from scissor_vllm.compression import captures, kernels
 from scissor_vllm.compression.result import CompressedTokens
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS, exact_float32
 
-GUESSES = 10
-"""Guesses of a search between two looks of the host, where it is not captured."""
+GUESSES = 16
+"""Guesses of a search between two looks of the host, where it is not captured. Those after its end
+cost next to nothing; with too few, the tree is built once for nothing."""
 
 MAX_PRODUCTS = 1 << 29
 """Most products that are held, 2 GiB in float32: those of 29 thousand tokens. Of more tokens they
