@@ -27,14 +27,15 @@ PLUGIN = "scissor_vllm"
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"serve": serve, "demo": demo, "bench": bench}
+    commands = {"serve": serve, "demo": demo, "bench": bench, "convert": convert}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     asked = argv[:1] in (["-h"], ["--help"])
     print(
         "usage: scissor-vllm serve MODEL [options]  serve MODEL ('demo': a small one)\n"
         "       scissor-vllm demo [options]         serve the small one, send it a clip, stop\n"
-        "       scissor-vllm bench [options]        load a server at every ratio\n\n"
+        "       scissor-vllm bench [options]        load a server at every ratio\n"
+        "       scissor-vllm convert SOURCE OUT     make an original checkpoint one for vLLM\n\n"
         "scissor-vllm COMMAND --help lists a command's options.",
         file=sys.stdout if asked else sys.stderr,
     )
@@ -51,6 +52,13 @@ def demo(argv: list[str]) -> int:
 def bench(argv: list[str]) -> int:
     """Load a server and measure it; see ``scissor_vllm.bench``."""
     from scissor_vllm.bench.command import main as run
+
+    return run(argv)
+
+
+def convert(argv: list[str]) -> int:
+    """Convert an original LLaVA-OneVision checkpoint; see ``scissor_vllm.convert``."""
+    from scissor_vllm.convert.command import main as run
 
     return run(argv)
 

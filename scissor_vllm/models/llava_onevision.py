@@ -5,12 +5,15 @@ Changed against vLLM's class:
   acts on the frames' tokens, the newline that ends a video stays;
 - videos of a batch with any ratio below 1.0, or of unlike length, go through the vision tower one
   by one;
-- checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level.
+- checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level;
+- checkpoints without a newline, as ``scissor-vllm convert`` marks them, have K placeholders for a
+  video; where images have none either, a request with an image is refused.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import regex as re
 import torch
@@ -35,8 +38,29 @@ _POOLING_STRIDE = 2
 _TOWER_PARTS = "embeddings|encoder|post_layernorm|pre_layrnorm|head"
 
 
+def has_newline(config: Any) -> bool:
+    """Return whether the model has a newline vector: vLLM's class and transformers' always do."""
+    return bool(getattr(config, "use_image_newline_parameter", True))
+
+
+def num_video_newlines(config: Any) -> int:
+    """Return how many newlines end a video, 0 or 1."""
+    position = getattr(config, "mm_newline_position", "one_token")
+    return int(has_newline(config) and position != "no_token")
+
+
 class LlavaOnevisionProcessingInfo(RetentionProcessingInfo, stock.LlavaOnevisionProcessingInfo):
     """Counts a video's tokens without its newline."""
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Return vLLM's limits, no images where there is no newline to end their lines."""
+        limits = super().get_supported_mm_limits()
+        return limits if has_newline(self.get_hf_config()) else {"video": limits["video"]}
+
+    def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
+        """Return T*P and the newline, if there is one."""
+        frame = self._get_num_frame_tokens(image_width=image_width, image_height=image_height)
+        return num_frames * frame + self.get_num_fixed_tokens()
 
     def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
         """Return T*P."""
@@ -46,12 +70,12 @@ class LlavaOnevisionProcessingInfo(RetentionProcessingInfo, stock.LlavaOnevision
         return with_newline - self.get_num_fixed_tokens()
 
     def get_num_fixed_tokens(self) -> int:
-        """Return 1, the newline."""
-        return 1
+        """Return 1, the newline, or 0 without one."""
+        return num_video_newlines(self.get_hf_config())
 
 
 class LlavaOnevisionProcessor(RetentionProcessor, stock.LlavaOnevisionMultiModalProcessor):
-    """Gives a video K + 1 placeholders."""
+    """Gives a video K placeholders and the newline's."""
 
     def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
         if VIDEO_FRAMES in processed:
@@ -78,7 +102,7 @@ class LlavaOnevisionProcessor(RetentionProcessor, stock.LlavaOnevisionMultiModal
     dummy_inputs=stock.LlavaOnevisionDummyInputsBuilder,
 )
 class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalGeneration):
-    """Encodes a video to exactly K + 1 rows."""
+    """Encodes a video to exactly K rows and the newline."""
 
     hf_to_vllm_mapper = (
         WeightsMapper(
@@ -93,6 +117,9 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if not has_newline(self.config):
+            # Left in place, the loader would miss its value in the checkpoint.
+            self.register_parameter("image_newline", None)
         vision = self.config.vision_config
         side = math.ceil(vision.image_size // vision.patch_size / _POOLING_STRIDE)
         self.video_dtype = vllm_config.model_config.dtype
@@ -104,10 +131,10 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         return super().load_weights(weights)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Return (K + 1, D) for each video; images, and equally long videos that are all
-        kept whole, as vLLM does.
+        """Return (K + 1, D) for each video, (K, D) without a newline; images, and equally long
+        videos that are all kept whole, as vLLM does.
         """
-        newline = self.image_newline[None]
+        newline = self._video_newline()
         self.video_compression.warm_up(newline.shape[1], newline.dtype, newline.device)
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
@@ -122,10 +149,17 @@ class LlavaOnevisionForConditionalGeneration(stock.LlavaOnevisionForConditionalG
         # For videos of unlike length vLLM 0.32 and 0.33 return tensors of a shape that their own
         # engine refuses.
         alike = len(set(map(len, videos))) == 1
-        if alike and self.video_compression.keeps_all(videos, counts):
+        if alike and len(newline) and self.video_compression.keeps_all(videos, counts):
             with self.video_compression.stage("tower", newline.device):
                 return super().embed_multimodal(pixel_values_videos=stacked(videos))
         encode = partial(self._video_pixels_to_features, self.vision_tower)
         return tuple(
             torch.cat([rows, newline]) for rows in self.video_compression(videos, counts, encode)
         )
+
+    def _video_newline(self) -> torch.Tensor:
+        """Return (1, D), or (0, D) where no newline ends a video."""
+        if not num_video_newlines(self.config):
+            weight = self.multi_modal_projector.linear_2.weight
+            return weight.new_empty(0, len(weight))
+        return self.image_newline[None]

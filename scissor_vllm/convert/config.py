@@ -1,0 +1,221 @@
+"""What the original's ``config.json`` means: the config that vLLM loads, or an error.
+
+How the original computes, as its public configs and the conversion in transformers tell:
+
+- the vision tower is SigLIP without its last encoder layer, final norm and head, whatever
+  ``mm_vision_select_layer`` says;
+- two linear layers with GELU between them project its features;
+- a video's frames are pooled bilinearly to half their height and width, and one newline follows
+  where the checkpoint has one.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURE = "LlavaQwenForCausalLM"
+
+_TOWERS = {
+    "siglip-so400m-patch14-384": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    }
+}
+"""Shapes by the last part of ``mm_vision_tower``: weights alone do not tell heads and pixels."""
+
+_TOWER_SHAPES = (*_TOWERS["siglip-so400m-patch14-384"], "layer_norm_eps", "hidden_act")
+
+_SERVED: dict[str, tuple[object, ...]] = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_resampler_type": (None, "identity"),
+    "mm_spatial_pool_mode": (None, "bilinear"),
+    "mm_spatial_pool_stride": (None, 2),
+    "mm_vision_select_feature": (None, "patch"),
+    "mm_use_im_start_end": (None, False),
+    "add_faster_video": (None, False),
+}
+"""Settings of the original for which vLLM's model computes the same; None where one is absent."""
+
+_NEWLINES: dict[object, bool] = {None: True, "one_token": True, "no_token": False}
+"""Whether a newline ends a video, by ``mm_newline_position``."""
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted: the rule, what was found, the remedy."""
+
+
+@dataclass(frozen=True)
+class Newlines:
+    """Where the model puts its newline vector."""
+
+    has_weight: bool
+    """Without one, only videos are served: vLLM ends each line of an image with a newline."""
+    ends_video: bool
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object.
+
+    Raises:
+        ConversionError: there is no such file.
+    """
+    if not path.is_file():
+        raise ConversionError(f"{path} is missing: name the folder of a downloaded checkpoint")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def check_served(original: Mapping[str, Any]) -> None:
+    """Raise ConversionError, naming every setting for which vLLM would compute something else."""
+    architectures = original.get("architectures") or []
+    if architectures != [ARCHITECTURE]:
+        raise ConversionError(
+            f"config.json must say architectures: [{ARCHITECTURE!r}], got {architectures}: only "
+            "original-format LLaVA-OneVision checkpoints are converted"
+        )
+    wrong = [
+        f"{key} is {original.get(key)!r} and must be {' or '.join(map(repr, values))}"
+        for key, values in _SERVED.items()
+        if original.get(key) not in values
+    ]
+    if wrong:
+        raise ConversionError(
+            f"vLLM's LLaVA-OneVision computes otherwise than this checkpoint: {'; '.join(wrong)}"
+        )
+
+
+def newlines_of(original: Mapping[str, Any], has_weight: bool) -> Newlines:
+    """Return where newlines go.
+
+    Raises:
+        ConversionError: there are more newlines in a video than vLLM's model has.
+    """
+    if not has_weight:
+        return Newlines(has_weight=False, ends_video=False)
+    position = original.get("mm_newline_position")
+    if position not in _NEWLINES:
+        raise ConversionError(
+            f"mm_newline_position is {position!r}, but vLLM's LLaVA-OneVision knows one newline "
+            "after a video (one_token) or none (no_token)"
+        )
+    return Newlines(has_weight=True, ends_video=_NEWLINES[position])
+
+
+def tower_config(original: Mapping[str, Any], vision_tower: Path | None) -> dict[str, Any]:
+    """Return the shapes of the whole SigLIP tower, its last layer included.
+
+    Args:
+        original: the checkpoint's config.
+        vision_tower: folder of the SigLIP repository, None to go by its name.
+
+    Raises:
+        ConversionError: no folder is given and the name is not known, or it is no SigLIP.
+    """
+    name = str(original.get("mm_vision_tower") or original.get("vision_tower"))
+    if vision_tower is None:
+        shapes = _TOWERS.get(name.rstrip("/").rpartition("/")[2])
+        if shapes is None:
+            raise ConversionError(
+                f"the shapes of mm_vision_tower {name!r} are not known: download that repository "
+                "and name its folder with --vision-tower"
+            )
+        return shapes
+    config = read_json(vision_tower / "config.json")
+    config = config.get("vision_config", config)
+    if config.get("model_type") != "siglip_vision_model":
+        raise ConversionError(
+            f"the vision tower must be a SigLIP, {vision_tower}/config.json says model_type "
+            f"{config.get('model_type')!r}: name the folder of {name!r}"
+        )
+    from transformers import SiglipVisionConfig
+
+    whole = SiglipVisionConfig(**config)
+    return {key: getattr(whole, key) for key in _TOWER_SHAPES}
+
+
+def text_config(original: Mapping[str, Any]) -> Any:
+    """Return the language model's Qwen2Config."""
+    from transformers import Qwen2Config
+
+    known = {*Qwen2Config().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
+    own = {"model_type", "architectures", "transformers_version"}
+    kept = {key: value for key, value in original.items() if key in known - own}
+    return Qwen2Config(**kept)
+
+
+def converted_config(
+    original: Mapping[str, Any],
+    tower: Mapping[str, Any],
+    newlines: Newlines,
+    token_ids: tuple[int, int],
+) -> Any:
+    """Return the LlavaOnevisionConfig to save.
+
+    ``use_image_newline_parameter`` and ``mm_newline_position`` are what
+    ``scissor_vllm.models.llava_onevision`` reads; transformers and stock vLLM read neither.
+
+    Args:
+        original: the checkpoint's config.
+        tower: see :func:`tower_config`.
+        newlines: see :func:`newlines_of`.
+        token_ids: of ``<image>`` and ``<video>``.
+    """
+    from transformers import LlavaOnevisionConfig, SiglipVisionConfig
+
+    text = text_config(original)
+    # Named by index -1, the last of 26 layers is computed by vLLM and transformers alike.
+    used = {**tower, "num_hidden_layers": tower["num_hidden_layers"] - 1}
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**used, vision_use_head=False),
+        text_config=text,
+        image_token_index=token_ids[0],
+        video_token_index=token_ids[1],
+        image_grid_pinpoints=_pinpoints(original, tower["image_size"]),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=_aspect_ratio(original),
+        tie_word_embeddings=text.tie_word_embeddings,
+        use_image_newline_parameter=newlines.has_weight,
+        mm_newline_position="one_token" if newlines.ends_video else "no_token",
+    )
+    config.architectures = ["LlavaOnevisionForConditionalGeneration"]
+    config.dtype = text.dtype
+    return config
+
+
+def _aspect_ratio(original: Mapping[str, Any]) -> str:
+    """Return how pictures are cut: transformers and vLLM know ``anyres_max_N`` alone."""
+    ratio = str(original.get("image_aspect_ratio"))
+    return ratio if re.fullmatch(r"anyres_max_\d+", ratio) else "anyres_max_9"
+
+
+def _pinpoints(original: Mapping[str, Any], side: int) -> list[list[int]]:
+    """Return the sizes to which pictures are cut, in pixels.
+
+    The original writes them as a list, or in units of the tower's side as ``(1x1),...,(6x6)``.
+    """
+    given = original.get("image_grid_pinpoints")
+    if isinstance(given, str):
+        cells = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", given)]
+        if not cells:
+            raise ConversionError(
+                f"image_grid_pinpoints must be a list of sizes or (1x1),...,(6x6), got {given!r}"
+            )
+        if "..." in given:
+            (first_row, first_column), (last_row, last_column) = cells[0], cells[-1]
+            cells = [
+                (row, column)
+                for row in range(first_row, last_row + 1)
+                for column in range(first_column, last_column + 1)
+            ]
+        return [[side * rows, side * columns] for rows, columns in cells]
+    if given:
+        return [list(size) for size in given]
+    return [[side * rows, side * columns] for rows in range(1, 7) for columns in range(1, 7)]
