@@ -10,14 +10,24 @@ from typing import Any
 
 import torch
 
+from bench.demo_training.lessons import lookup, note
 from bench.demo_training.packing import EncodedQuestion, Encoder, PackedQuestions, pack
 from bench.world.questions import SKILLS, Question, ask
 from bench.world.render import PackedScenes
 from bench.world.render import pack as pack_scenes
 from bench.world.scene import MIN_NUM_FRAMES, Scene, sample_scene
 
-SHORT_CLIPS: Mapping[int, float] = {8: 0.08, 4: 0.04, 1: 0.03}
-"""How often a batch's clips have only so many frames."""
+STAGES: tuple[tuple[float, int, int], ...] = ((0.25, 1, 2), (0.45, 4, 2), (0.55, 8, 1))
+"""Until which part of the training most clips have how many frames, and how many times the usual
+clips are in a batch. Short clips teach most of what long ones need, at a tenth of the price."""
+OTHER_LENGTHS: Mapping[int, float] = {8: 0.08, 4: 0.05, 1: 0.02}
+"""How often a batch's clips have fewer frames than is usual at that stage."""
+LESSONS_END = 0.7
+"""The part of the training after which there are questions alone."""
+MAX_NUM_NOTES, MAX_NUM_LOOKUPS = 10, 4
+"""Exercises for each clip at the start; they become fewer."""
+EXERCISE = len(SKILLS)
+"""Stands for the skill of what is no question."""
 GENERAL_SHARE = 0.35
 """Scenes that mix all; the others are each made for one skill."""
 OWN_SKILL_BOOST = 4.0
@@ -45,36 +55,48 @@ class BatchPlan:
     seeds: range
     num_frames: int
     skill_weights: tuple[float, ...]
+    lessons: float = 0.0
+    """From 1, many exercises, to 0, none."""
 
 
 @dataclass
 class Curriculum:
     """The plans of all batches, in order; skills that lag get a larger share.
 
-    It is read in the process that trains, a fixed number of batches ahead: the same losses give
-    the same plans.
+    It is read in the process that trains, a fixed number of batches ahead: the same losses and the
+    same progress give the same plans.
     """
 
     seed: int
     batch_size: int
     num_batches: int
     num_frames: int = 16
-    """Of most clips; the others are shorter."""
+    """Of most clips in the end."""
     skill_weights: tuple[float, ...] = (1.0,) * len(SKILLS)
+    done: float = 0.0
+    """The part of the training that is done; whoever trains sets it."""
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        short = {n: share for n, share in SHORT_CLIPS.items() if n < self.num_frames}
-        lengths = [self.num_frames, *short]
-        shares = [1 - sum(short.values()), *short.values()]
         rng = random.Random(f"lengths {self.seed}")
-        first = random.Random(f"clips {self.seed}").randrange(MAX_SEED // 2)
-        for index in range(self.num_batches):
-            begin = first + index * self.batch_size
+        begin = random.Random(f"clips {self.seed}").randrange(MAX_SEED // 2)
+        for _ in range(self.num_batches):
+            usual, times = self._stage()
+            others = {n: share for n, share in OTHER_LENGTHS.items() if n < usual}
+            lengths, shares = [usual, *others], [1 - sum(others.values()), *others.values()]
             (num_frames,) = rng.choices(lengths, shares)
-            yield BatchPlan(range(begin, begin + self.batch_size), num_frames, self.skill_weights)
+            seeds = range(begin, begin + times * self.batch_size)
+            begin = seeds.stop
+            lessons = max(0.0, 1 - self.done / LESSONS_END)
+            yield BatchPlan(seeds, num_frames, self.skill_weights, lessons)
+
+    def _stage(self) -> tuple[int, int]:
+        for until, num_frames, times in STAGES:
+            if self.done < until and num_frames < self.num_frames:
+                return num_frames, times
+        return self.num_frames, 1
 
     def favour(self, losses: Sequence[float]) -> None:
         """Weigh the skills by their losses: one of average loss 1, none below 0.4 or above 3.
@@ -105,9 +127,23 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             scene = sample_scene(seed, skill, plan.num_frames)
             asked = _in_random_order(rng, ask(scene, seed), scene, plan.skill_weights)
             scenes.append(scene)
-            rows.append([self._encode(question, rng) for question in asked])
+            exercises = self._exercises(asked, rng, plan.lessons)
+            rows.append([*exercises, *(self._encode(question, rng) for question in asked)])
         questions, _ = pack(rows, self._row_length, self._encoder.padding)
         return Batch(pack_scenes(scenes), questions)
+
+    def _exercises(
+        self, asked: Sequence[Question], rng: random.Random, lessons: float
+    ) -> list[EncodedQuestion]:
+        free = [question for question in asked if not question.choices]
+        notes = free[: round(lessons * MAX_NUM_NOTES)]
+        return [
+            *(note(self._encoder, question, EXERCISE) for question in notes),
+            *(
+                lookup(self._encoder, rng, EXERCISE)
+                for _ in range(round(lessons * MAX_NUM_LOOKUPS))
+            ),
+        ]
 
     def _encode(self, question: Question, rng: random.Random) -> EncodedQuestion:
         text = question.text

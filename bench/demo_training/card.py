@@ -71,7 +71,7 @@ def card(record: Mapping[str, Any]) -> str:
         "",
         f"`{record['command']}`",
         "",
-        f"- {record['num_steps']} steps of {record['batch_size']} clips, "
+        f"- {record['num_steps']} steps of {record['batch_size']} clips or more, "
         f"{record['num_clips']} clips in all; seed {record['seed']}",
         f"- {record['seconds']:.0f} seconds in all, {record['training_seconds']:.0f} of them "
         f"training, on {environment['gpu'] or environment['cpu']}",

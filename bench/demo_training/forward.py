@@ -7,7 +7,6 @@ against the model's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,8 +68,16 @@ class PackedModel(nn.Module):
     Its language model must have as many key heads as query heads.
     """
 
-    def __init__(self, model: Any, prefix: tuple[int, ...], *, compile_layers: bool = False):
-        """Take the model, whose weights are shared, and the tokens before a video."""
+    def __init__(
+        self, model: Any, prefix: tuple[int, ...], compiled_num_frames: int | None = None
+    ) -> None:
+        """Take the model, whose weights are shared.
+
+        Args:
+            model: a LlavaOnevisionForConditionalGeneration.
+            prefix: the tokens before a video.
+            compiled_num_frames: in training, clips of so many frames go through compiled layers.
+        """
         super().__init__()
         text = model.config.text_config
         if text.num_key_value_heads != text.num_attention_heads:
@@ -80,21 +87,20 @@ class PackedModel(nn.Module):
             )
         self.model = model
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
-        self._tower_layer: Callable[..., Tensor] = tower_layer
-        self._text_layer: Callable[..., Tensor] = text_layer
-        if compile_layers:
-            self._tower_layer = torch.compile(tower_layer)
-            self._text_layer = torch.compile(text_layer)
+        self._compiled_num_frames = compiled_num_frames
+        vision = model.config.vision_config
+        self._tokens_per_frame = (-(-vision.image_size // vision.patch_size // 2)) ** 2
+        # Compiled for one shape each: other lengths are too rare to be worth the wait.
+        self._compiled_tower_layer = torch.compile(tower_layer, dynamic=False)
+        self._compiled_text_layer = torch.compile(text_layer, dynamic=False)
 
-    def _layers(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """Return the compiled layers in training; elsewhere shapes differ too often for them."""
-        if self.training:
-            return self._tower_layer, self._text_layer
-        return tower_layer, text_layer
+    def _is_compiled(self, num_frames: int) -> bool:
+        return self.training and num_frames == self._compiled_num_frames
 
     def video_tokens(self, pixels: Tensor) -> Tensor:
         """Return what compression sees, (B, T, P, D), from normalised pixels (B, T, 3, H, W)."""
-        encode_layer, _ = self._layers()
+        is_compiled = self._is_compiled(pixels.shape[1])
+        encode_layer = self._compiled_tower_layer if is_compiled else tower_layer
         tower = vision_tower(self.model)
         hidden = tower.embeddings(pixels.flatten(0, 1))
         hidden = hidden.to(_stream_dtype(hidden))
@@ -111,7 +117,8 @@ class PackedModel(nn.Module):
             video: (B, K, D), K tokens of each clip, compressed or not, without the newline.
             questions: about each clip.
         """
-        _, text_layer_of = self._layers()
+        is_compiled = self._is_compiled(video.shape[1] // self._tokens_per_frame)
+        read_layer = self._compiled_text_layer if is_compiled else text_layer
         text, embed = self.model.model.language_model, self.model.get_input_embeddings()
         batch = video.shape[0]
         prefix = embed(self.prefix).expand(batch, -1, -1)
@@ -124,7 +131,7 @@ class PackedModel(nn.Module):
         cos, sin = (part[:, None] for part in text.rotary_emb(hidden, positions))
         mask = question_mask(questions.questions, num_shared)
         for layer in text.layers:
-            hidden = text_layer_of(layer, hidden, cos, sin, mask)
+            hidden = read_layer(layer, hidden, cos, sin, mask)
         return text.norm(hidden[:, num_shared:])
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.world.scene import FRAME_SIZE
 from scissor_vllm.demo.model import CHAT_TEMPLATE, build_config, save_processor
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
@@ -24,7 +25,7 @@ _TOWER_PARTS = ("embeddings.", "encoder.", "post_layernorm.", "head.")
 class ModelSize:
     """Widths and depths; the defaults are the demo's."""
 
-    image_size: int = 176
+    image_size: int = FRAME_SIZE
     patch_size: int = 8
     vision_width: int = 192
     vision_layers: int = 6

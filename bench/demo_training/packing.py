@@ -79,6 +79,18 @@ class Encoder:
         tokens = (*self._encode(text), *self._between, *encoded_answer)
         return EncodedQuestion(tokens, len(encoded_answer), skill)
 
+    def continued(self, text: str, answer: str, skill: int) -> EncodedQuestion:
+        """Return a text and what follows it, as they are: no template, no end."""
+        encoded_answer = self._encode(answer)
+        return EncodedQuestion((*self._encode(text), *encoded_answer), len(encoded_answer), skill)
+
+    def token(self, word: str) -> int:
+        """Return the one token of a word. ValueError if it has several."""
+        tokens = self._encode(word)
+        if len(tokens) != 1:
+            raise ValueError(f"{word!r} must be one token, got {len(tokens)}: add it to the words")
+        return tokens[0]
+
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 

@@ -1,0 +1,102 @@
+"""Exercises that only training has: they break what a question needs into steps learned one by one.
+
+A question is answered in several steps: find what it names among hundreds of tokens, read a feature
+off it, and with choices find the letter before that word. From questions alone none of the steps
+pays before the others are there, and training stands still for long.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from bench.demo_training.packing import EncodedQuestion, Encoder
+from bench.world.questions import NUMBERS, OPTIONS, Question
+from bench.world.scene import COLOURS, DIRECTIONS, GLYPHS, PLACES, SHAPES
+
+_FUNCTION_WORDS = (
+    *("a", "are", "can", "do", "does", "for", "have", "in", "is", "it", "of", "on", "or", "see"),
+    *("tell", "that", "the", "there", "thing", "to", "what", "which", "you", "?", ".", ","),
+)
+_KINDS: tuple[Sequence[str], ...] = (PLACES, SHAPES, COLOURS, GLYPHS, NUMBERS, DIRECTIONS)
+
+
+def note(encoder: Encoder, question: Question, skill: int) -> EncodedQuestion:
+    """Return a question without choices as a note: "colour star green".
+
+    Nothing lies between what is named and what is read off it.
+    """
+    words = [word for word in question.text.split() if word not in _FUNCTION_WORDS]
+    return encoder.continued("".join(f" {word}" for word in words), f" {question.answer}", skill)
+
+
+def lookup(encoder: Encoder, rng: random.Random, skill: int) -> EncodedQuestion:
+    """Return options, one of them once more, and its letter: "A red B blue C green blue B"."""
+    kind = rng.choice((*_KINDS, None))
+    if kind is None:
+        options = [f"{colour} {rng.choice(SHAPES)}" for colour in rng.sample(COLOURS, 4)]
+    else:
+        options = rng.sample(kind, rng.choice((2, 4, 4)))
+    offered = "".join(
+        f" {letter} {option}" for letter, option in zip(OPTIONS, options, strict=False)
+    )
+    right = rng.randrange(len(options))
+    return encoder.continued(f"{offered} {options[right]}", OPTIONS[right], skill)
+
+
+class WordReader(nn.Module):
+    """Says in the language model's own words what each token of a video shows.
+
+    It is trained with the tower: tokens come to lie near the words for what they show, so that the
+    language model finds them by these words. Thrown away afterwards; the words' vectors are the
+    model's.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        """Take the encoder that tells which tokens the words are."""
+        super().__init__()
+        things = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+        names: list[tuple[str, str | None]] = [(place, None) for place in PLACES]
+        names += [*things, *((glyph, None) for glyph in GLYPHS)]
+        figures = (*PLACES, *SHAPES, *GLYPHS)
+        # A word is one token inside a text and another where an answer begins.
+        for before, form in ((" ", "inside"), ("", "first")):
+            for kind, words in (("figures", figures), ("colours", COLOURS)):
+                tokens = [encoder.token(f"{before}{word}") for word in words]
+                self.register_buffer(f"{kind}_{form}", torch.tensor(tokens), persistent=False)
+        figure = [figures.index(name) for name, _ in names]
+        colour = [COLOURS.index(colour) if colour else -1 for _, colour in names]
+        self.register_buffer("figure", torch.tensor(figure), persistent=False)
+        self.register_buffer("colour", torch.tensor(colour), persistent=False)
+        self.sharpness = nn.Parameter(torch.tensor(8.0))
+        self.num_places = len(PLACES)
+
+    def forward(
+        self, tokens: torch.Tensor, classes: torch.Tensor, words: torch.Tensor, place_weight: float
+    ) -> torch.Tensor:
+        """Return the mean loss of reading what tokens show.
+
+        Args:
+            tokens: (N, D), of videos.
+            classes: (N,) int64, ids of `bench.world.render.cover`.
+            words: (V, D), the vectors of all words.
+            place_weight: of tokens that show but a place; most do.
+        """
+        unit = F.normalize(tokens.float(), dim=-1)
+        figure = self.get_buffer("figure")[classes]
+        colour = self.get_buffer("colour")[classes]
+        weight = torch.where(classes < self.num_places, place_weight, 1.0)
+        total = torch.zeros((), device=tokens.device)
+        for form in ("inside", "first"):
+            for kind, target in (("figures", figure), ("colours", colour)):
+                chosen = self.get_buffer(f"{kind}_{form}")
+                vectors = F.normalize(words[chosen].float(), dim=-1)
+                logits = self.sharpness * (unit @ vectors.T)
+                each = F.cross_entropy(logits, target, ignore_index=-1, reduction="none")
+                counted = weight * (target >= 0)
+                total = total + (each * counted).sum() / counted.sum().clamp(min=1)
+        return total / 4
