@@ -1,6 +1,7 @@
 """Prints how long compression of one video takes, in each form, on three kinds of tokens.
 
-    python bench/compress.py [--shape T P D] [--dtype bfloat16] [--device cuda] [--json FILE]
+    python bench/compress.py [--shape T P D] [--batch B] [--dtype bfloat16] [--device cuda]
+        [--json FILE]
 
 On a GPU times are those of CUDA events, from the call to its end, host work included. Clustered
 tokens are what video looks like to the method: every frame shows the same 200 things, with noise.
@@ -23,7 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.record import environment, write_json  # noqa: E402
-from scissor_vllm import compress, num_retained_tokens  # noqa: E402
+from scissor_vllm import (  # noqa: E402
+    CompressedTokens,
+    compress,
+    compress_batch,
+    num_retained_tokens,
+)
 from scissor_vllm.compression import get_compressor  # noqa: E402
 
 NUM_THINGS = 200
@@ -39,6 +45,11 @@ FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
         tokens, num_retained_tokens(tokens.shape[0] * tokens.shape[1], 0.1)
     ),
 }
+
+
+def compress_all(videos: torch.Tensor) -> CompressedTokens:
+    """Return the first of a batch (B, T, P, D), all compressed."""
+    return compress_batch(videos, retention_ratio=0.1)[0]
 
 
 def make_tokens(kind: str, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
@@ -81,6 +92,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=[32, 196, 3584])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=8, help="videos that are compressed at once")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the times of all calls to this file")
     args = parser.parse_args()
@@ -88,8 +100,13 @@ def main() -> None:
     rows = []
     print(f"{shape} {args.dtype} on {args.device}: median ms (fastest - slowest), tokens kept")
     for kind in ("clustered", "random", "alike"):
-        tokens = make_tokens(kind, shape, seed=0).to(args.device, getattr(torch, args.dtype))
-        for name, form in FORMS.items():
+        dtype = getattr(torch, args.dtype)
+        videos = torch.stack(
+            [make_tokens(kind, shape, seed).to(args.device, dtype) for seed in range(args.batch)]
+        )
+        forms = {**FORMS, f"{args.batch} to 0.1": compress_all}
+        for name, form in forms.items():
+            tokens = videos if form is compress_all else videos[0]
             times = measure(form, tokens, args.repeats)
             kept = len(form(tokens).tokens)
             median = statistics.median(times)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scissor_vllm import CompressedTokens, compress
+from scissor_vllm import CompressedTokens, compress, compress_batch
 
 gpu = pytest.mark.gpu
 
@@ -192,6 +192,21 @@ def test_for_serving_the_host_does_not_wait_and_the_result_is_the_same(noise: fl
                 torch.cuda.set_sync_debug_mode("default")
             assert torch.equal(served.assignment, expected.assignment)
             assert torch.equal(served.tokens, expected.tokens)
+
+
+@gpu
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.5])
+def test_a_batch_gives_what_its_videos_give_one_by_one(noise: float) -> None:
+    videos = torch.stack([make_video(60, noise, seed) for seed in range(10)]).cuda()
+    videos[3, 2, 7] = 0
+    for kept in (50, 300):
+        alone = [compress(tokens, num_retained=kept) for tokens in videos]
+        for _ in range(4):
+            batch = compress_batch(videos, num_retained=kept)
+            for expected, result in zip(alone, batch, strict=True):
+                assert torch.equal(result.assignment, expected.assignment)
+                assert torch.equal(result.tokens, expected.tokens)
+                assert result.similarity_threshold == expected.similarity_threshold
 
 
 @gpu

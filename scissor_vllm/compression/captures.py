@@ -16,8 +16,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 MAX_CAPTURES = 2
-"""Most graphs that are kept. Each holds two copies of its tokens, the products of all pairs and up
-to 128 MiB: some 300 MiB for 32 frames of 196 tokens, 3584 wide."""
+"""Most graphs that are kept. Each holds three copies of its tokens, the products of all pairs and
+as many weights again: some 400 MiB for 32 frames of 196 tokens, 3584 wide; a batch's that often."""
 
 MAX_TOKENS = 1 << 13
 """Most tokens of a captured search. With more, the GPU is busy longer than the host."""
@@ -72,7 +72,7 @@ def search(
     """Yield a search that was started; its memory is the caller's until the context ends.
 
     Args:
-        tokens: (T, P, D) contiguous, on a CUDA device.
+        tokens: (T, P, D), or several videos' (B, T, P, D), contiguous, on a CUDA device.
         num_retained: K.
         variant: what a search depends on besides shape and dtype.
         make: returns the search of tokens.
@@ -97,7 +97,8 @@ def _captured(
     key: _Key, tokens: torch.Tensor, make: Callable[[torch.Tensor], S]
 ) -> _Capture[S] | None:
     """Return the capture of a key, made now if it has come often enough, None if it has not."""
-    if tokens.shape[0] * tokens.shape[1] > MAX_TOKENS or torch.cuda.is_current_stream_capturing():
+    num_tokens = tokens.shape[-3] * tokens.shape[-2]
+    if num_tokens > MAX_TOKENS or torch.cuda.is_current_stream_capturing():
         return None
     if key in _refused:
         return None

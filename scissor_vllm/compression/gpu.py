@@ -39,6 +39,9 @@ HELD_SHARE, BLOCK_SHARE = 48, 160
 """Products that are held take no more than one part in so many of the GPU's memory, a block of
 others no more than one in so many."""
 
+MAX_BATCH = 8
+"""Videos that are searched side by side."""
+
 ROW_BLOCKS = 4
 """Products that are held are computed in so many blocks of rows, each from its own frame on."""
 
@@ -112,6 +115,29 @@ def compress_unseen(
     with _search(tokens, num_retained, settings) as search:
         merged, assignment = merge(search.video, search.unseen(num_retained))
         return CompressedTokens(merged.to(tokens.dtype), assignment)
+
+
+def compress_batch(
+    videos: torch.Tensor, num_retained: int, settings: SearchSettings
+) -> list[CompressedTokens | None]:
+    """Return what ``compress`` does for each of several videos (B, T, P, D), to the same budget.
+
+    They are searched side by side, ``MAX_BATCH`` at a time.
+    """
+    num_frames, per_frame, _ = videos.shape[1:]
+    if num_frames * per_frame > captures.MAX_TOKENS or per_frame > kernels.MAX_PER_FRAME:
+        return [compress(tokens, None, num_retained, settings) for tokens in videos]
+    dtype = videos.dtype
+    videos = (videos.float() if dtype == torch.float64 else videos).contiguous()
+    size = num_components(num_frames * per_frame, num_retained, videos.device)
+    make = partial(Searches, num_components=size, settings=settings)
+    results = []
+    for part in videos.split(MAX_BATCH):
+        with captures.search(part, num_retained, (size, settings), make) as searches:
+            for search in searches.of_each:
+                parts = search.finish(num_retained)
+                results.append(_compressed(search.video, parts, dtype))
+    return results
 
 
 def _search(
@@ -532,12 +558,20 @@ class Search:
     it can be captured in a CUDA graph where products are held.
     """
 
-    def __init__(self, tokens: torch.Tensor, num_components: int, settings: SearchSettings) -> None:
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        num_components: int,
+        settings: SearchSettings,
+        retained: torch.Tensor | None = None,
+    ) -> None:
         """Take tokens (T, P, D), and how many components a tree is built between at once."""
         self._tokens = tokens
         self._num_components = num_components
         self._settings = settings
-        self.retained = torch.empty(1, dtype=torch.int32, device=tokens.device)
+        if retained is None:
+            retained = torch.empty(1, dtype=torch.int32, device=tokens.device)
+        self.retained = retained
         """K."""
 
     def start(self) -> None:
@@ -781,6 +815,32 @@ class Search:
         return _sorted(kept, decreasing=True)[0]
 
 
+class Searches:
+    """Searches of equally long videos to the same budget, each on a stream of its own.
+
+    Most of a search leaves most of the GPU idle.
+    """
+
+    def __init__(self, videos: torch.Tensor, num_components: int, settings: SearchSettings) -> None:
+        """Take tokens (B, T, P, D); the others as ``Search`` does."""
+        self.retained = torch.empty(1, dtype=torch.int32, device=videos.device)
+        self.of_each = [
+            Search(tokens, num_components, settings, self.retained) for tokens in videos
+        ]
+        self._streams = [torch.cuda.Stream(videos.device) for _ in self.of_each]
+
+    def start(self) -> None:
+        """Start all, without waiting for the device."""
+        current = torch.cuda.current_stream(self.retained.device)
+        for search, stream in zip(self.of_each, self._streams, strict=True):
+            # It also keeps memory of the last use from being taken before that is over.
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                search.start()
+        for stream in self._streams:
+            current.wait_stream(stream)
+
+
 def merge(video: Video, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the tokens are merged into, and where each went.
 
@@ -853,7 +913,11 @@ def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
     """Return what ``scc.costliest_calls`` does: all graphs captured, then the most that is held."""
     times = captures.USES_BEFORE_CAPTURE + 1
     return [
-        *[(captures.MAX_TOKENS, 0.1) for _ in range(times)],
+        *[
+            (captures.MAX_TOKENS * (8 - turn) // 8, 0.1)
+            for turn in range(captures.MAX_CAPTURES)
+            for _ in range(times)
+        ],
         (_max_held_tokens(device), 0.4),
     ]
 

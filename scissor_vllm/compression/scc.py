@@ -95,18 +95,7 @@ def compress(
     Source: LLaVA-Scissor (arXiv 2506.21862), with exact components and a cut for the budget.
     """
     num_tokens = check_tokens(tokens)
-    given = [similarity_threshold, retention_ratio, num_retained]
-    if sum(value is not None for value in given) != 1:
-        raise ValueError(
-            "give exactly one of similarity_threshold, retention_ratio and num_retained, got "
-            f"{similarity_threshold}, {retention_ratio} and {num_retained}"
-        )
-    if retention_ratio is not None:
-        num_retained = num_retained_tokens(num_tokens, retention_ratio)
-    if num_retained is not None:
-        check_num_retained(num_retained, num_tokens)
-    if similarity_threshold is not None:
-        check_similarity_threshold(similarity_threshold)
+    num_retained = _num_retained(num_tokens, similarity_threshold, retention_ratio, num_retained)
     if num_tokens > EXHAUSTIVE_TOKENS:
         compressed = _on_gpu(tokens, similarity_threshold, num_retained)
         if compressed is not None:
@@ -122,6 +111,64 @@ def compress(
         kept = _above_threshold(video, threshold)
     rows, assignment = merged(video.flat, kept)
     return CompressedTokens(rows.to(tokens.dtype), assignment, threshold)
+
+
+@torch.no_grad()
+def compress_batch(
+    videos: torch.Tensor,
+    *,
+    retention_ratio: float | Decimal | Rational | None = None,
+    num_retained: int | None = None,
+) -> list[CompressedTokens]:
+    """Return what ``compress`` does for each of several equally long videos; a GPU does 8 at once.
+
+    Args:
+        videos: (B, T, P, D) floating.
+        retention_ratio: fraction of each video's tokens to keep, or
+        num_retained: K itself.
+
+    Raises:
+        TypeError, ValueError: as :func:`compress`, or videos of another shape.
+    """
+    if not isinstance(videos, torch.Tensor) or videos.ndim != 4 or len(videos) == 0:
+        got = tuple(videos.shape) if isinstance(videos, torch.Tensor) else type(videos).__name__
+        raise ValueError(
+            "videos must be (videos, frames, tokens of a frame, width), none of them 0, got "
+            f"{got}: stack equally long videos, or compress others one by one"
+        )
+    num_tokens = check_tokens(videos[0])
+    wanted = _num_retained(num_tokens, None, retention_ratio, num_retained)
+    assert wanted is not None
+    gpu = _gpu_kernels(videos.device) if num_tokens > EXHAUSTIVE_TOKENS else None
+    if gpu is None:
+        return [compress(tokens, num_retained=wanted) for tokens in videos]
+    compressed = gpu.compress_batch(videos, wanted, _settings(gpu))
+    return [
+        result or compress(tokens, num_retained=wanted)
+        for tokens, result in zip(videos, compressed, strict=True)
+    ]
+
+
+def _num_retained(
+    num_tokens: int,
+    similarity_threshold: float | None,
+    retention_ratio: float | Decimal | Rational | None,
+    num_retained: int | None,
+) -> int | None:
+    """Return the K that is asked for, None for a threshold; all are checked."""
+    given = [similarity_threshold, retention_ratio, num_retained]
+    if sum(value is not None for value in given) != 1:
+        raise ValueError(
+            "give exactly one of similarity_threshold, retention_ratio and num_retained, got "
+            f"{similarity_threshold}, {retention_ratio} and {num_retained}"
+        )
+    if retention_ratio is not None:
+        num_retained = num_retained_tokens(num_tokens, retention_ratio)
+    if num_retained is not None:
+        check_num_retained(num_retained, num_tokens)
+    if similarity_threshold is not None:
+        check_similarity_threshold(similarity_threshold)
+    return num_retained
 
 
 @torch.no_grad()
