@@ -203,19 +203,26 @@ def test_files_keep_within_their_size_and_the_index_names_them(
     assert sum(sizes) == index["metadata"]["total_size"] == report["num_bytes"]
 
 
-MEMORY = """
-    import resource, sys
+MEMORY = r"""
+    import re, sys
     from pathlib import Path
     import torch
     from scissor_vllm.convert.command import convert
 
     torch.set_num_threads(1)
     small, large, siglip, out = map(Path, sys.argv[1:])
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+    def status(key):
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(key + r":\s+(\d+) kB", text)[1]) * 1024
+
+
     convert(small, out / "small", vision_tower=siglip)
-    before = peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
     convert(large, out / "large", vision_tower=siglip)
-    print(peak() - before)
+    print(status("VmHWM") - before)
 """
 
 
@@ -389,6 +396,17 @@ def test_a_system_message_takes_the_place_of_the_usual_one(with_newline: Path) -
     assert processor.apply_chat_template(messages) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
     )
+
+
+def test_how_answers_are_drawn_and_the_trainers_own_model_type_are_no_obstacle(
+    tmp_path: Path, weights: Weights, siglip: Path
+) -> None:
+    source = original.save_original(tmp_path / "source", weights, model_type="llava_qwen")
+    (source / "generation_config.json").write_text('{"temperature": 0.7}')
+    convert(source, tmp_path / "out", vision_tower=siglip)
+    assert_computes_the_same(tmp_path / "out", weights)
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept == {"temperature": 0.7}
 
 
 def test_pixels_are_normalized_as_siglips(with_newline: Path) -> None:

@@ -19,6 +19,7 @@ from scissor_vllm.convert.config import (
     converted_config,
     newlines_of,
     read_json,
+    text_config,
     tower_config,
 )
 
@@ -129,7 +130,7 @@ def convert(
         has_weight=IMAGE_NEWLINE in weights,
     )
     tokenizer = media_tokenizer(source)
-    token_ids = media_token_ids(tokenizer, original["vocab_size"])
+    token_ids = media_token_ids(tokenizer, text_config(original).vocab_size)
     config = converted_config(original, tower, newlines, token_ids)
     made = plan({name: weight.shape for name, weight in weights.items()}, config)
 
