@@ -243,7 +243,7 @@ class VideoPixels:
     """One video's pixels on the model's device, given to the tower in the model's dtype."""
 
     pixels: torch.Tensor
-    """As stock's processor prepares them, (T, C, H, W) in the model's dtype, or
+    """As stock's processor prepares them, a frame's pixels (T, ...) in the model's dtype, or
     ``VIDEO_FRAMES``."""
     normalization: torch.Tensor | None = None
     """``PIXEL_NORMALIZATION`` of frames, None for stock's pixels."""
@@ -253,6 +253,8 @@ class VideoPixels:
     """``VIDEO_IDENTITY``, None for pixels that are not recognized again."""
     frame_of: torch.Tensor | None = None
     """``FRAME_OF``, None if every frame is there."""
+    tokens_per_frame: int | None = None
+    """P, where it differs by video; None for the model's own."""
 
     def __len__(self) -> int:
         return len(self.pixels if self.frame_of is None else self.frame_of)

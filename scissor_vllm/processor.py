@@ -112,7 +112,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
             if ratio != 1.0:
                 kwargs[RETENTION_RATIO] = ratio
-            for num_tokens in self._get_num_video_tokens(inputs.mm_data_items):
+            for num_tokens in self._get_num_video_tokens(inputs.mm_data_items, kwargs):
                 if num_tokens is None:
                     continue
                 try:
@@ -136,30 +136,39 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
 
-    def _get_num_video_tokens(self, mm_items: MultiModalDataItems) -> list[int | None]:
+    def _get_num_video_tokens(
+        self, mm_items: MultiModalDataItems, kwargs: Mapping[str, object]
+    ) -> list[int | None]:
         """Return N of each video, None for one that a client names by its id in the cache."""
         if "video" not in mm_items:
             return []
         videos = mm_items.get_items("video", VideoProcessorItems)
+        options = without_own_keys(kwargs)
         counts: list[int | None] = []
-        for index in range(len(videos)):
-            if videos.get(index) is None:
+        for index, video in enumerate(videos.get_all()):
+            if video is None:
                 counts.append(None)
                 continue
-            size = videos.get_frame_size(index)
-            num_frames = videos.get_num_frames(index)
+            # Of frames with metadata vLLM 0.32 and 0.33 count two.
+            frames = VideoProcessorItems([video[0] if isinstance(video, tuple) else video])
+            num_frames = frames.get_num_frames(0)
             if num_frames < 1:
                 raise VLLMValidationError(
                     f"a video must have at least one frame, video {index} has {num_frames}: send a "
                     "file that can be decoded",
                     parameter="video_url",
                 )
-            counts.append(
-                self.info.get_num_compressible_tokens(
-                    width=size.width, height=size.height, num_frames=num_frames
-                )
-            )
+            size = frames.get_frame_size(0)
+            counts.append(self._count_tokens(size.width, size.height, num_frames, options))
         return counts
+
+    def _count_tokens(
+        self, width: int, height: int, num_frames: int, options: Mapping[str, object]
+    ) -> int:
+        """Return N of a video, where a request's options for the processor can change it."""
+        return int(
+            self.info.get_num_compressible_tokens(width=width, height=height, num_frames=num_frames)
+        )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         """Return cache identities: a video's tells the ratio, everything else's does not."""
@@ -200,7 +209,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         with CLOCK.stage("preprocess") if "video" in mm_items else nullcontext():
             processed = self._prepare(mm_items, without_own_keys(hf_kwargs), ratio)
         # None of these is in the cache: all have pixels.
-        counts = [count for count in self._get_num_video_tokens(mm_items) if count is not None]
+        found = self._get_num_video_tokens(mm_items, hf_kwargs)
+        counts = [count for count in found if count is not None]
         if counts:
             for index, num_tokens in enumerate(counts):
                 self._check_num_tokens(processed, index, num_tokens)

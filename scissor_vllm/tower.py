@@ -1,6 +1,6 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -10,7 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, model_parallel_is_i
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
-from scissor_vllm.compression import Compressor, get_compressor
+from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
 from scissor_vllm.compression.scc import costliest_calls
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.metrics import CLOCK, count_cache_query
@@ -42,16 +42,16 @@ class VideoCompression:
     """
 
     def __init__(self, vllm_config: VllmConfig, tokens_per_frame: int) -> None:
+        """Make it for a model whose frames have so many tokens, if a video does not say other."""
         mm_config = vllm_config.model_config.get_multimodal_config()
         policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         self.method = policy.method
         self._compress: Compressor = get_compressor(policy.method)
-        budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self._budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame
         self._is_warm = False
         self._max_tokens = policy.max_video_tokens
         self._features = make_feature_cache(vllm_config)
-        self.max_frames_per_call = max(1, budget // tokens_per_frame)
 
     def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
         """Return a context whose time is recorded, by one of the workers that share a model."""
@@ -78,12 +78,15 @@ class VideoCompression:
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
             self._compress(tokens, max(1, int(num_frames * self._tokens_per_frame * ratio)))
 
-    def keeps_all(self, videos: Sequence[Sized], num_retained: list[int]) -> bool:
+    def keeps_all(self, videos: Sequence[VideoPixels], num_retained: list[int]) -> bool:
         """Return whether no video is to be compressed."""
         return all(
-            count == len(video) * self._tokens_per_frame
+            count == len(video) * self._num_tokens_per_frame(video)
             for video, count in zip(videos, num_retained, strict=True)
         )
+
+    def _num_tokens_per_frame(self, video: VideoPixels) -> int:
+        return video.tokens_per_frame or self._tokens_per_frame
 
     def __call__(
         self,
@@ -97,10 +100,20 @@ class VideoCompression:
             videos: T frames each.
             num_retained: K of each.
             encode: pixels (t, C, H, W) to tokens (t, P, D); called with at most
-                ``max_frames_per_call`` frames of one video.
+                so many frames of one video as the encoder's budget covers.
         """
         for video, count in zip(videos, num_retained, strict=True):
-            yield self._exactly(self._tokens(video, encode), count)
+            yield self.compressed(video, count, encode)[1].tokens
+
+    def compressed(
+        self, video: VideoPixels, num_retained: int, encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, CompressedTokens]:
+        """Return one video's tokens (T, P, D) and what they were compressed to.
+
+        Arguments are those of a call for several.
+        """
+        tokens = self._tokens(video, encode)
+        return tokens, self._exactly(tokens, num_retained)
 
     def _tokens(
         self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
@@ -114,7 +127,7 @@ class VideoCompression:
             if kept is not None:
                 return kept
         with self.stage("tower", device):
-            calls = video.split(self.max_frames_per_call)
+            calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
             tokens = video.repeated(torch.cat([encode(pixels) for pixels in calls]))
         if self._features is not None and video.identity is not None:
             self._features.put(video.identity, tokens)
@@ -125,11 +138,12 @@ class VideoCompression:
         if self._features is not None:
             self._features.clear()
 
-    def _exactly(self, tokens: torch.Tensor, num_retained: int) -> torch.Tensor:
+    def _exactly(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
         """Return K rows, whatever happens: an exception here would end every request's engine."""
         flat = tokens.flatten(0, 1)
+        itself = torch.arange(len(flat), device=flat.device)
         if num_retained == len(flat):
-            return flat
+            return CompressedTokens(flat, itself)
         if num_retained > len(flat):
             # The processor compares these two for each request, so this is not a client's doing.
             logger.error(
@@ -137,10 +151,11 @@ class VideoCompression:
                 num_retained,
                 len(flat),
             )
-            return torch.cat([flat, flat[-1:].expand(num_retained - len(flat), -1)])
+            repeated = flat[-1:].expand(num_retained - len(flat), -1)
+            return CompressedTokens(torch.cat([flat, repeated]), itself)
         try:
             with self.stage("compress", tokens.device):
-                return self._compress(tokens, num_retained).tokens
+                return self._compress(tokens, num_retained)
         except ValueError as error:
             logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
-            return select_evenly(tokens, num_retained).tokens
+            return select_evenly(tokens, num_retained)

@@ -1,4 +1,12 @@
-"""What differs between the supported versions of vLLM, in one place."""
+"""What differs between the supported versions of vLLM, and where it must be told what it has no
+setting for, in one place.
+"""
+
+import copy
+
+from vllm.config import ModelConfig
+from vllm.config.multimodal import MultiModalConfig
+from vllm.platforms import current_platform
 
 
 def cli_env_setup() -> None:
@@ -11,3 +19,42 @@ def cli_env_setup() -> None:
     except ImportError:
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup as setup
     setup()
+
+
+class PositionsFromModel(MultiModalConfig):
+    """vLLM's config of a model whose embeddings carry their positions, at any pruning rate."""
+
+    def is_multimodal_pruning_enabled(self) -> bool:
+        """Return whether the model runners ask the model for positions after encoding: always."""
+        return True
+
+
+def ask_model_for_positions(model_config: ModelConfig) -> None:
+    """Have the model runner call the model's ``recompute_mrope_positions``.
+
+    That is vLLM's interface (``SupportsMultiModalPruning``) on both runners. In vLLM 0.32 and 0.33
+    they use it if the server-wide ``--video-pruning-rate`` is set, which would also prune: V1's
+    ``load_model`` and V2's ``maybe_create_mm_pruner`` both ask the config, after the model was
+    made. A model calls this while it is made, so in its worker alone, and only for itself. It can
+    go when a runner asks the model instead.
+    """
+    config = copy.copy(model_config.get_multimodal_config())
+    config.__class__ = PositionsFromModel
+    model_config.multimodal_config = config
+    if current_platform.is_cpu():
+        _have_cpu_runner_ask()
+
+
+def _have_cpu_runner_ask() -> None:
+    """Let V1's runner on a CPU ask the config as well.
+
+    Its ``load_model`` leaves out what it replaces: the attribute stays False there, and vLLM's own
+    pruning fails at the first video. It can go when vLLM's CPU runner sets it.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def asks(runner: CPUModelRunner) -> bool:
+        return isinstance(runner.model_config.multimodal_config, PositionsFromModel)
+
+    # A runner is made with the attribute set to False, before its model.
+    CPUModelRunner.is_multimodal_pruning_enabled = property(asks, lambda runner, value: None)

@@ -8,5 +8,8 @@ MODELS = {
     "LlavaOnevisionForConditionalGeneration": (
         "scissor_vllm.models.llava_onevision:LlavaOnevisionForConditionalGeneration"
     ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "scissor_vllm.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration"
+    ),
 }
 """Architecture, as a checkpoint's config names it, to our class."""

@@ -1,0 +1,50 @@
+"""Which of a row's members stands for it, where a model asks for a place in the video."""
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from scissor_vllm.compression.result import CompressedTokens
+
+_TOKENS_AT_ONCE = 4096
+"""Tokens that are held in float32 at a time: 56 MiB of 3584 values each."""
+
+
+@torch.no_grad()
+def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -> torch.Tensor:
+    """Return of each row the member nearest to it, (K,) int64 in 0..N-1.
+
+    Nearest is of highest cosine, computed in float32; of equals the first. A row that no token was
+    merged into stands where the row before it does. No look of the host.
+
+    Args:
+        tokens: (T, P, D) floating, what was compressed; N = T*P.
+        compressed: what it was compressed to, on the same device.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    rows, assignment = compressed.tokens, compressed.assignment
+    likeness = torch.cat(
+        [
+            cosine_similarity(few.float(), rows[row_of.clamp(min=0)].float(), dim=-1)
+            for few, row_of in zip(
+                flat.split(_TOKENS_AT_ONCE), assignment.split(_TOKENS_AT_ONCE), strict=True
+            )
+        ]
+    )
+    # Dropped tokens go to a row of their own, taken away at the end.
+    num_rows = len(rows)
+    row_of = torch.where(assignment < 0, num_rows, assignment)
+    best = likeness.new_full((num_rows + 1,), -torch.inf)
+    best = best.scatter_reduce(0, row_of, likeness, "amax")
+    number = torch.arange(len(flat), device=flat.device)
+    candidate = torch.where(likeness >= best[row_of], number, len(flat))
+    first = torch.full((num_rows + 1,), len(flat), dtype=torch.int64, device=flat.device)
+    first = first.scatter_reduce(0, row_of, candidate, "amin")[:num_rows]
+    return _filled(first, len(flat))
+
+
+def _filled(numbers: torch.Tensor, missing: int) -> torch.Tensor:
+    """Return the numbers with the last one before it in place of each that is missing, or 0."""
+    place = torch.arange(len(numbers), device=numbers.device)
+    last = torch.where(numbers == missing, 0, place).cummax(0).values
+    found = numbers[last]
+    return torch.where(found == missing, 0, found)

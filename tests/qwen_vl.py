@@ -1,0 +1,288 @@
+"""Tiny Qwen-VL models with random weights, media, and an engine that answers about them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+FPS = 2.0
+"""Of the made-up videos, every frame of which is sampled."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """A made-up video, or with no frames an image."""
+
+    width: int
+    height: int
+    num_frames: int = 0
+    seed: int = 0
+
+    @property
+    def kind(self) -> str:
+        return "video" if self.num_frames else "image"
+
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """Things that move over a background, uint8 (T, H, W, 3), or (H, W, 3) of an image."""
+        rng = np.random.default_rng(self.seed)
+        num_frames = max(1, self.num_frames)
+        frames = np.full((num_frames, self.height, self.width, 3), rng.integers(0, 255, 3))
+        for _ in range(6):
+            color, size = rng.integers(0, 255, 3), rng.integers(10, 40)
+            x, y = rng.integers(0, self.width), rng.integers(0, self.height)
+            step = rng.integers(-6, 7, 2)
+            for number, frame in enumerate(frames):
+                left, top = max(0, x + number * step[0]), max(0, y + number * step[1])
+                frame[top : top + size, left : left + size] = color
+        noise = rng.integers(-6, 7, frames.shape)
+        made = (frames + noise).clip(0, 255).astype(np.uint8)
+        return made if self.num_frames else made[0]
+
+    def metadata(self) -> dict[str, Any]:
+        """What a video loader says of it."""
+        return {
+            "fps": FPS,
+            "duration": self.num_frames / FPS,
+            "total_num_frames": self.num_frames,
+            "frames_indices": list(range(self.num_frames)),
+            "video_backend": "opencv",
+            "do_sample_frames": False,
+        }
+
+
+@dataclass(frozen=True)
+class Question:
+    """Media, each at the beginning of a prompt, and a text."""
+
+    media: tuple[Media, ...]
+    ratio: float | None = None
+    text: str = "What is this?"
+
+    def prompt(self) -> str:
+        parts = [f"<|vision_start|><|{each.kind}_pad|><|vision_end|>" for each in self.media]
+        ask = f"{' and '.join(parts)}{self.text}"
+        return f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
+
+    def data(self) -> dict[str, list[Any]]:
+        """The media as vLLM takes them."""
+        data: dict[str, list[Any]] = {}
+        for each in self.media:
+            item: Any = each.pixels()
+            if each.num_frames:
+                item = (item, each.metadata())
+            data.setdefault(each.kind, []).append(item)
+        return data
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine made of a question."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    tokens: list[int]
+    logprobs: list[float]
+    """Of the tokens."""
+    first: dict[int, float] = field(default_factory=dict)
+    """The likeliest tokens of the first step and their log probabilities."""
+
+
+def largest_difference(left: Answer, right: Answer) -> float:
+    """Return how far apart two answers' log probabilities are, infinity for other tokens."""
+    if left.tokens != right.tokens or left.num_prompt_tokens != right.num_prompt_tokens:
+        return float("inf")
+    pairs = zip(left.logprobs, right.logprobs, strict=True)
+    return max(abs(one - other) for one, other in pairs)
+
+
+def ask(
+    model: Path, rounds: Sequence[Sequence[Question]], *, plugins: str, **options: Any
+) -> list[list[Answer]]:
+    """Return the answers of an engine of its own; a round's questions are asked together.
+
+    Args:
+        model: folder of a checkpoint.
+        rounds: one after the other.
+        plugins: ``VLLM_PLUGINS``, empty for stock vLLM.
+        options: of vLLM's ``LLM``.
+    """
+    plan = {
+        "model": str(model),
+        "options": options,
+        "rounds": [[asdict(question) for question in questions] for questions in rounds],
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.qwen_vl"],
+        input=json.dumps(plan),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        env={**os.environ, "VLLM_PLUGINS": plugins, "VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    assert run.returncode == 0, run.stdout[-12000:] + run.stderr[-3000:]
+    result = json.loads(run.stdout.split("RESULT")[1].splitlines()[0])
+    return [
+        [
+            Answer(**{**answer, "first": {int(k): v for k, v in answer["first"].items()}})
+            for answer in answers
+        ]
+        for answers in result
+    ]
+
+
+def answer_plan(plan: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Answer what :func:`ask` sends, in its process."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(plan["model"], enforce_eager=True, dtype="float32", **plan["options"])
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=8)
+    results = []
+    for questions in plan["rounds"]:
+        prompts = []
+        for fields in questions:
+            media = tuple(Media(**each) for each in fields.pop("media"))
+            question = Question(media, **fields)
+            prompt: dict[str, Any] = {
+                "prompt": question.prompt(),
+                "multi_modal_data": question.data(),
+            }
+            if question.ratio is not None:
+                prompt["mm_processor_kwargs"] = {"retention_ratio": question.ratio}
+            prompts.append(prompt)
+        results.append(
+            [
+                {
+                    "num_prompt_tokens": len(out.prompt_token_ids),
+                    "num_cached_tokens": out.num_cached_tokens,
+                    "tokens": list(out.outputs[0].token_ids),
+                    "logprobs": [
+                        step[token].logprob
+                        for token, step in zip(
+                            out.outputs[0].token_ids, out.outputs[0].logprobs, strict=True
+                        )
+                    ],
+                    "first": {
+                        token: each.logprob for token, each in out.outputs[0].logprobs[0].items()
+                    },
+                }
+                for out in llm.generate(prompts, params, use_tqdm=False)
+            ]
+        )
+    return results
+
+
+def build_tokenizer() -> Any:
+    """Return a byte-level tokenizer with Qwen-VL's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+        chat_template="{{ messages }}",
+    )
+
+
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+}
+
+
+def spread_weights(model: torch.nn.Module) -> None:
+    """Give matrices orthogonal rows: of the usual small spread all patches would look alike."""
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and "embed_tokens" not in name:
+            torch.nn.init.orthogonal_(weight.data.flatten(1))
+
+
+def build_qwen2_5_vl(folder: Path) -> Any:
+    """Write a checkpoint of Qwen2.5-VL, at most 64 tokens a frame, and return its model."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = build_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": TEXT["hidden_size"],
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        text_config={
+            **TEXT,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2_5_VLForConditionalGeneration(config).eval()
+        spread_weights(model)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size),
+        video_processor=Qwen2VLVideoProcessor(size=size),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+if __name__ == "__main__":
+    answers = answer_plan(json.load(sys.stdin))
+    print("RESULT" + json.dumps(answers))

@@ -1,0 +1,134 @@
+"""M-RoPE positions that travel with a video's rows, and the members that stand for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+from scissor_vllm import compress
+from scissor_vllm.compression import CompressedTokens, get_compressor
+from scissor_vllm.compression.members import representative_members
+from scissor_vllm.positions import (
+    CarriedPositions,
+    carried_positions,
+    placed,
+    runs_of,
+    uncompressed,
+    with_positions,
+)
+
+TEXT, VIDEO, IMAGE = 1, 7, 8
+
+
+def seeded(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def nearest_member(tokens: torch.Tensor, compressed: CompressedTokens, row: int) -> int | None:
+    """The plain rule, one row at a time."""
+    flat = tokens.flatten(0, 1).double()
+    members = [i for i in range(len(flat)) if int(compressed.assignment[i]) == row]
+    if not members:
+        return None
+    to = compressed.tokens[row].double()
+    return max(members, key=lambda i: (float(torch.cosine_similarity(flat[i], to, dim=0)), -i))
+
+
+@pytest.mark.parametrize("method", ["scc", "uniform", "random", "l2norm", "uniform+merge"])
+@pytest.mark.parametrize("num_retained", [1, 5, 23, 60])
+def test_a_row_stands_where_its_nearest_member_does(method: str, num_retained: int) -> None:
+    tokens = seeded(5, 12, 16)
+    compressed = get_compressor(method)(tokens, num_retained)
+    members = representative_members(tokens, compressed).tolist()
+    expected = [nearest_member(tokens, compressed, row) for row in range(num_retained)]
+    assert [m for m, e in zip(members, expected, strict=True) if e is not None] == [
+        e for e in expected if e is not None
+    ]
+
+
+def test_a_row_without_members_stands_where_the_row_before_it_does() -> None:
+    tokens = seeded(1, 4, 8)
+    rows = torch.cat([seeded(1, 8), tokens[0, 2:3], seeded(1, 8), tokens[0, 1:2]])
+    compressed = CompressedTokens(rows, torch.tensor([-1, 3, 1, 1]))
+    assert representative_members(tokens, compressed).tolist() == [0, 2, 2, 1]
+
+
+def test_of_equal_members_the_first_stands_for_the_row() -> None:
+    tokens = seeded(1, 1, 8).expand(3, 4, 8)
+    assert representative_members(tokens, compress(tokens, num_retained=1)).tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_positions_come_through_the_encoders_cache_exactly(dtype: torch.dtype) -> None:
+    rows = seeded(6, 16).to(dtype)
+    positions = torch.tensor([[0, 257, 4099, 70001, 1 << 20, 3]] * 3) + torch.arange(3)[:, None]
+    carried = carried_positions(with_positions(rows, positions, 1 << 21)[2:5].clone(), 16)
+    assert carried is not None
+    assert (carried.first_row, carried.end) == (2, 1 << 21)
+    assert torch.equal(carried.positions, positions[:, 2:5])
+    assert torch.equal(with_positions(rows, positions, 9)[:, :16], rows)
+    assert carried_positions(rows, 16) is None
+
+
+def rows_of(first: int, *times: int) -> CarriedPositions:
+    return CarriedPositions(first, torch.tensor([times] * 3), end=40)
+
+
+PROMPT = [TEXT, TEXT, VIDEO, VIDEO, VIDEO, TEXT, IMAGE, TEXT, VIDEO, VIDEO, TEXT]
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 42, 43, 44, 45, 46, 85]] * 3)
+
+
+def place(carried: list[CarriedPositions], num_computed: int) -> tuple[list[int], int]:
+    positions, delta = placed(POSITIONS, carried, runs_of(VIDEO, PROMPT), num_computed)
+    return positions[0].tolist(), delta
+
+
+def test_rows_are_counted_from_the_token_before_their_video() -> None:
+    positions, delta = place([rows_of(0, 0, 10, 39), rows_of(0, 5, 7)], 0)
+    assert positions == [0, 1, 2, 12, 41, 42, 43, 44, 50, 52, 85]
+    assert delta == 86 - len(PROMPT)
+
+
+@pytest.mark.parametrize("num_computed", [3, 2])
+def test_a_part_of_a_video_goes_to_its_own_place(num_computed: int) -> None:
+    # A draft model's rows begin one later than is said.
+    positions, _ = place([rows_of(1, 10, 39)], num_computed)
+    assert positions == [0, 1, 2, 12, 41, 42, 43, 44, 45, 46, 85]
+
+
+def test_text_stands_behind_the_whole_video_whatever_was_merged() -> None:
+    for carried in ([rows_of(0, 0, 0, 0)], [rows_of(0, 0, 0, 39)], []):
+        positions, delta = place(carried, 0)
+        assert positions[5:8] == [42, 43, 44]
+        assert delta == 86 - len(PROMPT)
+
+
+def test_a_prompt_that_ends_in_a_video_goes_on_behind_the_whole_video() -> None:
+    positions = torch.tensor([[0, 1, 2]] * 3)
+    _, delta = placed(positions, [rows_of(0, 0, 1)], [(1, 3)], 0)
+    assert delta == 1 + 40 - 3
+
+
+def test_rows_that_fit_nowhere_change_nothing() -> None:
+    positions, _ = place([rows_of(0, 1, 2, 3, 4)], 0)
+    assert positions == POSITIONS[0].tolist()
+
+
+def feature(modality: str, offset: int, length: int) -> MultiModalFeatureSpec:
+    return MultiModalFeatureSpec(
+        data=None, modality=modality, identifier="", mm_position=PlaceholderRange(offset, length)
+    )
+
+
+def test_an_uncompressed_prompt_has_all_tokens_of_its_videos() -> None:
+    features = [feature("image", 6, 1), feature("video", 2, 3), feature("video", 8, 2)]
+    full = uncompressed(PROMPT, features, {1: 6, 2: 4})
+    assert full.tokens == [
+        *(TEXT, TEXT, *[VIDEO] * 6, TEXT, IMAGE, TEXT),
+        *(*[VIDEO] * 4, TEXT),
+    ]
+    places = [each.mm_position for each in full.features]
+    assert [(each.offset, each.length) for each in places] == [(9, 1), (2, 6), (11, 4)]
+    assert full.kept.tolist() == [0, 1, 2, 4, 6, 8, 9, 10, 11, 13, 15]
+    assert [full.tokens[i] for i in full.kept] == PROMPT
