@@ -26,7 +26,7 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
 )
 
-from scissor_vllm import num_retained_tokens
+from scissor_vllm import compress, num_retained_tokens
 from scissor_vllm.convert.command import REPORT, convert, main
 from scissor_vllm.convert.config import Newlines, converted_config, tower_config
 from tests import original_llava as original
@@ -114,8 +114,7 @@ def test_a_frozen_tower_comes_from_its_own_repository_without_its_last_layer(
     source = original.save_original(
         tmp_path / "source", language, mm_vision_tower="a/siglip-so400m-patch14-384"
     )
-    assert main([str(source), str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
+    error = refused(capsys, source, tmp_path / "out")
     assert "a/siglip-so400m-patch14-384" in error
     assert "--vision-tower" in error
     repository = original.save_siglip(tmp_path / "siglip", tower)
@@ -368,7 +367,7 @@ def without_newline(
     folder = tmp_path_factory.mktemp("without")
     stored = without(weights, NEWLINE)
     source = original.save_original(folder / "source", stored, 2, mm_patch_merge_type="spatial")
-    convert(source, folder / "out", vision_tower=siglip)
+    assert main([str(source), str(folder / "out"), "--vision-tower", str(siglip)]) == 0
     return folder / "out"
 
 
@@ -518,11 +517,19 @@ def prompt_ids(server: Server, text: str) -> list[int]:
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
 def test_the_servers_logits_are_those_of_the_original_weights(
-    scissor_server: Server, clips: dict[str, Path], without_newline: Path, weights: Weights
+    scissor_server: Server,
+    clips: dict[str, Path],
+    without_newline: Path,
+    weights: Weights,
+    ratio: float,
 ) -> None:
-    answer = scissor_server.ask(clips["short"], "Why?", ratio=1.0, top_logprobs=5)
+    answer = scissor_server.ask(clips["short"], "Why?", ratio=ratio)
     rows = original.video_rows(weights, clip_pixels(clips["short"], without_newline))
+    if ratio < 1:
+        by_frame = rows.unflatten(0, (-1, TOKENS_PER_FRAME))
+        rows = compress(by_frame, retention_ratio=ratio).tokens
     processor = AutoProcessor.from_pretrained(without_newline)
     content = [{"type": "video"}, {"type": "text", "text": "Why?"}]
     text = processor.apply_chat_template(

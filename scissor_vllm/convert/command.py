@@ -60,7 +60,8 @@ def main(argv: list[str]) -> int:
         f"SHA-256 {report['sha256'][:16]}; {len(report['left_out'])} left out, see {REPORT}"
     )
     if not report["video_newline"]:
-        print("Its videos end without a newline: serve it with scissor-vllm, stock vLLM adds one.")
+        stock = "adds one" if "image_newline" in report["weights"] else "does not load it"
+        print(f"Its videos end without a newline: serve it with scissor-vllm, stock vLLM {stock}.")
     return 0
 
 
