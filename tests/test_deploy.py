@@ -1,8 +1,9 @@
 """What `deploy/` promises, as far as it can be held to it without a Docker engine and a cluster.
 
-Images are neither built nor started here, so nothing is said of base images, apt, users, read-only
-file systems, networks, volumes, health checks, the GPU image's content, Grafana, Helm's templates.
-The CPU image's build steps and its server run in a fresh virtual environment instead.
+Images are neither built nor started here, so nothing is said of base images, apt, networks,
+volumes, health checks, the GPU image's content, Grafana, Helm's templates. The CPU image's build
+steps run in a fresh virtual environment instead, and its server as the image's user on a read-only
+file system; that needs root, without which it runs as whoever runs the tests.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def resolved(*profiles: str, folder: Path = DEPLOY, env_file: Path | None = None
     """Return what Docker Compose makes of its file for these profiles."""
     flags = [f"--profile={profile}" for profile in profiles]
     files = ["--env-file", str(env_file)] if env_file else []
-    kept = {name: value for name, value in os.environ.items() if name not in settings()}
+    ours = (*settings(), "COMPOSE_FILE", "COMPOSE_PROFILES", "COMPOSE_PROJECT_NAME")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     printed = run(
         tool("docker-compose"), *files, *flags, "config", "--format=json", cwd=folder, env=kept
     ).stdout
@@ -807,10 +809,43 @@ def assert_closed(of_pod: dict[str, Any], of_container: dict[str, Any]) -> None:
 # What a slim image has of the programs that Python's packages start; no compiler among them.
 PROGRAMS = ("sh", "cat", "env", "uname", "lscpu", "ldconfig", "dirname", "id", "hostname")
 
+CLOSED = """
+set -eu
+new=$1 image=$2 home=$3 python=$4; shift 4
+mount --make-rprivate /
+mount --rbind / "$new"
+mount -o remount,bind,ro "$new"
+mount -t tmpfs -o mode=1777 tmpfs "$new/tmp"
+mount -t tmpfs -o mode=755 tmpfs "$new/root"
+for path in "$image" "$home" "$python"; do
+  mkdir -p "$new$path"
+  mount --bind "$path" "$new$path"
+done
+mount -o remount,bind,ro "$new$image"
+mount -o remount,bind,ro "$new$python"
+exec chroot "$new" /usr/bin/env setpriv --reuid=2000 --regid=0 --clear-groups \
+  --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
+"""
+"""Runs a command as Compose's server runs: user 2000, no capabilities, nothing writable but its
+home and /tmp. In a mount namespace of its own, so that nothing is left of it."""
+
+
+def closed(folder: Path, image: Path, home: Path) -> list[str]:
+    """Return what to put before a command to close it in; nothing where that needs root."""
+    able = ["unshare", "--mount", "setpriv", "--bounding-set=-all", "true"]
+    if os.geteuid() != 0 or subprocess.run(able, check=False).returncode != 0:
+        return []
+    os.chown(home, 2000, 0)
+    new = folder / "closed"
+    new.mkdir()
+    script = ["unshare", "--mount", "/bin/sh", "-c", CLOSED, "sh"]
+    return [*script, *map(str, (new, image, home, sys.base_prefix))]
+
 
 def build(stage: list[tuple[str, str]], root: Path) -> None:
     """Run a stage's steps under a folder that stands for the image's file system."""
-    work, known = root, dict(os.environ)
+    work = root
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for instruction, arguments in stage:
         if instruction == "WORKDIR":
             work = root / arguments.strip("/")
@@ -818,16 +853,16 @@ def build(stage: list[tuple[str, str]], root: Path) -> None:
         elif instruction == "COPY":
             *sources, target = arguments.split()
             for source in sources:
-                path = work / target / Path(source).name if target == "./" else work / target
+                copied = work / target / Path(source).name if target == "./" else work / target
+                copied.parent.mkdir(parents=True, exist_ok=True)
                 copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-                path.parent.mkdir(parents=True, exist_ok=True)
-                copy(ROOT / source, path)
+                copy(ROOT / source, copied)
         elif instruction == "RUN":
             command = re.sub(r"/opt/", f"{root}/opt/", arguments)
             done = subprocess.run(
                 ["/bin/sh", "-c", command],
                 cwd=work,
-                env=known,
+                env={**os.environ, "PATH": path},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -858,7 +893,12 @@ def test_the_cpu_images_steps_make_a_server_that_answers_through_the_proxy(
         for name, text in final:
             if name == "COPY" and "--from=build" in text:
                 assert (root / text.split()[1].strip("/")).is_dir(), text
-        programs, home = tmp_path / "bin", tmp_path / "home"
+        for path in (root / "opt" / "models").rglob("*"):
+            # The image's user does not own it.
+            assert path.stat().st_mode & 0o444 == 0o444, path
+        entrypoint = root / "opt" / "scissor" / "entrypoint.sh"
+        shutil.copy(DEPLOY / "entrypoint.sh", entrypoint)
+        programs, home = root / "bin", tmp_path / "home"
         programs.mkdir()
         home.mkdir()
         for program in PROGRAMS:
@@ -868,12 +908,21 @@ def test_the_cpu_images_steps_make_a_server_that_answers_through_the_proxy(
             for name, value in variables(final, {"PATH": str(programs)}).items()
         }
         assert shutil.which("cc", path=environment["PATH"]) is None
+        environment |= {"VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
+        # `env` sets them last: the programs that close the server in are this machine's.
+        settled = [f"{name}={value}" for name, value in environment.items()]
         command = services["server-cpu"]["command"]
         assert command[:2] == ["serve", "demo"]
         with (
             serving(
-                [str(DEPLOY / "entrypoint.sh"), *command],
-                {**environment, "VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1"},
+                [
+                    *closed(tmp_path, root, home),
+                    "/usr/bin/env",
+                    *settled,
+                    str(entrypoint),
+                    *command,
+                ],
+                {},
                 tmp_path / "server.log",
             ) as server,
             proxy(tmp_path, server.port) as port,
@@ -904,8 +953,11 @@ def check_served(server_port: int, proxy_port: int) -> None:
         clip = message(CLIP)["content"][0]
         told = chat(clip, {"type": "text", "text": "What happens?"}).video_compression
         assert told["num_retained_video_tokens"] == num_retained_tokens(1568, 0.25)
-        for url in ("https://example.com/clip.mp4", "file:///etc/passwd"):
-            with pytest.raises(openai.BadRequestError):
+        for url, refusal in (
+            ("https://example.com/clip.mp4", "must be from one of the allowed domains"),
+            ("file:///etc/passwd", "Cannot load local files"),
+        ):
+            with pytest.raises(openai.APIStatusError, match=refusal):
                 chat({"type": "video_url", "video_url": {"url": url}})
         with pytest.raises(openai.BadRequestError, match="At most 1 video"):
             chat(clip, clip)
