@@ -16,7 +16,7 @@ integers' own bits travel, as values that nothing computes with.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,19 @@ from vllm.multimodal.inputs import (
 
 from scissor_vllm.compression.selection import evenly_spaced
 
-NUM_AXES = 3
-"""Time, height, width."""
-_NUM_FIELDS = NUM_AXES + 2
-"""A row's number, its position on each axis, and the first position behind its video."""
+
+@dataclass(frozen=True)
+class VideoPlace:
+    """How a video's placeholders lie in a prompt, and where the text behind it stands."""
+
+    num_rows: int
+    """Placeholders of the video, of which some may stand for text within it."""
+    first_pad: int
+    """The number of its first video token among them."""
+    num_pads: int
+    """How many video tokens follow each other there."""
+    end: int
+    """The first position behind the video, counted from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +54,24 @@ class CarriedPositions:
     """The number of the first of them in its video."""
     positions: torch.Tensor
     """(3, n) int64, counted from the video's beginning."""
-    end: int
-    """The first position behind the video, counted in the same way."""
+    place: VideoPlace
+    """The video's."""
 
     def __len__(self) -> int:
         return self.positions.shape[1]
 
 
-def with_positions(rows: torch.Tensor, positions: torch.Tensor, end: int) -> torch.Tensor:
+def with_positions(rows: torch.Tensor, positions: torch.Tensor, place: VideoPlace) -> torch.Tensor:
     """Return all rows of a video with their positions behind their values, (K, D + fields).
 
     Args:
         rows: (K, D) floating.
         positions: (3, K) integer on the same device, counted from the video's beginning.
-        end: the first position behind the video.
+        place: of the video.
     """
     number = torch.arange(len(rows), device=rows.device)
-    fields = torch.stack([number, *positions, torch.full_like(number, end)], dim=1)
+    same = [torch.full_like(number, value) for value in astuple(place)]
+    fields = torch.stack([number, *positions, *same], dim=1)
     return torch.cat([rows, fields.to(torch.int32).view(rows.dtype)], dim=1)
 
 
@@ -73,14 +83,14 @@ def carried_positions(rows: torch.Tensor, width: int) -> CarriedPositions | None
     if rows.shape[1] == width or len(rows) == 0:
         return None
     fields = rows[:, width:].cpu().contiguous().view(torch.int32).long()
-    number, *positions, end = fields.unbind(1)
-    return CarriedPositions(int(number[0]), torch.stack(positions), int(end[0]))
+    number, *place = (int(value) for value in fields[0, [0, 4, 5, 6, 7]])
+    return CarriedPositions(number, fields[:, 1:4].T, VideoPlace(*place))
 
 
 def placed(
     positions: torch.Tensor,
     carried: Sequence[CarriedPositions],
-    ranges: Sequence[tuple[int, int]],
+    runs: Sequence[tuple[int, int]],
     num_computed_tokens: int,
 ) -> tuple[torch.Tensor, int]:
     """Return a prompt's positions with those that rows carry, (3, n), and vLLM's delta.
@@ -91,29 +101,24 @@ def placed(
         positions: (3, n) int64 in host memory, of a prompt with all before the rows in place.
         carried: of consecutive videos, in order; of the first perhaps its later rows alone, of the
             last perhaps its earlier ones.
-        ranges: where each video's placeholders begin and end in the prompt, in order.
+        runs: where each run of video tokens begins and ends in the prompt, in order.
         num_computed_tokens: where what is computed now begins. (vLLM's V1 runner gathers rows for
             a draft model one place later and does not say so: a row is put where its number says.)
     """
     positions = positions.clone()
     begin, behind = num_computed_tokens, 0
     for rows in carried:
-        start = next(
-            (
-                first
-                for first, stop in ranges
-                if first + rows.first_row >= begin and first + rows.first_row + len(rows) <= stop
-            ),
-            None,
-        )
-        if start is None:
+        place = rows.place
+        starts = (first - place.first_pad for first, stop in runs if stop - first == place.num_pads)
+        start = next((each for each in starts if each + rows.first_row >= begin), None)
+        if start is None or rows.first_row + len(rows) > place.num_rows:
             # Two videos with no token between them: theirs stay evenly spaced.
             continue
         origin = int(positions[:, start - 1].max()) + 1 if start else 0
         begin = start + rows.first_row
         positions[:, begin : begin + len(rows)] = rows.positions + origin
         begin += len(rows)
-        behind = max(behind, origin + rows.end)
+        behind = max(behind, origin + place.end)
     return positions, max(behind, int(positions.max()) + 1) - positions.shape[1]
 
 
@@ -138,14 +143,16 @@ class UncompressedPrompt:
 def uncompressed(
     tokens: Sequence[int],
     features: Sequence[MultiModalFeatureSpec],
-    num_tokens: Mapping[int, int],
+    full_tokens: Mapping[int, Sequence[int]],
+    pad: int,
 ) -> UncompressedPrompt:
     """Return a prompt with all tokens of its videos.
 
     Args:
         tokens: of the compressed prompt.
         features: what is not text in it, in any order.
-        num_tokens: N of each compressed video, by its index among the features.
+        full_tokens: of each compressed video, by its index among the features.
+        pad: the video token; what else there is of a video is text and all kept.
     """
     full: list[int] = []
     kept: list[torch.Tensor] = []
@@ -159,27 +166,39 @@ def uncompressed(
     for index in sorted(range(len(features)), key=lambda i: features[i].mm_position.offset):
         place = features[index].mm_position
         take(place.offset)
-        done, length = place.offset, place.length
-        moved_to = len(full)
-        if index in num_tokens:
-            length = num_tokens[index]
-            even = evenly_spaced(place.length, length, torch.device("cpu"))
-            kept.append(moved_to + even)
-            full.extend([tokens[done]] * length)
+        done = place.offset
+        if index in full_tokens:
+            own = full_tokens[index]
+            kept.append(len(full) + _evenly_kept(own, place.length, pad))
+            moved_to = replace(place, offset=len(full), length=len(own))
+            full.extend(own)
             done += place.length
-        moved[index] = replace(
-            features[index], mm_position=replace(place, offset=moved_to, length=length)
-        )
+        else:
+            moved_to = replace(place, offset=len(full))
+        moved[index] = replace(features[index], mm_position=moved_to)
     take(len(tokens))
     return UncompressedPrompt(full, moved, torch.cat(kept))
 
 
-def video_alone(fields: Mapping[str, Any], num_tokens: int) -> MultiModalFeatureSpec:
-    """Return a prompt's one feature: a video of N tokens at its beginning.
+def _evenly_kept(tokens: Sequence[int], num_kept: int, pad: int) -> torch.Tensor:
+    """Return the numbers of all text and of evenly spaced video tokens, ascending."""
+    text, pads = text_and_pads(tokens, pad)
+    even = evenly_spaced(num_kept - len(text), len(pads), torch.device("cpu"))
+    return torch.cat([text, pads[even]]).sort().values
+
+
+def text_and_pads(tokens: Sequence[int], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the numbers of the tokens that are not the video token, and of those that are."""
+    is_pad = torch.tensor(tokens) == pad
+    return (~is_pad).nonzero().flatten(), is_pad.nonzero().flatten()
+
+
+def video_alone(fields: Mapping[str, Any], length: int) -> MultiModalFeatureSpec:
+    """Return a prompt's one feature: an uncompressed video at its beginning.
 
     Args:
         fields: what the model computes positions from, by its name among the video's data.
-        num_tokens: N.
+        length: of the prompt.
     """
     field = MultiModalFieldConfig.batched("video").field
     data = {name: MultiModalFieldElem(data=value, field=field) for name, value in fields.items()}
@@ -187,5 +206,5 @@ def video_alone(fields: Mapping[str, Any], num_tokens: int) -> MultiModalFeature
         data=MultiModalKwargsItem(data),
         modality="video",
         identifier="video",
-        mm_position=PlaceholderRange(offset=0, length=num_tokens),
+        mm_position=PlaceholderRange(offset=0, length=length),
     )

@@ -65,6 +65,11 @@ def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingCo
     return replace(ctx, model_config=model_config)
 
 
+def frames_of(video: Any) -> VideoProcessorItems:
+    """Return a video's frames alone: of frames with metadata vLLM 0.32 and 0.33 count two."""
+    return VideoProcessorItems([video[0] if isinstance(video, tuple) else video])
+
+
 class RetentionProcessingInfo:
     """Mixin of a model's processing info: the operator's policy, and a video's tokens."""
 
@@ -149,18 +154,20 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             if video is None:
                 counts.append(None)
                 continue
-            # Of frames with metadata vLLM 0.32 and 0.33 count two.
-            frames = VideoProcessorItems([video[0] if isinstance(video, tuple) else video])
-            num_frames = frames.get_num_frames(0)
+            num_frames = self._count_frames(video, options)
             if num_frames < 1:
                 raise VLLMValidationError(
                     f"a video must have at least one frame, video {index} has {num_frames}: send a "
                     "file that can be decoded",
                     parameter="video_url",
                 )
-            size = frames.get_frame_size(0)
+            size = frames_of(video).get_frame_size(0)
             counts.append(self._count_tokens(size.width, size.height, num_frames, options))
         return counts
+
+    def _count_frames(self, video: Any, options: Mapping[str, object]) -> int:
+        """Return how many frames of a video the Hugging Face processor prepares."""
+        return frames_of(video).get_num_frames(0)
 
     def _count_tokens(
         self, width: int, height: int, num_frames: int, options: Mapping[str, object]

@@ -106,14 +106,20 @@ class VideoCompression:
             yield self.compressed(video, count, encode)[1].tokens
 
     def compressed(
-        self, video: VideoPixels, num_retained: int, encode: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        video: VideoPixels,
+        num_retained: int,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        width: int | None = None,
     ) -> tuple[torch.Tensor, CompressedTokens]:
         """Return one video's tokens (T, P, D) and what they were compressed to.
 
-        Arguments are those of a call for several.
+        Arguments are those of a call for several, and ``width``: how many of a token's first values
+        are compressed, if there are others behind them.
         """
         tokens = self._tokens(video, encode)
-        return tokens, self._exactly(tokens, num_retained)
+        compared = tokens if width is None else tokens[..., :width].contiguous()
+        return tokens, self._exactly(compared, num_retained)
 
     def _tokens(
         self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]

@@ -222,10 +222,15 @@ TEXT = {
 
 
 def spread_weights(model: torch.nn.Module) -> None:
-    """Give matrices orthogonal rows: of the usual small spread all patches would look alike."""
+    """Give matrices orthogonal rows: of the usual small spread all patches would look alike.
+
+    Where the language model compares tokens they are larger, so that it matters where tokens stand.
+    """
     for name, weight in model.named_parameters():
         if weight.ndim > 1 and "embed_tokens" not in name:
             torch.nn.init.orthogonal_(weight.data.flatten(1))
+            if "language_model" in name and ("q_proj" in name or "k_proj" in name):
+                weight.data.mul_(1.8)
 
 
 def build_qwen2_5_vl(folder: Path) -> Any:

@@ -8,9 +8,10 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from scissor_vllm import compress
 from scissor_vllm.compression import CompressedTokens, get_compressor
-from scissor_vllm.compression.members import representative_members
+from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.positions import (
     CarriedPositions,
+    VideoPlace,
     carried_positions,
     placed,
     runs_of,
@@ -63,16 +64,20 @@ def test_of_equal_members_the_first_stands_for_the_row() -> None:
 def test_positions_come_through_the_encoders_cache_exactly(dtype: torch.dtype) -> None:
     rows = seeded(6, 16).to(dtype)
     positions = torch.tensor([[0, 257, 4099, 70001, 1 << 20, 3]] * 3) + torch.arange(3)[:, None]
-    carried = carried_positions(with_positions(rows, positions, 1 << 21)[2:5].clone(), 16)
+    place = VideoPlace(num_rows=6, first_pad=70003, num_pads=300, end=1 << 21)
+    cached = with_positions(rows, positions, place)
+    carried = carried_positions(cached[2:5].clone(), 16)
     assert carried is not None
-    assert (carried.first_row, carried.end) == (2, 1 << 21)
+    assert (carried.first_row, carried.place) == (2, place)
     assert torch.equal(carried.positions, positions[:, 2:5])
-    assert torch.equal(with_positions(rows, positions, 9)[:, :16], rows)
+    assert torch.equal(cached[:, :16], rows)
     assert carried_positions(rows, 16) is None
 
 
-def rows_of(first: int, *times: int) -> CarriedPositions:
-    return CarriedPositions(first, torch.tensor([times] * 3), end=40)
+def rows_of(first: int, *times: int, num_rows: int | None = None) -> CarriedPositions:
+    num_rows = num_rows or first + len(times)
+    place = VideoPlace(num_rows, first_pad=0, num_pads=num_rows, end=40)
+    return CarriedPositions(first, torch.tensor([times] * 3), place)
 
 
 PROMPT = [TEXT, TEXT, VIDEO, VIDEO, VIDEO, TEXT, IMAGE, TEXT, VIDEO, VIDEO, TEXT]
@@ -123,7 +128,7 @@ def feature(modality: str, offset: int, length: int) -> MultiModalFeatureSpec:
 
 def test_an_uncompressed_prompt_has_all_tokens_of_its_videos() -> None:
     features = [feature("image", 6, 1), feature("video", 2, 3), feature("video", 8, 2)]
-    full = uncompressed(PROMPT, features, {1: 6, 2: 4})
+    full = uncompressed(PROMPT, features, {1: [VIDEO] * 6, 2: [VIDEO] * 4}, VIDEO)
     assert full.tokens == [
         *(TEXT, TEXT, *[VIDEO] * 6, TEXT, IMAGE, TEXT),
         *(*[VIDEO] * 4, TEXT),
@@ -132,3 +137,29 @@ def test_an_uncompressed_prompt_has_all_tokens_of_its_videos() -> None:
     assert [(each.offset, each.length) for each in places] == [(9, 1), (2, 6), (11, 4)]
     assert full.kept.tolist() == [0, 1, 2, 4, 6, 8, 9, 10, 11, 13, 15]
     assert [full.tokens[i] for i in full.kept] == PROMPT
+
+
+def test_text_within_a_video_is_kept_and_says_where_it_begins() -> None:
+    # Two frames of two tokens, a text before each; both kept tokens lie in the second frame.
+    prompt = [TEXT, 3, VIDEO, VIDEO, 4, TEXT]
+    full = uncompressed(prompt, [feature("video", 1, 4)], {0: [3, VIDEO, VIDEO, 4] * 1}, VIDEO)
+    assert full.tokens == prompt
+    full = uncompressed(
+        prompt, [feature("video", 1, 4)], {0: [3, VIDEO, VIDEO, 4, VIDEO, VIDEO]}, VIDEO
+    )
+    assert full.kept.tolist() == [0, 1, 2, 4, 5, 7]
+    place = VideoPlace(num_rows=4, first_pad=1, num_pads=2, end=9)
+    rows = CarriedPositions(0, torch.tensor([[0, 3, 4, 5]] * 3), place)
+    positions = torch.tensor([[0, 1, 2, 4, 5, 10]] * 3)
+    for num_computed in (0, 1):
+        moved, _ = placed(positions, [rows], runs_of(VIDEO, prompt), num_computed)
+        assert moved[0].tolist() == [0, 1, 4, 5, 6, 10]
+
+
+def test_what_is_not_compared_is_averaged_over_the_same_members() -> None:
+    values = seeded(6, 4)
+    assignment = torch.tensor([1, 0, 1, -1, 1, -1])
+    means = member_means(values, assignment, torch.tensor([1, 2, 5]))
+    assert torch.allclose(means[0], values[1])
+    assert torch.allclose(means[1], values[[0, 2, 4]].mean(0))
+    assert torch.equal(means[2], values[5])

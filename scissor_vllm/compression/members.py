@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from scissor_vllm.compression.result import CompressedTokens
+from scissor_vllm.compression.sums import sizes, sums
 
 _TOKENS_AT_ONCE = 4096
 """Tokens that are held in float32 at a time: 56 MiB of 3584 values each."""
@@ -40,6 +41,25 @@ def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -
     first = torch.full((num_rows + 1,), len(flat), dtype=torch.int64, device=flat.device)
     first = first.scatter_reduce(0, row_of, candidate, "amin")[:num_rows]
     return _filled(first, len(flat))
+
+
+@torch.no_grad()
+def member_means(
+    values: torch.Tensor, assignment: torch.Tensor, members: torch.Tensor
+) -> torch.Tensor:
+    """Return of each row the mean of its members' values, (K, E) in their dtype.
+
+    Args:
+        values: (N, E) floating, what else there is of the tokens that were compressed.
+        assignment: (N,) int64, which row each was merged into, -1 for none.
+        members: (K,) int64, the representative member of each row: a row of no members has its.
+    """
+    num_rows = len(members)
+    row_of = torch.where(assignment < 0, num_rows, assignment)
+    count = sizes(row_of, num_rows + 1)
+    total = sums(values, row_of, count)[:num_rows]
+    mean = (total / count[:num_rows, None].clamp(min=1)).to(values.dtype)
+    return torch.where(count[:num_rows, None] > 0, mean, values[members])
 
 
 def _filled(numbers: torch.Tensor, missing: int) -> torch.Tensor:

@@ -21,14 +21,18 @@ import torch
 from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
-from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItems
+from vllm.multimodal.processing import PromptReplacement
+from vllm.multimodal.processing.processor import PromptUpdateDetails
 
-from scissor_vllm.compression.members import representative_members
+from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.positions import (
+    VideoPlace,
     carried_positions,
     placed,
     runs_of,
+    text_and_pads,
     uncompressed,
     video_alone,
     with_positions,
@@ -42,6 +46,7 @@ from scissor_vllm.processor import (
 from scissor_vllm.tower import VideoCompression
 from scissor_vllm.vllm_compat import ask_model_for_positions
 
+_GRID = "video_grid_thw"
 _WARM_UP_TOKENS_PER_FRAME = 256
 
 
@@ -86,16 +91,42 @@ class PatchGridProcessor(RetentionProcessor):
             )
         )
 
+    def _shortened(
+        self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems
+    ) -> PromptReplacement:
+        """Return vLLM's replacement with K video tokens, where the first of N are, and all text."""
+
+        def replacement(index: int) -> Any:
+            stock = update.replacement
+            content: Any = stock(index) if callable(stock) else stock
+            item = out_mm_kwargs["video"][index]
+            num_retained = int(item[NUM_RETAINED].data)
+            if num_retained == int(item[NUM_VIDEO_TOKENS].data):
+                return content
+            tokens = content.full if isinstance(content, PromptUpdateDetails) else content
+            pad = self.info.get_hf_config().video_token_id
+            first = tokens.index(pad)
+            text_behind = [token for token in tokens[first:] if token != pad]
+            return PromptUpdateDetails.from_seq(
+                [*tokens[:first], *[pad] * num_retained, *text_behind]
+            )
+
+        return replace(update, replacement=replacement)
+
     def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
         merge_size = self.info.get_hf_config().vision_config.spatial_merge_size
-        return int(processed["video_grid_thw"][index].prod()) // merge_size**2
+        return int(processed[_GRID][index].prod()) // merge_size**2
 
 
 class PatchGridModel:
     """Mixin of a family's model, placed before vLLM's class."""
 
-    position_fields: ClassVar[tuple[str, ...]] = ("video_grid_thw",)
-    """Fields of a video's data that vLLM's class computes its positions from."""
+    place_fields: ClassVar[tuple[str, ...]] = (_GRID,)
+    """Fields of a video's data that its tokens in the uncompressed prompt, and vLLM's positions of
+    them, follow from."""
+
+    config: Any
+    visual: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
@@ -104,14 +135,26 @@ class PatchGridModel:
                 "--video-pruning-rate and scissor_vllm exclude each other: leave the first out and "
                 "send a retention_ratio, or start vLLM with VLLM_PLUGINS= to prune"
             )
+        # Before the layers are made: some size their table of rotations by the answer, since
+        # positions go on behind a whole video, however few tokens it has.
+        ask_model_for_positions(model_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        # vLLM's own pruning.
+        self.is_multimodal_pruning_enabled = False
         self.video_compression = VideoCompression(
             vllm_config, tokens_per_frame=_WARM_UP_TOKENS_PER_FRAME
         )
-        self.row_width = model_config.get_inputs_embeds_size()
         self.carries_positions = vllm_config.parallel_config.pipeline_parallel_size == 1
-        if self.carries_positions:
-            ask_model_for_positions(model_config)
+
+    @property
+    def row_width(self) -> int:
+        """Values of a row."""
+        return self.token_width
+
+    @property
+    def token_width(self) -> int:
+        """The first of them, which the language model embeds and compression compares."""
+        return int(self.config.vision_config.out_hidden_size)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""
@@ -124,14 +167,27 @@ class PatchGridModel:
         modalities = [modality for modality in config.modalities if modality != "video"]
         return replace(config, modalities=modalities, max_frames_per_video=1)
 
+    # What a family may lay out otherwise.
+
+    def _full_video_tokens(self, fields: Mapping[str, Any]) -> list[int]:
+        """Return a video's tokens in the uncompressed prompt, those of text within it included."""
+        num_tokens = int(fields[_GRID].prod())
+        num_tokens //= self.config.vision_config.spatial_merge_size**2
+        return [self.config.video_token_id] * num_tokens
+
+    def _embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return (n, ``row_width``) for text within a video."""
+        embedded = self.get_language_model().embed_input_ids(tokens)  # type: ignore[attr-defined]
+        return pad_to(embedded, self.row_width)
+
     # Rows.
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """Return (K, D) for each video, with the rows' positions behind their values; images, and
-        the values of videos that are all kept whole, as vLLM does.
+        """Return for each compressed video the rows of all its placeholders, in order, and their
+        positions behind their values; images, and videos that are all kept whole, as vLLM does.
         """
-        parameter = next(self.visual.parameters())  # type: ignore[attr-defined]
-        self.video_compression.warm_up(self.row_width, parameter.dtype, parameter.device)
+        parameter = next(self.visual.parameters())
+        self.video_compression.warm_up(self.token_width, parameter.dtype, parameter.device)
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
         if not isinstance(num_retained, torch.Tensor):
@@ -140,64 +196,82 @@ class PatchGridModel:
         videos = self._take_videos(kwargs)
         if self.video_compression.keeps_all(videos, counts):
             with self.video_compression.stage("tower", parameter.device):
-                whole = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-            every = [torch.arange(count, device=parameter.device) for count in counts]
-            encoded = list(zip(whole, every, strict=True))
-        else:
-            encoded = [
-                self._encoded(video, count, grid)
-                for video, count, grid in zip(videos, counts, kwargs["video_grid_thw"], strict=True)
-            ]
-        if not self.carries_positions:
-            return tuple(rows for rows, _ in encoded)
+                return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         return tuple(
-            self._with_positions(
-                rows, members, {name: kwargs[name][index] for name in self.position_fields}
-            )
-            for index, (rows, members) in enumerate(encoded)
+            self._encoded(video, count, {name: kwargs[name][index] for name in self.place_fields})
+            for index, (video, count) in enumerate(zip(videos, counts, strict=True))
         )
 
     def _take_videos(self, fields: Mapping[str, Any]) -> list[VideoPixels]:
         """Return a batch's videos, each with a temporal patch's pixels in a frame's place."""
-        grids = fields["video_grid_thw"].tolist()
+        grids = fields[_GRID].tolist()
         pixels = fields["pixel_values_videos"].split([t * h * w for t, h, w in grids])
-        merged = self.config.vision_config.spatial_merge_size**2  # type: ignore[attr-defined]
+        merged = self.config.vision_config.spatial_merge_size**2
         return [
             VideoPixels(patches.view(t, h * w, -1), tokens_per_frame=h * w // merged)
             for patches, (t, h, w) in zip(pixels, grids, strict=True)
         ]
 
     def _encoded(
-        self, video: VideoPixels, num_retained: int, grid: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (K, D) in the order of their representative members, and those, (K,)."""
+        self, video: VideoPixels, num_retained: int, fields: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Return a video's rows, with positions if it is compressed."""
 
         def encode(pixels: torch.Tensor) -> torch.Tensor:
             # The tower attends within a temporal patch, so that a part is encoded as in the whole.
-            part = grid.clone()
-            part[0] = len(pixels)
+            grid = fields[_GRID].clone()
+            grid[0] = len(pixels)
             inputs = self._parse_and_validate_video_input(  # type: ignore[attr-defined]
-                pixel_values_videos=pixels.flatten(0, 1), video_grid_thw=part[None]
+                pixel_values_videos=pixels.flatten(0, 1), video_grid_thw=grid[None]
             )
             (rows,) = self._process_video_input(inputs)  # type: ignore[attr-defined]
             return rows.view(len(pixels), -1, rows.shape[-1])
 
-        tokens, compressed = self.video_compression.compressed(video, num_retained, encode)
-        members, order = representative_members(tokens, compressed).sort(stable=True)
-        return compressed.tokens[order], members
+        width = self.token_width
+        tokens, compressed = self.video_compression.compressed(video, num_retained, encode, width)
+        flat = tokens.flatten(0, 1)
+        if num_retained == len(flat):
+            return flat
+        members = representative_members(tokens[..., :width], compressed)
+        rows = compressed.tokens
+        if width < flat.shape[1]:
+            others = member_means(flat[:, width:], compressed.assignment, members)
+            rows = torch.cat([rows, others], dim=1)
+        members, order = members.sort(stable=True)
+        return self._laid_out(rows[order], members, fields)
+
+    def _laid_out(
+        self, rows: torch.Tensor, members: torch.Tensor, fields: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Return what stands in the uncompressed video's tokens where a member or a text does.
+
+        Args:
+            rows: (K, D), by their members.
+            members: (K,) int64 ascending.
+            fields: of the video.
+        """
+        full = self._full_video_tokens(fields)
+        text, pads = text_and_pads(full, self.config.video_token_id)
+        device = rows.device
+        kept = pads.to(device)[members]
+        if len(text):
+            embedded = self._embed_text(torch.tensor(full)[text].to(device)).to(rows.dtype)
+            kept, order = torch.cat([text.to(device), kept]).sort(stable=True)
+            rows = torch.cat([embedded, rows])[order]
+        if not self.carries_positions:
+            return rows
+        positions, _ = super().get_mrope_input_positions(  # type: ignore[misc]
+            full, [video_alone(fields, len(full))]
+        )
+        place = VideoPlace(
+            num_rows=len(rows),
+            first_pad=int(pads[0]),
+            num_pads=len(members),
+            end=int(positions.max()) + 1,
+        )
+        return with_positions(rows, positions.to(device)[:, kept], place)
 
     # Positions.
-
-    def _with_positions(
-        self, rows: torch.Tensor, members: torch.Tensor, fields: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        num_tokens = int(fields["video_grid_thw"].prod())
-        num_tokens //= self.config.vision_config.spatial_merge_size**2  # type: ignore[attr-defined]
-        grid, _ = super().get_mrope_input_positions(  # type: ignore[misc]
-            [0] * num_tokens, [video_alone(fields, num_tokens)]
-        )
-        end = int(grid.max()) + 1
-        return with_positions(rows, grid.to(rows.device, non_blocking=True)[:, members], end)
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
@@ -205,15 +279,17 @@ class PatchGridModel:
         """Return vLLM's positions of the uncompressed prompt, less the tokens that are not there;
         what a video's own are is known after it was encoded.
         """
-        num_tokens = {}
-        for index, feature in enumerate(mm_features):
-            count = feature.data.get(NUM_VIDEO_TOKENS) if feature.data is not None else None
-            if count is not None and int(count.data) != feature.mm_position.length:
-                num_tokens[index] = int(count.data)
+        full_tokens = {
+            index: self._full_video_tokens(
+                {name: feature.data[name].data for name in self.place_fields}
+            )
+            for index, feature in enumerate(mm_features)
+            if is_compressed(feature)
+        }
         stock: Any = super().get_mrope_input_positions  # type: ignore[misc]
-        if not num_tokens:
+        if not full_tokens:
             return stock(input_tokens, mm_features)
-        full = uncompressed(input_tokens, mm_features, num_tokens)
+        full = uncompressed(input_tokens, mm_features, full_tokens, self.config.video_token_id)
         positions, _ = stock(full.tokens, full.features)
         end = int(positions.max()) + 1
         return positions[:, full.kept], end - len(input_tokens)
@@ -230,12 +306,24 @@ class PatchGridModel:
         """
         rows = [each[:, : self.row_width] for each in multimodal_embeddings]
         carried = [carried_positions(each, self.row_width) for each in multimodal_embeddings]
-        positions = mrope_positions.cpu()
         found = [each for each in carried if each is not None]
         if not found:
-            delta = int(positions.max()) + 1 - positions.shape[1]
+            delta = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
             return rows, mrope_positions, delta
         tokens = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else input_ids
-        ranges = runs_of(self.config.video_token_id, tokens)  # type: ignore[attr-defined]
-        positions, delta = placed(positions, found, ranges, num_computed_tokens)
+        runs = runs_of(self.config.video_token_id, tokens)
+        positions, delta = placed(mrope_positions.cpu(), found, runs, num_computed_tokens)
         return rows, positions.to(mrope_positions.device), delta
+
+
+def is_compressed(feature: MultiModalFeatureSpec) -> bool:
+    """Return whether it is a video of which not all tokens are kept."""
+    data = feature.data
+    if data is None or NUM_RETAINED not in data or NUM_VIDEO_TOKENS not in data:
+        return False
+    return int(data[NUM_RETAINED].data) != int(data[NUM_VIDEO_TOKENS].data)
+
+
+def pad_to(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """Return rows (n, ``width``), zero behind what they have."""
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
