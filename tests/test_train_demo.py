@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from bench import train_demo
 from bench.demo_training import validation
 from bench.demo_training.batches import EXERCISE, BatchMaker, BatchPlan, Curriculum, casual
 from bench.demo_training.card import card
 from bench.demo_training.forward import PackedModel
-from bench.demo_training.lessons import WordReader, lookup, note
+from bench.demo_training.lessons import WordReader, note
 from bench.demo_training.model import ModelSize, build_model, build_tokenizer, load, save
 from bench.demo_training.packing import (
     IGNORED,
@@ -120,6 +119,36 @@ def test_questions_written_casually_take_no_more_tokens(tokenizer: Any) -> None:
             tokenizer(text)["input_ids"] for text in (question.text, casual(question.text))
         )
         assert len(written) <= len(plain)
+
+
+# Fresh weights
+
+
+def test_a_fresh_model_looks_at_what_is_alike_and_at_what_stood_before(tokenizer: Any) -> None:
+    text = build_model(ModelSize(), tokenizer, seed=0).model.language_model
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 40, 256, generator=generator)
+    states[0, 30] = states[0, 10]
+    positions = torch.arange(40)[None]
+    cos, sin = text.rotary_emb(states, positions)
+
+    def scores(layer: int) -> torch.Tensor:
+        """Return attention before the softmax, (heads, 40, 40)."""
+        attention = text.layers[layer].self_attn
+        query, key = (
+            projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        return (query @ key.transpose(2, 3))[0] * attention.scaling
+
+    for layer in (0, 1):
+        before = scores(layer)[0].tril().masked_fill(~torch.ones(40, 40).tril().bool(), -99)
+        assert before[1:].diagonal().mean() > before.diagonal().mean()
+        assert before[1:].diagonal().mean() > before[5:].diagonal().mean() + 2
+    alike = scores(3)[:, 30]
+    others = [index for index in range(30) if index != 10]
+    assert alike[:, 10].mean() > alike[:, others].mean() + 1
 
 
 # The packed forward pass
@@ -284,24 +313,6 @@ def test_notes_of_unlike_questions_stay_unlike(encoder: Encoder) -> None:
                 tokens = note(encoder, question, 0)
                 asked = tokens.tokens[: -tokens.num_answer_tokens]
                 assert answers.setdefault(asked, question.answer) == question.answer
-
-
-def test_a_lookup_ends_with_the_letter_before_the_option_named(
-    tokenizer: Any, encoder: Encoder
-) -> None:
-    rng = random.Random(0)
-    for _ in range(50):
-        exercise = lookup(encoder, rng, EXERCISE)
-        text, letter = tokenizer.decode(exercise.tokens[:-1]), tokenizer.decode(exercise.tokens[-1])
-        offers = re.split(r" (?=[A-D] )", text)
-        assert offers.pop(0) == ""
-        named = {offer[0]: offer[2:] for offer in offers}
-        *_, last = named
-        words = named[last].split()
-        named[last], asked = (
-            " ".join(half) for half in (words[: len(words) // 2], words[len(words) // 2 :])
-        )
-        assert [key for key, option in named.items() if option == asked] == [letter]
 
 
 def test_tokens_that_lie_near_their_words_are_read_rightly(encoder: Encoder) -> None:

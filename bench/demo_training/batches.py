@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.demo_training.lessons import lookup, note
+from bench.demo_training.lessons import note
 from bench.demo_training.packing import EncodedQuestion, Encoder, PackedQuestions, pack
 from bench.world.questions import SKILLS, Question, ask
 from bench.world.render import PackedScenes
@@ -24,7 +24,7 @@ OTHER_LENGTHS: Mapping[int, float] = {8: 0.08, 4: 0.05, 1: 0.02}
 """How often a batch's clips have fewer frames than is usual at that stage."""
 LESSONS_END = 0.7
 """The part of the training after which there are questions alone."""
-MAX_NUM_NOTES, MAX_NUM_LOOKUPS = 10, 4
+MAX_NUM_NOTES = 12
 """Exercises for each clip at the start; they become fewer."""
 EXERCISE = len(SKILLS)
 """Stands for the skill of what is no question."""
@@ -127,22 +127,16 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             scene = sample_scene(seed, skill, plan.num_frames)
             asked = _in_random_order(rng, ask(scene, seed), scene, plan.skill_weights)
             scenes.append(scene)
-            exercises = self._exercises(asked, rng, plan.lessons)
+            exercises = self._exercises(asked, plan.lessons)
             rows.append([*exercises, *(self._encode(question, rng) for question in asked)])
         questions, _ = pack(rows, self._row_length, self._encoder.padding)
         return Batch(pack_scenes(scenes), questions)
 
-    def _exercises(
-        self, asked: Sequence[Question], rng: random.Random, lessons: float
-    ) -> list[EncodedQuestion]:
+    def _exercises(self, asked: Sequence[Question], lessons: float) -> list[EncodedQuestion]:
+        """Return notes of the first questions without choices."""
         free = [question for question in asked if not question.choices]
-        notes = free[: round(lessons * MAX_NUM_NOTES)]
         return [
-            *(note(self._encoder, question, EXERCISE) for question in notes),
-            *(
-                lookup(self._encoder, rng, EXERCISE)
-                for _ in range(round(lessons * MAX_NUM_LOOKUPS))
-            ),
+            note(self._encoder, each, EXERCISE) for each in free[: round(lessons * MAX_NUM_NOTES)]
         ]
 
     def _encode(self, question: Question, rng: random.Random) -> EncodedQuestion:

@@ -1,28 +1,24 @@
-"""Exercises that only training has: they break what a question needs into steps learned one by one.
+"""Exercises that only training has: each teaches one step of an answer by itself.
 
-A question is answered in several steps: find what it names among hundreds of tokens, read a feature
-off it, and with choices find the letter before that word. From questions alone none of the steps
-pays before the others are there, and training stands still for long.
+A question is answered in steps: know what a token shows, find what the question names among
+hundreds of tokens, read a feature off it, and say it where the answer begins. From questions alone
+no step pays before the others are there, and training stands still for long.
 """
 
 from __future__ import annotations
-
-import random
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from bench.demo_training.packing import EncodedQuestion, Encoder
-from bench.world.questions import NUMBERS, OPTIONS, Question
-from bench.world.scene import COLOURS, DIRECTIONS, GLYPHS, PLACES, SHAPES
+from bench.world.questions import Question
+from bench.world.scene import COLOURS, GLYPHS, PLACES, SHAPES
 
 _FUNCTION_WORDS = (
     *("a", "are", "can", "do", "does", "for", "have", "in", "is", "it", "of", "on", "or", "see"),
     *("tell", "that", "the", "there", "thing", "to", "what", "which", "you", "?", ".", ","),
 )
-_KINDS: tuple[Sequence[str], ...] = (PLACES, SHAPES, COLOURS, GLYPHS, NUMBERS, DIRECTIONS)
 
 
 def note(encoder: Encoder, question: Question, skill: int) -> EncodedQuestion:
@@ -32,20 +28,6 @@ def note(encoder: Encoder, question: Question, skill: int) -> EncodedQuestion:
     """
     words = [word for word in question.text.split() if word not in _FUNCTION_WORDS]
     return encoder.continued("".join(f" {word}" for word in words), f" {question.answer}", skill)
-
-
-def lookup(encoder: Encoder, rng: random.Random, skill: int) -> EncodedQuestion:
-    """Return options, one of them once more, and its letter: "A red B blue C green blue B"."""
-    kind = rng.choice((*_KINDS, None))
-    if kind is None:
-        options = [f"{colour} {rng.choice(SHAPES)}" for colour in rng.sample(COLOURS, 4)]
-    else:
-        options = rng.sample(kind, rng.choice((2, 4, 4)))
-    offered = "".join(
-        f" {letter} {option}" for letter, option in zip(OPTIONS, options, strict=False)
-    )
-    right = rng.randrange(len(options))
-    return encoder.continued(f"{offered} {options[right]}", OPTIONS[right], skill)
 
 
 class WordReader(nn.Module):
