@@ -233,6 +233,40 @@ def spread_weights(model: torch.nn.Module) -> None:
                 weight.data.mul_(1.8)
 
 
+def tokens_of(tokenizer: Any) -> dict[str, int]:
+    """Return the special tokens that a config names."""
+    token = tokenizer.convert_tokens_to_ids
+    return {
+        "image_token_id": token("<|image_pad|>"),
+        "video_token_id": token("<|video_pad|>"),
+        "vision_start_token_id": token("<|vision_start|>"),
+        "vision_end_token_id": token("<|vision_end|>"),
+    }
+
+
+def text_config(tokenizer: Any, **rope: Any) -> dict[str, Any]:
+    """Return a language model's config."""
+    return {
+        **TEXT,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope},
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    }
+
+
+def write(folder: Path, make: Any, config: Any, processor: Any) -> Any:
+    """Write a checkpoint with made-up weights, and return its model."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make(config).eval()
+        spread_weights(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    return model
+
+
 def build_qwen2_5_vl(folder: Path) -> Any:
     """Write a checkpoint of Qwen2.5-VL, at most 64 tokens a frame, and return its model."""
     from transformers import (
@@ -244,7 +278,6 @@ def build_qwen2_5_vl(folder: Path) -> Any:
     )
 
     tokenizer = build_tokenizer()
-    token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": 2,
@@ -255,37 +288,64 @@ def build_qwen2_5_vl(folder: Path) -> Any:
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },
-        text_config={
-            **TEXT,
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [4, 6, 6],
-            },
-            "eos_token_id": token("<|im_end|>"),
-            "pad_token_id": token("<|endoftext|>"),
-        },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        text_config=text_config(tokenizer, mrope_section=[4, 6, 6]),
         tie_word_embeddings=False,
+        **tokens_of(tokenizer),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen2_5_VLForConditionalGeneration(config).eval()
-        spread_weights(model)
-    model.save_pretrained(folder)
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
-    Qwen2_5_VLProcessor(
+    processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
         video_processor=Qwen2VLVideoProcessor(size=size),
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
+    )
+    return write(folder, Qwen2_5_VLForConditionalGeneration, config, processor)
+
+
+def build_qwen3_vl(folder: Path, *, moe: bool = False) -> Any:
+    """Write a checkpoint of Qwen3-VL, at most 384 tokens a video, and return its model."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    tokenizer = build_tokenizer()
+    text = text_config(tokenizer, mrope_section=[6, 5, 5], mrope_interleaved=True)
+    text |= {"num_hidden_layers": 3, "head_dim": 32}
+    if moe:
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = (Qwen3VLMoeConfig if moe else Qwen3VLConfig)(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": TEXT["hidden_size"],
+            "num_position_embeddings": 144,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config=text,
+        tie_word_embeddings=False,
+        **tokens_of(tokenizer),
+    )
+    image = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 64}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            size=image, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        video_processor=Qwen3VLVideoProcessor(
+            size={"shortest_edge": 32 * 32 * 8, "longest_edge": 2 * 32 * 32 * 384}
+        ),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+    make = Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration
+    return write(folder, make, config, processor)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""Qwen2.5-VL on a real engine, beside stock vLLM and beside transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scissor_vllm import compress, num_retained_tokens
+from tests.qwen_vl import FPS, Answer, Media, Question, ask, build_qwen2_5_vl, largest_difference
+from tests.test_positions import nearest_member
+
+WIDE, TALL, SHORT = Media(320, 200, 12, 1), Media(120, 400, 7, 2), Media(160, 160, 2, 3)
+PICTURE = Media(200, 120, 0, 4)
+NUM_TOKENS = {WIDE: 6 * 60, TALL: 4 * 56, SHORT: 36}
+"""A temporal patch holds two frames; the seventh of TALL is doubled. Their sizes in tokens are
+10 x 6, 4 x 14, and 6 x 6."""
+
+RATIOS = (1.0, 0.5, 0.25, 0.1, 0.01)
+SINGLE = [Question((media,), ratio) for media in NUM_TOKENS for ratio in RATIOS]
+SEVERAL = [Question((WIDE, PICTURE, SHORT, TALL), ratio) for ratio in (1.0, 0.25, 0.05)]
+PLAIN = [Question((PICTURE,)), Question(())]
+STOCK = [*(Question((media,)) for media in NUM_TOKENS), Question(SEVERAL[0].media), *PLAIN]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A tiny model's folder and transformers' model."""
+    folder = tmp_path_factory.mktemp("qwen2_5_vl")
+    return folder, build_qwen2_5_vl(folder)
+
+
+def answers_of(folder: Path, questions: list[Question], **options: Any) -> dict[Question, Answer]:
+    """Return what an engine answers to each question alone."""
+    rounds = ask(folder, [[question] for question in questions], max_model_len=4096, **options)
+    return {question: answer for question, (answer,) in zip(questions, rounds, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint: tuple[Path, Any]) -> dict[Question, Answer]:
+    """What vLLM answers without any plugin."""
+    return answers_of(checkpoint[0], STOCK, plugins="", enable_prefix_caching=False)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: tuple[Path, Any]) -> dict[Question, Answer]:
+    """What ours answers to each question alone, in one step and without a prefix cache."""
+    return answers_of(
+        checkpoint[0],
+        [*SINGLE, *SEVERAL, *PLAIN],
+        plugins="scissor_vllm",
+        enable_prefix_caching=False,
+        max_num_batched_tokens=8192,
+    )
+
+
+@pytest.fixture(scope="module")
+def chunked(checkpoint: tuple[Path, Any]) -> list[list[Answer]]:
+    """What ours answers in steps of 64 tokens with a prefix cache: all together, again in another
+    order, and again alone.
+    """
+    rounds = [[*SINGLE, *SEVERAL], [*SEVERAL, *SINGLE], SEVERAL]
+    return ask(
+        checkpoint[0],
+        rounds,
+        plugins="scissor_vllm",
+        max_model_len=4096,
+        enable_prefix_caching=True,
+        block_size=32,
+        max_num_batched_tokens=64,
+        max_num_seqs=16,
+    )
+
+
+@pytest.mark.server
+def test_ratio_one_answers_as_vllm_without_the_plugin(
+    stock: dict[Question, Answer], whole: dict[Question, Answer]
+) -> None:
+    for question, expected in stock.items():
+        ratio = 1.0 if any(each.num_frames for each in question.media) else None
+        answer = whole[Question(question.media, ratio)]
+        assert largest_difference(answer, expected) < 1e-5, question
+
+
+@pytest.mark.server
+def test_exactly_k_tokens_of_each_video_reach_the_model(whole: dict[Question, Answer]) -> None:
+    for question in [*SINGLE, *SEVERAL]:
+        text_and_pictures = whole[Question(question.media, 1.0)].num_prompt_tokens - sum(
+            NUM_TOKENS.get(media, 0) for media in question.media
+        )
+        kept = [
+            num_retained_tokens(NUM_TOKENS[media], question.ratio or 1.0)
+            for media in question.media
+            if media.num_frames
+        ]
+        assert whole[question].num_prompt_tokens == text_and_pictures + sum(kept), question
+
+
+@pytest.mark.server
+def test_chunked_prefill_and_mixed_ratios_at_once_answer_as_one_step_alone(
+    chunked: list[list[Answer]], whole: dict[Question, Answer]
+) -> None:
+    for question, answer in zip([*SINGLE, *SEVERAL], chunked[0], strict=True):
+        assert largest_difference(answer, whole[question]) < 1e-4, question
+
+
+@pytest.mark.server
+def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(
+    chunked: list[list[Answer]], whole: dict[Question, Answer]
+) -> None:
+    for questions, answers in (([*SEVERAL, *SINGLE], chunked[1]), (SEVERAL, chunked[2])):
+        for question, answer in zip(questions, answers, strict=True):
+            assert largest_difference(answer, whole[question]) < 1e-4, question
+        assert sum(answer.num_cached_tokens for answer in answers) > 0
+
+
+# Beside transformers.
+
+
+def features_and_grid(model: Any, folder: Path, media: Media) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a video's tokens (T, P, D) and its grid as transformers makes them."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    frames = torch.from_numpy(media.pixels()).permute(0, 3, 1, 2)
+    inputs = processor.video_processor(videos=[frames], return_tensors="pt")
+    grid = inputs["video_grid_thw"]
+    with torch.no_grad():
+        output = model.model.get_video_features(inputs["pixel_values_videos"], grid)
+    (tokens,) = output.pooler_output
+    return tokens.view(int(grid[0, 0]), -1, tokens.shape[-1]), grid
+
+
+def video_positions(grid: list[int], start: int, length: int) -> torch.Tensor:
+    """Return (3, n) for a prompt with one video, by the rule: two positions a second, and text
+    behind the video behind all of it.
+
+    (transformers 5 goes on max(height, width) behind the video's beginning, where a long video
+    still is.)
+    """
+    num_frames, height, width = grid[0], grid[1] // 2, grid[2] // 2
+    tokens_per_second, frames_per_patch = 2, 2
+    interval = tokens_per_second * frames_per_patch / FPS
+    video = [
+        (start + int(t * interval), start + h, start + w)
+        for t in range(num_frames)
+        for h in range(height)
+        for w in range(width)
+    ]
+    behind = max(max(each) for each in video) + 1
+    num_behind = length - start - len(video)
+    text = [(n,) * 3 for n in [*range(start), *range(behind, behind + num_behind)]]
+    return torch.tensor([*text[:start], *video, *text[start:]]).T
+
+
+def logprobs_by_transformers(
+    model: Any, folder: Path, question: Question, place_of: Any = nearest_member
+) -> torch.Tensor:
+    """Return the first step's log probabilities for a question about one video."""
+    from transformers import AutoTokenizer
+
+    (media,) = question.media
+    tokens, grid = features_and_grid(model, folder, media)
+    num_tokens = tokens.shape[0] * tokens.shape[1]
+    num_retained = num_retained_tokens(num_tokens, question.ratio or 1.0)
+    compressed = compress(tokens, num_retained=num_retained)
+    places = [place_of(tokens, compressed, row) for row in range(num_retained)]
+    for row, place in enumerate(places):
+        if place is None:
+            places[row] = places[row - 1] if row else 0
+    order = sorted(range(num_retained), key=lambda row: places[row])
+
+    pad = model.config.video_token_id
+    prompt = AutoTokenizer.from_pretrained(folder).encode(question.prompt())
+    start = prompt.index(pad)
+    full = torch.tensor([[*prompt[:start], *[pad] * num_tokens, *prompt[start + 1 :]]])
+    positions = video_positions(grid[0].tolist(), start, full.shape[1])
+    behind = range(start + num_tokens, full.shape[1])
+    kept = [*range(start), *(start + places[row] for row in order), *behind]
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(full[:, kept])
+        embeddings[0, start : start + num_retained] = compressed.tokens[order]
+        hidden = model.model.language_model(
+            inputs_embeds=embeddings, position_ids=positions[:, None, kept]
+        ).last_hidden_state
+        return torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
+
+
+@pytest.mark.server
+def test_transformers_fed_the_same_rows_and_positions_agrees(
+    checkpoint: tuple[Path, Any], whole: dict[Question, Answer]
+) -> None:
+    folder, model = checkpoint
+    for question in SINGLE:
+        expected = logprobs_by_transformers(model, folder, question)
+        for token, logprob in whole[question].first.items():
+            assert logprob == pytest.approx(float(expected[token]), abs=1e-2), question
+
+
+@pytest.mark.server
+def test_other_positions_would_be_seen(
+    checkpoint: tuple[Path, Any], whole: dict[Question, Answer]
+) -> None:
+    folder, model = checkpoint
+
+    def first_member(tokens: torch.Tensor, compressed: Any, row: int) -> int | None:
+        members = (compressed.assignment == row).nonzero().flatten().tolist()
+        return members[0] if members else None
+
+    question = Question((WIDE,), 0.1)
+    other = logprobs_by_transformers(model, folder, question, first_member)
+    answer = whole[question].first
+    assert max(abs(value - float(other[token])) for token, value in answer.items()) > 2e-2
