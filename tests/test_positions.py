@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 
 from scissor_vllm import compress
 from scissor_vllm.compression import CompressedTokens, get_compressor
 from scissor_vllm.compression.members import member_means, representative_members
+from scissor_vllm.models.patch_grid import PatchGridModel
 from scissor_vllm.positions import (
     CarriedPositions,
     VideoPlace,
@@ -163,3 +169,68 @@ def test_what_is_not_compared_is_averaged_over_the_same_members() -> None:
     assert torch.allclose(means[0], values[1])
     assert torch.allclose(means[1], values[[0, 2, 4]].mean(0))
     assert torch.equal(means[2], values[5])
+
+
+class RopeOfOneRequest:
+    """What vLLM's V2 runner keeps of a request's positions."""
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self.positions = positions.int()
+        self.delta = 0
+
+    def read_prefill_positions(self, req_idx: int, length: int) -> torch.Tensor:
+        return self.positions[:, :length]
+
+    def update_prefill_positions(self, req_idx: int, positions: torch.Tensor, delta: int) -> None:
+        self.positions[:, : positions.shape[1]].copy_(positions)
+        self.delta = delta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 11])
+def test_the_v2_runner_gets_values_and_positions_of_every_chunk(
+    dtype: torch.dtype, chunk: int
+) -> None:
+    width = 16
+    model: Any = object.__new__(PatchGridModel)
+    vision = SimpleNamespace(out_hidden_size=width)
+    model.config = SimpleNamespace(video_token_id=VIDEO, vision_config=vision)
+    values = {2: seeded(3, width).to(dtype), 6: seeded(1, width).to(dtype)}
+    values[8] = values[2][:2]
+    cached = {
+        2: with_positions(values[2], torch.tensor([[0, 10, 39]] * 3), VideoPlace(3, 0, 3, 40)),
+        6: values[6],
+        8: with_positions(values[8], torch.tensor([[5, 7]] * 3), VideoPlace(2, 0, 2, 40)),
+    }
+    features = [
+        feature("image" if offset == 6 else "video", offset, len(rows))
+        for offset, rows in cached.items()
+    ]
+    rope = RopeOfOneRequest(POSITIONS)
+    pruner = MultiModalPruner(
+        model, rope, SimpleNamespace(mm_features={"request": features}), width
+    )
+    states: Any = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=torch.tensor([PROMPT])))
+    for begin in range(0, len(PROMPT), chunk):
+        end = min(begin + chunk, len(PROMPT))
+        parts = {
+            offset: slice(max(begin - offset, 0), min(end - offset, len(rows)))
+            for offset, rows in cached.items()
+            if offset < end and offset + len(rows) > begin
+        }
+        batch: Any = SimpleNamespace(
+            req_ids=["request"],
+            idx_mapping_np=np.array([0]),
+            prefill_len_np=np.array([len(PROMPT)]),
+            num_computed_prefill_tokens_np=np.array([begin]),
+            num_scheduled_tokens=np.array([end - begin]),
+        )
+        gathered = [cached[offset][part] for offset, part in parts.items()]
+        cleaned = pruner.recompute(gathered, batch, states)
+        for rows, (offset, part) in zip(cleaned, parts.items(), strict=True):
+            assert torch.equal(rows, values[offset][part])
+        for rows, own in zip(pruner.strip(gathered), cleaned, strict=True):
+            assert torch.equal(rows, own)
+        if gathered:
+            assert rope.delta == 86 - len(PROMPT)
+    assert rope.positions[0].tolist() == [0, 1, 2, 12, 41, 42, 43, 44, 50, 52, 85]
