@@ -67,7 +67,7 @@ class Recipe:
     """How it is trained."""
 
     seed: int = 0
-    steps: int = 6000
+    steps: int = 5000
     batch_size: int = 32
     minutes_limit: float = 9.5
     learning_rate: float = 1e-3
