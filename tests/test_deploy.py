@@ -486,10 +486,11 @@ KEY = "a-key-of-the-tests"
 
 @dataclass
 class StandIn:
-    """A server that answers everything and remembers which paths it was asked."""
+    """A server that answers everything and remembers which paths it was asked, and from where."""
 
     port: int
     asked: list[str] = field(default_factory=list)
+    connections: list[int] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -497,9 +498,12 @@ def stand_in() -> Iterator[StandIn]:
     """Yield a server that answers 200 to everything, with the size of the body."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self) -> None:
             size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             known.asked.append(self.path)
+            known.connections.append(self.client_address[1])
             body = str(size).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -653,6 +657,13 @@ def test_the_proxy_refuses_a_body_that_is_too_large(tmp_path: Path) -> None:
     with stand_in() as server, proxy(tmp_path, server.port, max_request_size="100KB") as port:
         assert ask(port, "/v1/completions", "POST", b"x" * 100_000) == (200, "100000")
         assert ask(port, "/v1/completions", "POST", b"x" * 100_001)[0] == 413
+
+
+def test_the_proxy_opens_a_connection_to_the_server_for_each_request(tmp_path: Path) -> None:
+    with stand_in() as server, proxy(tmp_path, server.port) as port:
+        for _ in range(3):
+            assert ask(port, "/v1/completions", "POST", b"{}") == (200, "2")
+        assert len(set(server.connections)) == 3
 
 
 # ---- Prometheus and Grafana ----
