@@ -11,5 +11,11 @@ MODELS = {
     "Qwen2_5_VLForConditionalGeneration": (
         "scissor_vllm.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration"
     ),
+    "Qwen3VLForConditionalGeneration": (
+        "scissor_vllm.models.qwen3_vl:Qwen3VLForConditionalGeneration"
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "scissor_vllm.models.qwen3_vl:Qwen3VLMoeForConditionalGeneration"
+    ),
 }
 """Architecture, as a checkpoint's config names it, to our class."""

@@ -1,0 +1,94 @@
+"""Qwen3-VL, dense and MoE, with compressed videos. Beside what ``patch_grid`` says:
+
+- Text within a video tells each frame's time. All of it stays; a frame's kept tokens follow its
+  time, as in the uncompressed prompt. How many a frame keeps is not known before encoding, so
+  placeholders are laid out with all K in the first frame, and a video's rows, text included, come
+  from ``embed_multimodal`` in their true order.
+- A token's DeepStack features lie behind its own; a row's are the mean of its members'.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.video_utils import VideoMetadata
+from vllm.model_executor.models import qwen3_vl as stock
+from vllm.model_executor.models import qwen3_vl_moe as stock_moe
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from scissor_vllm.models.patch_grid import (
+    PatchGridModel,
+    PatchGridProcessingInfo,
+    PatchGridProcessor,
+)
+
+
+class Qwen3VLProcessingInfo(PatchGridProcessingInfo, stock.Qwen3VLProcessingInfo):
+    """Counts a video's tokens."""
+
+
+class Qwen3VLMoeProcessingInfo(PatchGridProcessingInfo, stock_moe.Qwen3VLMoeProcessingInfo):
+    """Counts a video's tokens."""
+
+
+class Qwen3VLProcessor(PatchGridProcessor, stock.Qwen3VLMultiModalProcessor):
+    """Gives a video K placeholders and those of its text."""
+
+    def _count_frames(self, video: Any, options: Mapping[str, object]) -> int:
+        # vLLM lets the Hugging Face processor sample frames where its loader decoded all.
+        scoped = self.info._merge_and_resolve_mm_processor_kwargs(options)
+        settings = scoped.get("videos_kwargs", {})
+        known = dict(video[1])
+        samples = known.pop("do_sample_frames", False)
+        if not settings.get("do_sample_frames", samples):
+            return super()._count_frames(video, options)
+        sampled = self.info.get_video_processor().sample_frames(
+            metadata=VideoMetadata(**known),
+            num_frames=settings.get("num_frames"),
+            fps=settings.get("fps"),
+        )
+        return len(sampled)
+
+
+class Qwen3VLVideos(PatchGridModel):
+    """What both models change."""
+
+    place_fields = ("video_grid_thw", "timestamps")
+
+    @property
+    def row_width(self) -> int:
+        """Values of a row, DeepStack's included."""
+        vision = self.config.vision_config
+        return self.token_width * (1 + len(vision.deepstack_visual_indexes))
+
+    def _full_video_tokens(self, fields: Mapping[str, Any]) -> list[int]:
+        num_frames, height, width = fields["video_grid_thw"].tolist()
+        per_frame = height * width // self.config.vision_config.spatial_merge_size**2
+        full: list[int] = stock.Qwen3VLMultiModalProcessor.get_video_repl(
+            tokens_per_frame=[per_frame] * num_frames,
+            timestamps=fields["timestamps"],
+            tokenizer=self._tokenizer,  # type: ignore[attr-defined]
+            vision_start_token_id=self.config.vision_start_token_id,
+            vision_end_token_id=self.config.vision_end_token_id,
+            video_token_id=self.config.video_token_id,
+        ).full
+        return full
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor,
+    info=Qwen3VLProcessingInfo,
+    dummy_inputs=stock.Qwen3VLDummyInputsBuilder,
+)
+class Qwen3VLForConditionalGeneration(Qwen3VLVideos, stock.Qwen3VLForConditionalGeneration):
+    """Encodes a video to exactly K rows and its text."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor,
+    info=Qwen3VLMoeProcessingInfo,
+    dummy_inputs=stock.Qwen3VLDummyInputsBuilder,
+)
+class Qwen3VLMoeForConditionalGeneration(
+    Qwen3VLVideos, stock_moe.Qwen3VLMoeForConditionalGeneration
+):
+    """Encodes a video to exactly K rows and its text."""
