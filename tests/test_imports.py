@@ -32,6 +32,12 @@ SEPARATE = {
         "scissor_vllm.tower",
         "scissor_vllm.models",
     ),
+    "scissor_vllm.positions": (
+        "scissor_vllm.processor",
+        "scissor_vllm.server",
+        "scissor_vllm.tower",
+        "scissor_vllm.models",
+    ),
     "scissor_vllm.reuse": ("scissor_vllm.video", "scissor_vllm.pixels", "vllm"),
     "scissor_vllm.tower": ("scissor_vllm.processor", "scissor_vllm.server", "scissor_vllm.models"),
     "scissor_vllm.processor": ("scissor_vllm.server", "scissor_vllm.models", "scissor_vllm.tower"),
