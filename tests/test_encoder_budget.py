@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,15 @@ from scissor_vllm.encoder_budget import CACHE_MANAGER, UncompressedBudgetCacheMa
 from scissor_vllm.processor import NUM_VIDEO_TOKENS
 
 BUDGET = 8192
+_NUMBERS = itertools.count()
 
 
 def make_request(*videos: tuple[int, int | None]) -> Any:
     """A request of videos (K, N); N is None for what is no video of ours."""
+    name = f"request-{next(_NUMBERS)}"
     features = [
         SimpleNamespace(
-            identifier=f"{id(videos)}-{place}",
+            identifier=f"{name}-{place}",
             data=None
             if num_tokens is None
             else {NUM_VIDEO_TOKENS: SimpleNamespace(data=torch.tensor(num_tokens))},
@@ -26,7 +29,7 @@ def make_request(*videos: tuple[int, int | None]) -> Any:
         for place, (_, num_tokens) in enumerate(videos)
     ]
     return SimpleNamespace(
-        request_id=str(id(videos)),
+        request_id=name,
         mm_features=features,
         get_num_encoder_embeds=lambda place: videos[place][0],
     )
