@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -319,6 +320,7 @@ def build_qwen3_vl(folder: Path, *, moe: bool = False) -> Any:
     text |= {"num_hidden_layers": 3, "head_dim": 32}
     if moe:
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        text["norm_topk_prob"] = True
     config = (Qwen3VLMoeConfig if moe else Qwen3VLConfig)(
         vision_config={
             "depth": 3,
@@ -345,7 +347,21 @@ def build_qwen3_vl(folder: Path, *, moe: bool = False) -> Any:
         chat_template=tokenizer.chat_template,
     )
     make = Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration
-    return write(folder, make, config, processor)
+    model = write(folder, make, config, processor)
+    if moe:
+        _store_experts_as_the_hub_does(folder / "model.safetensors")
+    return model
+
+
+def _store_experts_as_the_hub_does(path: Path) -> None:
+    """Swap the last two axes of experts' weights: transformers 5 saves them the other way, which
+    vLLM 0.32 does not load.
+    """
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weights[name] = weight.transpose(1, 2).contiguous()
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
