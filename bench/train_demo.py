@@ -40,7 +40,7 @@ from bench.demo_training.batches import (  # noqa: E402
 )
 from bench.demo_training.card import CARD, RECORD, card  # noqa: E402
 from bench.demo_training.forward import PackedModel  # noqa: E402
-from bench.demo_training.lessons import WordReader  # noqa: E402
+from bench.demo_training.lessons import WordReader, length_penalty  # noqa: E402
 from bench.demo_training.model import (  # noqa: E402
     ModelSize,
     build_model,
@@ -81,8 +81,10 @@ class Recipe:
     make one: masked attention reads no other length as it lies."""
     reading_weight: float = 1.0
     """Of the loss of naming what each token shows; it shrinks to nothing."""
+    length_weight: float = 0.1
+    """Of the loss that keeps a video's tokens as long as words."""
     place_weight: float = 0.1
-    """Of tokens that show but a place in that loss: most do."""
+    """Of tokens that show but a place, in the loss of naming: most do."""
     seconds_for_the_end: float = 45.0
     """Kept of the limit for the last validation."""
     free_time: float = 0.1
@@ -190,12 +192,9 @@ class Trainer:
         with autocast(self.device):
             tokens = self.model.video_tokens(pixels)
             logits = self.model.logits(self.model(tokens.flatten(1, 2), questions))
-        reading_loss = self.reader(
-            tokens.flatten(0, 2),
-            classes.flatten(),
-            self.hf_model.get_input_embeddings().weight,
-            self.recipe.place_weight,
-        )
+        words = self.hf_model.get_input_embeddings().weight
+        flat = tokens.flatten(0, 2)
+        reading_loss = self.reader(flat, classes.flatten(), words, self.recipe.place_weight)
         each = F.cross_entropy(
             logits.flatten(0, 1),
             questions.labels.flatten(),
@@ -209,7 +208,11 @@ class Trainer:
         # Some skills are asked about ten times as often as others: the root evens that out a bit.
         shares = losses[1].sqrt()
         answer_loss = (losses[0] / losses[1].clamp(min=1) * shares).sum() / shares.sum()
-        return answer_loss + self.recipe.reading_weight * (1 - done) * reading_loss
+        return (
+            answer_loss
+            + self.recipe.reading_weight * (1 - done) * reading_loss
+            + self.recipe.length_weight * length_penalty(flat, words)
+        )
 
     @staticmethod
     def _losses_of_skills(each: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:

@@ -20,7 +20,7 @@ from bench.demo_training import validation
 from bench.demo_training.batches import EXERCISE, BatchMaker, BatchPlan, Curriculum, casual
 from bench.demo_training.card import card
 from bench.demo_training.forward import PackedModel
-from bench.demo_training.lessons import WordReader, note
+from bench.demo_training.lessons import WordReader, length_penalty, note
 from bench.demo_training.model import ModelSize, build_model, build_tokenizer, load, save
 from bench.demo_training.packing import (
     IGNORED,
@@ -330,6 +330,14 @@ def test_tokens_that_lie_near_their_words_are_read_rightly(encoder: Encoder) -> 
     wrong = reader(near.roll(9, 0), classes, words, place_weight=1.0)
     assert right < 1.0
     assert wrong > 2.0
+
+
+def test_tokens_as_long_as_words_cost_nothing() -> None:
+    words = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    alike = torch.full((3, 64), float(words.norm(dim=-1).mean()) / 8)
+    assert length_penalty(alike, words) == pytest.approx(0.0, abs=1e-6)
+    assert length_penalty(alike * 10, words) == pytest.approx(math.log(10) ** 2, rel=1e-4)
+    assert length_penalty(alike / 10, words) == pytest.approx(math.log(10) ** 2, rel=1e-4)
 
 
 def test_an_unknown_loss_changes_no_share() -> None:

@@ -54,7 +54,8 @@ class WordReader(nn.Module):
         colour = [COLOURS.index(colour) if colour else -1 for _, colour in names]
         self.register_buffer("figure", torch.tensor(figure), persistent=False)
         self.register_buffer("colour", torch.tensor(colour), persistent=False)
-        self.sharpness = nn.Parameter(torch.tensor(8.0))
+        # A token lies near four words at once, so that its cosine to each is a half at best.
+        self.sharpness = nn.Parameter(torch.tensor(20.0))
         self.num_places = len(PLACES)
 
     def forward(
@@ -82,3 +83,13 @@ class WordReader(nn.Module):
                 counted = weight * (target >= 0)
                 total = total + (each * counted).sum() / counted.sum().clamp(min=1)
         return total / 4
+
+
+def length_penalty(tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Return how unlike in length a video's tokens (N, D) and words (V, D) are: 0 if alike.
+
+    Reading looks at directions alone. Left free, tokens grow tens of times as long as words, and
+    then no layer of the language model can add much to them.
+    """
+    length = words.detach().float().norm(dim=-1).mean()
+    return (tokens.float().norm(dim=-1).clamp(min=1e-6) / length).log().square().mean()
