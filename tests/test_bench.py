@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from scissor_vllm.demo.model import demo_model_path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 
 
+def run_command(script: str, *arguments: str) -> None:
+    command = [sys.executable, f"bench/{script}", *arguments]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=ROOT)
+
+
 def run(script: str, result: Path, *arguments: str) -> dict[str, Any]:
-    subprocess.run(
-        [sys.executable, f"bench/{script}", *arguments, "--json", str(result)],
-        check=True,
-        capture_output=True,
-        timeout=300,
-        cwd=ROOT,
-    )
+    run_command(script, *arguments, "--json", str(result))
     content: dict[str, Any] = json.loads(result.read_text())
     return content
 
@@ -53,16 +58,28 @@ def test_front_end_measures_stock_and_ours_and_sends_fewer_bytes(tmp_path: Path)
 
 
 def test_shapes_are_those_of_the_published_model(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "bench/shapes.py", "7b", str(tmp_path / "model")],
-        check=True,
-        capture_output=True,
-        timeout=120,
-        cwd=ROOT,
-    )
+    run_command("shapes.py", "7b", str(tmp_path / "model"))
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["text_config"]["hidden_size"] == 3584
     assert config["vision_config"]["image_size"] // config["vision_config"]["patch_size"] == 27
+
+
+def test_random_weights_fill_a_models_shapes_and_follow_the_seed(tmp_path: Path) -> None:
+    demo = Path(demo_model_path())
+    folders = [tmp_path / name for name in ("one", "same", "other")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        run_command("random_weights.py", str(folder), "--seed", str(seed))
+    one, same, other = (load_file(folder / "model.safetensors") for folder in folders)
+    loaded = LlavaOnevisionForConditionalGeneration.from_pretrained(folders[0])
+    tied = {"lm_head.weight"} if loaded.config.tie_word_embeddings else set()
+    assert len(one) == len(loaded.state_dict().keys() - tied)
+    assert "language_model.model.embed_tokens.weight" in one
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    matrices = [name for name, weight in one.items() if weight.ndim > 1]
+    assert not any(torch.equal(one[name], other[name]) for name in matrices)
+    spread = torch.cat([one[name].flatten().float() for name in matrices]).std()
+    assert spread == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

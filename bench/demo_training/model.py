@@ -256,11 +256,12 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
     weights = {}
     for name, weight in model.state_dict().items():
         if name != "lm_head.weight":
-            weights[_hub_name(name)] = weight.detach().to("cpu", torch.bfloat16).contiguous()
+            weights[hub_name(name)] = weight.detach().to("cpu", torch.bfloat16).contiguous()
     return weights
 
 
-def _hub_name(name: str) -> str:
+def hub_name(name: str) -> str:
+    """Return what the hub's checkpoints call a weight of transformers' LLaVA-OneVision."""
     name = name.removeprefix("model.")
     tower = name.removeprefix("vision_tower.")
     if tower != name and tower.startswith(_TOWER_PARTS):
