@@ -27,7 +27,7 @@ PLUGIN = "scissor_vllm"
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"serve": serve, "demo": demo, "bench": bench, "convert": convert}
+    commands = {"serve": serve, "demo": demo, "bench": bench, "convert": convert, "show": show}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     asked = argv[:1] in (["-h"], ["--help"])
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         "usage: scissor-vllm serve MODEL [options]  serve MODEL ('demo': a small one)\n"
         "       scissor-vllm demo [options]         serve the small one, send it a clip, stop\n"
         "       scissor-vllm bench [options]        load a server at every ratio\n"
-        "       scissor-vllm convert SOURCE OUT     make an original checkpoint one for vLLM\n\n"
+        "       scissor-vllm convert SOURCE OUT     make an original checkpoint one for vLLM\n"
+        "       scissor-vllm show VIDEO [options]   draw what compression does to a video\n\n"
         "scissor-vllm COMMAND --help lists a command's options.",
         file=sys.stdout if asked else sys.stderr,
     )
@@ -59,6 +60,13 @@ def bench(argv: list[str]) -> int:
 def convert(argv: list[str]) -> int:
     """Convert an original LLaVA-OneVision checkpoint; see ``scissor_vllm.convert``."""
     from scissor_vllm.convert.command import main as run
+
+    return run(argv)
+
+
+def show(argv: list[str]) -> int:
+    """Draw what compression does to a video; see ``scissor_vllm.show``."""
+    from scissor_vllm.show.command import main as run
 
     return run(argv)
 

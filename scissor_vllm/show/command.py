@@ -1,0 +1,191 @@
+"""``scissor-vllm show``: what the method does to a video, drawn as PNG and as a page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scissor_vllm.retention import check_retention_ratio, num_retained_tokens
+
+if TYPE_CHECKING:
+    from scissor_vllm.show.picture import Picture
+
+DEFAULT_NUM_FRAMES = 32
+"""As a server samples."""
+MAX_VIDEO_BYTES = 2 * 1024**3
+
+
+def main(argv: list[str]) -> int:
+    """Draw a video and return the exit status."""
+    args = _parse(argv)
+    from scissor_vllm.show.encoder import EncoderError
+
+    try:
+        picture = look(args.video, args.model, args.retention_ratio, args.method, args.num_frames)
+        written = save(picture, args.output)
+    except (EncoderError, ImportError, OSError, ValueError) as error:
+        print(f"scissor-vllm show: {error}", file=sys.stderr)
+        return 1
+    from scissor_vllm.show.text import caption
+
+    for grouping in picture.groupings:
+        print("\n".join(caption(picture, grouping)[:2]))
+    for path in written:
+        print(f"written: {path}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from scissor_vllm.compression import METHODS
+    from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+
+    parser = argparse.ArgumentParser(prog="scissor-vllm show", description=__doc__)
+    parser.add_argument("video", type=Path, help="a video file")
+    parser.add_argument(
+        "--retention-ratio", type=_ratio, nargs="+", default=[0.1], help="one or more (default 0.1)"
+    )
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="whose tower makes the tokens: a folder, a name on the hub, or 'demo' (default)",
+    )
+    parser.add_argument(
+        "--video-compression",
+        dest="method",
+        choices=sorted(METHODS),
+        default=DEFAULT_VIDEO_COMPRESSION,
+        help=f"the method (default {DEFAULT_VIDEO_COMPRESSION})",
+    )
+    parser.add_argument(
+        "--num-frames",
+        type=int,
+        default=DEFAULT_NUM_FRAMES,
+        help=f"frames to sample (default {DEFAULT_NUM_FRAMES}, as the server)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("show"),
+        help="a folder, for a page and a PNG a ratio (default: show), or a file: .html for the "
+        "page, .png for one ratio's picture",
+    )
+    args = parser.parse_args(argv)
+    if not args.video.is_file():
+        parser.error(f"VIDEO must be a file, got {args.video}: check the path")
+    if args.output.suffix == ".png" and len(set(args.retention_ratio)) > 1:
+        parser.error(
+            f"a PNG shows one ratio, got {len(set(args.retention_ratio))} for {args.output}: give "
+            "one, or name a folder or an .html file"
+        )
+    if args.num_frames < 1:
+        parser.error(f"--num-frames must be at least 1, got {args.num_frames}")
+    return args
+
+
+def _ratio(text: str) -> float:
+    try:
+        return check_retention_ratio(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def look(video: Path, model: str, ratios: Sequence[float], method: str, num_frames: int) -> Picture:
+    """Return the picture of a video, its ratios ascending.
+
+    Raises:
+        EncoderError: the model cannot be loaded, or is none whose videos are compressed.
+        ValueError: the file is no video, or too long to be drawn.
+        ImportError: vLLM, by which videos are decoded, is not installed.
+    """
+    from scissor_vllm.compression import get_compressor
+    from scissor_vllm.show.encoder import Encoder
+    from scissor_vllm.show.picture import (
+        Picture,
+        all_kept,
+        check_size,
+        drawn_frames,
+        grouping_of,
+    )
+
+    check_size(num_frames, num_tokens=0)
+    frames, metadata = _decode(video, num_frames)
+    compress = get_compressor(method)
+    made = Encoder(_model_path(model)).encode(frames)
+    num_positions, per_position, _ = made.tokens.shape
+    num_tokens = num_positions * per_position
+    check_size(num_positions, num_tokens)
+    groupings = []
+    for ratio in sorted(set(ratios)):
+        num_retained = num_retained_tokens(num_tokens, ratio)
+        if num_retained == num_tokens:
+            groupings.append(all_kept(method, num_tokens))
+        else:
+            compressed = compress(made.tokens, num_retained)
+            groupings.append(grouping_of(ratio, method, made.tokens, compressed))
+    return Picture(
+        name=video.name,
+        frames=drawn_frames(frames, num_positions),
+        rows=made.rows,
+        columns=made.columns,
+        groupings=tuple(groupings),
+        times=_times(metadata, num_positions),
+    )
+
+
+def _decode(video: Path, num_frames: int) -> tuple[Any, dict[str, Any]]:
+    """Return frames as the server samples them, and their metadata."""
+    size = video.stat().st_size
+    if size > MAX_VIDEO_BYTES:
+        raise ValueError(
+            f"a video file may have {MAX_VIDEO_BYTES} bytes, got {size} of {video}: cut it"
+        )
+    try:
+        from scissor_vllm.video import DecordVideoBackend
+    except ImportError as error:
+        raise ImportError(
+            f"videos are decoded by vLLM's loaders, which cannot be imported ({error}): install "
+            "'scissor-vllm[cpu]' or 'scissor-vllm[gpu]'"
+        ) from error
+    frames, metadata = DecordVideoBackend.load_bytes(video.read_bytes(), num_frames=num_frames)
+    return frames, metadata
+
+
+def _model_path(model: str) -> str:
+    from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
+
+    return str(demo_model_path()) if model == DEMO_MODEL else model
+
+
+def _times(metadata: dict[str, Any], num_positions: int) -> tuple[float, ...] | None:
+    """Return the time at which each position begins, None if the file does not tell."""
+    fps, indices = metadata.get("fps"), metadata.get("frames_indices")
+    if not fps or indices is None or len(indices) == 0:
+        return None
+    per_position = -(-len(indices) // num_positions)
+    last = len(indices) - 1
+    return tuple(float(indices[min(i * per_position, last)] / fps) for i in range(num_positions))
+
+
+def save(picture: Picture, output: Path) -> list[Path]:
+    """Write what the output's name asks for and return the files."""
+    from scissor_vllm.show.html import save_html
+    from scissor_vllm.show.png import save_png
+
+    if output.suffix in (".html", ".png"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".html":
+            save_html(picture, output)
+        else:
+            save_png(picture, picture.groupings[0], output)
+        return [output]
+    output.mkdir(parents=True, exist_ok=True)
+    page = output / "show.html"
+    save_html(picture, page)
+    written = [page]
+    for grouping in picture.groupings:
+        written.append(output / f"show-{grouping.retention_ratio:g}.png")
+        save_png(picture, grouping, written[-1])
+    return written

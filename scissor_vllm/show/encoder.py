@@ -1,0 +1,121 @@
+"""A checkpoint's tokens without a server: its vision tower and projector by transformers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoConfig, AutoModel, AutoVideoProcessor
+from transformers.utils import logging
+
+from scissor_vllm.models import MODELS
+
+_FRAMES_AT_ONCE = 8
+
+
+class EncoderError(RuntimeError):
+    """The model cannot be loaded or is none of ours; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """What a tower and a projector make of a video."""
+
+    tokens: torch.Tensor
+    """(T, P, D) float32."""
+    rows: int
+    columns: int
+    """P = rows * columns, by rows."""
+
+
+class Encoder:
+    """The vision tower and the projector of a checkpoint, on the CPU in float32.
+
+    transformers' class of the model is made with no layer in its language model, so that none of
+    those weights is read or held; the projector needs the language model's width alone.
+    """
+
+    def __init__(self, model: str) -> None:
+        """Load a folder, or a model of the hub.
+
+        Raises:
+            EncoderError: it cannot be loaded, or its videos are not compressed.
+        """
+        with _quiet():
+            try:
+                config = AutoConfig.from_pretrained(model)
+                self._check(model, config)
+                text = config.get_text_config()
+                text.num_hidden_layers = 0
+                if getattr(text, "layer_types", None):
+                    text.layer_types = []
+                self._model = AutoModel.from_pretrained(
+                    model, config=config, dtype=torch.float32
+                ).eval()
+                self._processor = AutoVideoProcessor.from_pretrained(model)
+            except (OSError, ValueError, KeyError) as error:
+                raise EncoderError(
+                    f"--model must be a folder or a name on the hub that transformers loads, got "
+                    f"{model!r}: {error}"
+                ) from error
+        self._config = config
+
+    @staticmethod
+    def _check(model: str, config: Any) -> None:
+        named = config.architectures or [type(config).__name__]
+        if not set(named) & set(MODELS):
+            raise EncoderError(
+                f"a model must be one of {', '.join(MODELS)}, got {', '.join(named)} in {model!r}: "
+                "videos are compressed for these only"
+            )
+
+    @torch.inference_mode()
+    def encode(self, frames: npt.NDArray[np.uint8]) -> VideoTokens:
+        """Return the tokens of frames, uint8 RGB (num_frames, H, W, 3), a few frames at a time."""
+        # Frames that a cache keeps cannot be written to, which torch warns of.
+        pixels = torch.from_numpy(np.require(frames, requirements="W")).permute(0, 3, 1, 2)
+        prepared = self._processor(videos=[pixels], do_sample_frames=False, return_tensors="pt")
+        if "video_grid_thw" in prepared:
+            return self._encode_grid(**prepared)
+        (video,) = prepared["pixel_values_videos"]
+        vision = self._config.vision_config
+        # As the model pools them: half of the patches of a side, rounded up.
+        side = -(-(vision.image_size // vision.patch_size) // 2)
+        parts = []
+        for few in video.split(_FRAMES_AT_ONCE):
+            rows = self._model.get_video_features(few[None]).pooler_output[0]
+            # The newline that ends a video is behind its tokens, and is not compressed.
+            parts.append(rows[: len(few) * side * side].view(len(few), side * side, -1))
+        return VideoTokens(torch.cat(parts), side, side)
+
+    def _encode_grid(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **_: Any
+    ) -> VideoTokens:
+        """Return the tokens of patches; the tower attends within a temporal patch."""
+        ((num_frames, height, width),) = video_grid_thw.tolist()
+        merge = self._config.vision_config.spatial_merge_size
+        parts = []
+        for few in pixel_values_videos.view(num_frames, height * width, -1).split(_FRAMES_AT_ONCE):
+            grid = torch.tensor([[len(few), height, width]])
+            found = self._model.get_video_features(few.flatten(0, 1), video_grid_thw=grid)
+            (rows,) = found.pooler_output
+            parts.append(rows.view(len(few), height * width // merge**2, -1))
+        return VideoTokens(torch.cat(parts), height // merge, width // merge)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from listing each weight that is left out."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()

@@ -1,0 +1,53 @@
+"""A picture as one HTML file that loads nothing: frames, arrays, style and script are in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from pathlib import Path
+
+from scissor_vllm.show.picture import Picture
+
+PAGE = Path(__file__).with_name("page")
+
+
+def save_html(picture: Picture, path: Path) -> None:
+    """Write the page, whole or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(as_html(picture), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def as_html(picture: Picture) -> str:
+    """Return the page. Its policy lets its own script and style in, by their hash, and no other."""
+    style, script = _read("style.css"), _read("picture.js") + _read("show.js")
+    policy = (
+        f"default-src 'none'; img-src data:; script-src {_hash_of(script)}; "
+        f"style-src {_hash_of(style)}; base-uri 'none'; form-action 'none'"
+    )
+    # Inside of a script element only "</script" and "<!--" would be read as more than data.
+    data = json.dumps(picture.as_json(), separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "POLICY": policy,
+        "NAME": html.escape(picture.name),
+        "STYLE": style,
+        "DATA": data,
+        "SCRIPT": script,
+    }
+    # One pass: a name may hold what looks like a place.
+    before, *places = _read("show.html").split("{{")
+    filled = [before]
+    for place in places:
+        key, after = place.split("}}", 1)
+        filled += [parts[key], after]
+    return "".join(filled)
+
+
+def _read(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+def _hash_of(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

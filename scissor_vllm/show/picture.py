@@ -1,0 +1,206 @@
+"""A picture of a compressed video: frames, and the kept token that each token was merged into."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from scissor_vllm.compression.members import representative_members
+
+if TYPE_CHECKING:
+    import torch
+
+    from scissor_vllm.compression import CompressedTokens
+
+DROPPED = np.iinfo(np.uint16).max
+"""In a page's arrays, the row of a token that was merged into none."""
+MAX_TOKENS = int(DROPPED)
+"""Most tokens of a video that is drawn: rows must be told from DROPPED."""
+MAX_FRAMES = 256
+"""Most frames of a video that is drawn."""
+FRAME_SIDE = 256
+"""Longest side of a drawn frame in pixels."""
+_JPEG_QUALITY = 80
+
+_GOLDEN = 0.6180339887498949
+_TONES = ((0.75, 0.95), (0.95, 0.75), (0.5, 1.0), (0.85, 0.55))
+"""Saturation and value, in turn."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which kept token each of a video's N tokens was merged into, at one ratio."""
+
+    retention_ratio: float
+    method: str
+    assignment: npt.NDArray[np.int64]
+    """(N,): row of the kept token, -1 for a token that was dropped."""
+    representatives: npt.NDArray[np.int64]
+    """(K,): of each kept token the member nearest to it, 0..N-1."""
+    similarity_threshold: float | None = None
+    """None where the method has none, or did not tell."""
+
+    @property
+    def num_retained(self) -> int:
+        """K."""
+        return len(self.representatives)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A video as it is drawn; tokens are counted frame by frame, row by row."""
+
+    name: str
+    """Of the video."""
+    frames: npt.NDArray[np.uint8]
+    """(T, H, W, 3) RGB: what a token's frame shows, the first of several where it has several."""
+    rows: int
+    """Of a frame's tokens."""
+    columns: int
+    groupings: tuple[Grouping, ...]
+    times: tuple[float, ...] | None = None
+    """Seconds at which the frames are shown, if known."""
+
+    def __post_init__(self) -> None:
+        check_size(len(self.frames), self.num_tokens)
+        for grouping in self.groupings:
+            if len(grouping.assignment) != self.num_tokens:
+                raise ValueError(
+                    f"a picture of {len(self.frames)} frames of {self.rows} x {self.columns} "
+                    f"tokens needs {self.num_tokens} assignments, got {len(grouping.assignment)}: "
+                    "give those of the same video"
+                )
+
+    @property
+    def num_tokens(self) -> int:
+        """N = T*P."""
+        return len(self.frames) * self.rows * self.columns
+
+    def cells(self, grouping: Grouping) -> npt.NDArray[np.int64]:
+        """Return the row of each token where it stands, (T, rows, columns)."""
+        return grouping.assignment.reshape(len(self.frames), self.rows, self.columns)
+
+    def label(self, frame: int) -> str:
+        """Return what a frame is called: its time, or its number."""
+        return f"frame {frame}" if self.times is None else f"{self.times[frame]:.2f} s"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a page draws: frames as JPEG data URLs, rows as base64 of uint16."""
+        _, height, width, _ = self.frames.shape
+        return {
+            "name": self.name,
+            "frames": [_jpeg(frame) for frame in self.frames],
+            "times": self.times,
+            "width": width,
+            "height": height,
+            "rows": self.rows,
+            "columns": self.columns,
+            "groupings": [
+                {
+                    "retention_ratio": grouping.retention_ratio,
+                    "method": grouping.method,
+                    "num_retained": grouping.num_retained,
+                    "similarity_threshold": grouping.similarity_threshold,
+                    "assignment": _compact(grouping.assignment),
+                    "representatives": _compact(grouping.representatives),
+                }
+                for grouping in self.groupings
+            ],
+        }
+
+
+def check_size(num_frames: int, num_tokens: int) -> None:
+    """Raise ValueError if a video is too long to be drawn."""
+    if num_frames > MAX_FRAMES or num_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"a video of at most {MAX_FRAMES} frames and {MAX_TOKENS} tokens is drawn, got "
+            f"{num_frames} and {num_tokens}: sample fewer frames"
+        )
+
+
+def grouping_of(
+    retention_ratio: float, method: str, tokens: torch.Tensor, compressed: CompressedTokens
+) -> Grouping:
+    """Return where tokens (T, P, D) went."""
+    return Grouping(
+        retention_ratio,
+        method,
+        compressed.assignment.cpu().numpy(),
+        representative_members(tokens, compressed).cpu().numpy(),
+        compressed.similarity_threshold,
+    )
+
+
+def all_kept(method: str, num_tokens: int) -> Grouping:
+    """Return the grouping at ratio 1.0: every token is its own."""
+    itself = np.arange(num_tokens)
+    return Grouping(1.0, method, itself, itself)
+
+
+def drawn_frames(frames: Any, num_positions: int) -> npt.NDArray[np.uint8]:
+    """Return the frame that each position shows, (T, h, w, 3), no side above ``FRAME_SIDE``.
+
+    Args:
+        frames: uint8 RGB (num_sampled, H, W, 3), an array or a sequence.
+        num_positions: T; of several frames at one position (a temporal patch) the first is shown.
+    """
+    per_position = -(-len(frames) // num_positions)
+    shown = [frames[min(i * per_position, len(frames) - 1)] for i in range(num_positions)]
+    pictures = [Image.fromarray(np.asarray(frame)) for frame in shown]
+    for picture in pictures:
+        picture.thumbnail((FRAME_SIDE, FRAME_SIDE))
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def colors(num_rows: int) -> npt.NDArray[np.uint8]:
+    """Return a color for each kept token, (K, 3) RGB; page/picture.js computes the same.
+
+    Hues of tokens that follow each other lie apart, and a frame's tokens do.
+    """
+    row = np.arange(num_rows)
+    hue = (row * _GOLDEN % 1.0) * 6.0
+    saturation, value = np.array(_TONES)[row % len(_TONES)].T
+    channels = []
+    for offset in (5, 3, 1):
+        k = (offset + hue) % 6.0
+        channels.append(value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+    return np.rint(np.stack(channels, axis=1) * 255).astype(np.uint8)
+
+
+def in_frames(cells: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.int64]:
+    """Return how many of each frame's tokens were merged into each kept token, (K, T)."""
+    num_frames = len(cells)
+    counts = np.zeros((num_rows, num_frames), dtype=np.int64)
+    for frame, each in enumerate(cells):
+        counts[:, frame] = np.bincount(each[each >= 0], minlength=num_rows)
+    return counts
+
+
+def strip_rows(counts: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
+    """Return the kept tokens that a strip shows: those of most tokens, by first frame, then size.
+
+    Args:
+        counts: (K, T), tokens of each frame that were merged into each.
+        most: how many are shown at most.
+    """
+    size = counts.sum(axis=1)
+    largest = np.argsort(-size, kind="stable")[:most]
+    first = (counts[largest] > 0).argmax(axis=1)
+    return largest[np.lexsort((largest, -size[largest], first))]
+
+
+def _compact(rows: npt.NDArray[np.int64]) -> str:
+    """Return rows as base64 of little-endian uint16, ``DROPPED`` for -1."""
+    return base64.b64encode(np.where(rows < 0, DROPPED, rows).astype("<u2").tobytes()).decode()
+
+
+def _jpeg(frame: npt.NDArray[np.uint8]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=_JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,25 @@
+"""What a picture says in words."""
+
+from __future__ import annotations
+
+from scissor_vllm.show.picture import Grouping, Picture
+
+
+def caption(picture: Picture, grouping: Grouping) -> list[str]:
+    """Return lines that tell what was drawn and what was found."""
+    num_frames, per_frame = len(picture.frames), picture.rows * picture.columns
+    threshold = grouping.similarity_threshold
+    found = "none" if threshold is None else f"{threshold:.4f}"
+    return [
+        f"{picture.name}: {grouping.method}, retention ratio {grouping.retention_ratio:g}",
+        f"K = {grouping.num_retained} kept of T*P = {num_frames} x {per_frame} = "
+        f"{picture.num_tokens} tokens; similarity threshold: {found}",
+        "one color: merged into one kept token, in every frame; dot: the member nearest to it",
+    ]
+
+
+def strip_caption(grouping: Grouping, most: int) -> str:
+    """Return what the strip shows."""
+    num_rows = grouping.num_retained
+    which = f"all {num_rows}" if num_rows <= most else f"{most} of {num_rows}, the largest,"
+    return f"kept tokens ({which} top to bottom by first frame) over the frames (left to right)"
