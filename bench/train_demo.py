@@ -405,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     args = parse(argv)
     torch.set_float32_matmul_precision("high")
+    # A layer that does not compile on some machine is worth a slower step, not the training.
+    torch._dynamo.config.suppress_errors = True
     # It plans anew for every shape, and validation brings many.
     torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
