@@ -2,15 +2,20 @@
 
 Config, processor and the demo's tokenizer, for ``--load-format dummy``: random weights in the
 shapes of LLaVA-OneVision (SigLIP so400m and Qwen2) give honest speed where no checkpoint can be
-downloaded. Answers mean nothing.
+downloaded. Answers mean nothing. Sizes that begin with ``qwen`` are in ``bench/qwen_shapes.py``.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from scissor_vllm.demo.model import build_config, build_tokenizer, save_processor
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import qwen_shapes  # noqa: E402
+from scissor_vllm.demo.model import build_config, build_tokenizer, save_processor  # noqa: E402
 
 SIDE, PATCH = 384, 14
 VOCABULARY = 152000
@@ -36,6 +41,8 @@ LANGUAGE = {
 
 def build(size: str, folder: Path) -> None:
     """Write the folder."""
+    if size in qwen_shapes.SIZES:
+        return qwen_shapes.build(size, folder)
     tokenizer = build_tokenizer()
     pinpoints = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]
     text = Qwen2Config(
@@ -67,11 +74,12 @@ def build(size: str, folder: Path) -> None:
 def main() -> None:
     """Write the folder that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("size", choices=sorted(LANGUAGE))
+    parser.add_argument("size", choices=[*sorted(LANGUAGE), *qwen_shapes.SIZES])
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     build(args.size, args.folder)
-    print(f"{args.folder}: LLaVA-OneVision-{args.size} shapes, no weights")
+    name = args.size if args.size in qwen_shapes.SIZES else f"LLaVA-OneVision-{args.size}"
+    print(f"{args.folder}: {name} shapes, no weights")
 
 
 if __name__ == "__main__":
