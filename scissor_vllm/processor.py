@@ -126,6 +126,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                     raise VLLMValidationError(str(error), parameter="video_url") from error
                 if isinstance(report, RetentionReport):
                     report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
+            if isinstance(report, RetentionReport):
+                report.look(inputs.mm_data_items.get_items("video", VideoProcessorItems))
         inputs = replace(inputs, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs)
         return super().apply(inputs, timing_ctx)
 

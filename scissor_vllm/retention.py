@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Rational
+from typing import Any
 
 RETENTION_RATIO = "retention_ratio"
 """Key of the ratio in a request's body and in vLLM's ``mm_processor_kwargs``."""
@@ -160,6 +161,9 @@ class RetentionReport:
         self.retention_ratio = ratio
         self.num_tokens.append(num_tokens)
         self.num_retained.append(num_retained)
+
+    def look(self, videos: Any) -> None:
+        """Look at the decoded videos, vLLM's items of them; a report that draws them keeps them."""
 
     def as_response(self) -> dict[str, float | int] | None:
         """Return the response's ``video_compression`` object, None if there was no video."""

@@ -1,7 +1,7 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -19,6 +19,9 @@ from scissor_vllm.retention import RetentionPolicy
 from scissor_vllm.reuse import CacheSizes, FeatureCache
 
 logger = init_logger(__name__)
+
+Watcher = Callable[[torch.Tensor, CompressedTokens], None]
+"""Is shown a video's tokens (T, P, D) and what they were compressed to."""
 
 
 def make_feature_cache(vllm_config: VllmConfig) -> FeatureCache | None:
@@ -52,6 +55,7 @@ class VideoCompression:
         self._is_warm = False
         self._max_tokens = policy.max_video_tokens
         self._features = make_feature_cache(vllm_config)
+        self._watcher: Watcher | None = None
 
     def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
         """Return a context whose time is recorded, by one of the workers that share a model."""
@@ -119,7 +123,19 @@ class VideoCompression:
         """
         tokens = self._tokens(video, encode)
         compared = tokens if width is None else tokens[..., :width].contiguous()
-        return tokens, self._exactly(compared, num_retained)
+        result = self._exactly(compared, num_retained)
+        if self._watcher is not None:
+            self._watcher(compared, result)
+        return tokens, result
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Show each video that is compressed meanwhile to the watcher."""
+        self._watcher = watcher
+        try:
+            yield
+        finally:
+            self._watcher = None
 
     def _tokens(
         self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
