@@ -1,24 +1,32 @@
-"""What our part of a request takes, as Prometheus metrics on the server's own ``/metrics``.
+"""What our part of a request takes and saves, as Prometheus metrics on the server's ``/metrics``.
 
-The values come from several processes: the API servers decode and prepare, the workers encode and
-compress. prometheus_client joins them if ``PROMETHEUS_MULTIPROC_DIR`` names a directory before it
-is first imported; `scissor-vllm serve` makes one, vLLM by itself for several API servers only.
+The values come from several processes: the API servers count requests, decode and prepare, the
+workers encode and compress. prometheus_client joins them if ``PROMETHEUS_MULTIPROC_DIR`` names a
+directory before it is first imported; `scissor-vllm serve` makes one, vLLM by itself for several
+API servers only.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from scissor_vllm.refusal import Reason
 
 if TYPE_CHECKING:
     import torch
     from prometheus_client import Counter, Histogram
+
+T = TypeVar("T")
 
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -31,9 +39,63 @@ VIDEO_CACHE_QUERIES = "scissor_vllm:video_cache_queries"
 VIDEO_CACHE_HITS = "scissor_vllm:video_cache_hits"
 """Counters by ``cache``: "frames" (decoded, in the API server) and "features" (in the worker)."""
 
+VIDEO_CACHE_CROSS_RATIO_HITS = "scissor_vllm:video_cache_cross_ratio_hits"
+"""Counter: those hits of "features" that served a ratio which the video was not kept or found for
+before."""
+
+VIDEO_REQUESTS = "scissor_vllm:video_requests"
+"""Counter by ``method`` and ``outcome``: chats with a video. "answered" to the end; "refused", with
+a status of 4xx; "failed", by the server's own fault; "aborted" by the client."""
+
+VIDEO_TOKENS = "scissor_vllm:video_tokens"
+RETAINED_VIDEO_TOKENS = "scissor_vllm:retained_video_tokens"
+"""Counters by ``method``: tokens of these requests' videos before and after compression, those that
+are kept whole included; of requests that were not refused. A video that a client names by its id in
+the cache, without sending it, is in neither."""
+
+REQUESTED_RETENTION_RATIO = "scissor_vllm:requested_retention_ratio"
+RETENTION_RATIO = "scissor_vllm:retention_ratio"
+"""Histograms: the ratio that a chat with a video asks for, if it asks for one, allowed or not; and
+the ratio in force, if it is not refused."""
+
+REFUSED_REQUESTS = "scissor_vllm:refused_requests"
+"""Counter by ``reason`` (see ``scissor_vllm.refusal``): chats refused that had a video, or a ratio
+that is none."""
+
+SIMILARITY_THRESHOLD = "scissor_vllm:similarity_threshold"
+"""Histogram, in the worker: the cosine above which a compressed video's tokens were connected, for
+the methods that have one."""
+
+METRICS = (
+    VIDEO_STAGE_SECONDS,
+    VIDEO_CACHE_QUERIES,
+    VIDEO_CACHE_HITS,
+    VIDEO_CACHE_CROSS_RATIO_HITS,
+    VIDEO_REQUESTS,
+    VIDEO_TOKENS,
+    RETAINED_VIDEO_TOKENS,
+    REQUESTED_RETENTION_RATIO,
+    RETENTION_RATIO,
+    REFUSED_REQUESTS,
+    SIMILARITY_THRESHOLD,
+)
+"""All of them, counters without Prometheus' ``_total``."""
+
+
+class Outcome(StrEnum):
+    """What became of a request."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
+_COSINES = (0, 0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1)
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _MAX_UNREAD = 256
-"""Stages of a GPU whose end was not seen yet; one more is left out."""
+"""Values of a GPU, stages or thresholds, that are not there yet; one more is left out."""
 
 
 @contextmanager
@@ -101,15 +163,204 @@ class StageClock:
             self._record(name, begin.elapsed_time(end) / 1e3)
 
     def _record(self, name: str, seconds: float) -> None:
-        with _lock:
-            histogram = _video_stage_seconds()
-        histogram.labels(stage=name).observe(seconds)
+        _video_stage_seconds().labels(stage=name).observe(seconds)
 
 
-_lock = threading.Lock()
+class ThresholdReader:
+    """Records thresholds that a GPU is still computing, without waiting for it.
+
+    A threshold is copied to the host behind the work that finds it, and read when a later one comes
+    by, as `StageClock` does.
+    """
+
+    def __init__(self) -> None:
+        self._slots: torch.Tensor | None = None
+        self._free: list[int] = []
+        self._unread: deque[tuple[int, torch.cuda.Event]] = deque()
+
+    def read(self, threshold: torch.Tensor) -> None:
+        """Record a threshold soon.
+
+        Args:
+            threshold: () float64 on a GPU, of the current stream; NaN is not recorded.
+        """
+        import torch
+
+        self._read_ended()
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._slots is None:
+            # Once: taking pinned memory can wait for the device.
+            self._slots = torch.empty(_MAX_UNREAD, dtype=torch.float64, pin_memory=_can_pin())
+            self._free = list(range(_MAX_UNREAD))
+        if not self._free:
+            return
+        slot = self._free.pop()
+        self._slots[slot].copy_(threshold, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._unread.append((slot, copied))
+
+    def _read_ended(self) -> None:
+        while self._unread and self._unread[0][1].query():
+            slot, _ = self._unread.popleft()
+            assert self._slots is not None
+            self._record(float(self._slots[slot]))
+            self._free.append(slot)
+
+    def _record(self, threshold: float) -> None:
+        if not math.isnan(threshold):
+            record_threshold(threshold)
 
 
-@cache
+def _can_pin() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def record_threshold(threshold: float) -> None:
+    """Record the cosine above which a video's tokens were connected."""
+    _compression().threshold.observe(threshold)
+
+
+def count_cache_query(cache: str, is_hit: bool) -> None:
+    """Count that a video was looked for in a cache."""
+    queries, hits = _video_cache_counters()
+    queries.labels(cache=cache).inc()
+    hits.labels(cache=cache).inc(int(is_hit))
+
+
+def count_cross_ratio_hit() -> None:
+    """Count that a video's features were found for a ratio that is new to them."""
+    _compression().cross_ratio_hits.inc()
+
+
+def count_request(method: str, outcome: Outcome, requested_ratio: float | None) -> None:
+    """Count a chat with a video.
+
+    Args:
+        method: of compression, the server's.
+        outcome: its end.
+        requested_ratio: what it asks for, None if it names no ratio.
+    """
+    metrics = _requests()
+    metrics.requests.labels(method=method, outcome=outcome.value).inc()
+    if requested_ratio is not None:
+        metrics.requested_ratio.observe(requested_ratio)
+
+
+def count_tokens(method: str, ratio: float, num_tokens: int, num_retained: int) -> None:
+    """Count the tokens of a request's videos, and the ratio in force."""
+    metrics = _requests()
+    metrics.ratio.observe(ratio)
+    metrics.tokens.labels(method=method).inc(num_tokens)
+    metrics.retained_tokens.labels(method=method).inc(num_retained)
+
+
+def count_refusal(reason: Reason) -> None:
+    """Count a request that was refused."""
+    _requests().refused.labels(reason=reason.value).inc()
+
+
+def begin_requests_at_zero(method: str) -> None:
+    """Export what an API server counts before there is any: the first is then a rise."""
+    metrics = _requests()
+    for outcome in Outcome:
+        metrics.requests.labels(method=method, outcome=outcome.value)
+    metrics.tokens.labels(method=method)
+    metrics.retained_tokens.labels(method=method)
+    for reason in Reason:
+        metrics.refused.labels(reason=reason.value)
+    _begin_at_zero(("decode", "preprocess"), "frames")
+
+
+def begin_compression_at_zero() -> None:
+    """The same of a worker."""
+    _compression()
+    _begin_at_zero(("tower", "compress"), "features")
+
+
+def _begin_at_zero(stages: tuple[str, ...], kept: str) -> None:
+    for stage in stages:
+        _video_stage_seconds().labels(stage=stage)
+    for counter in _video_cache_counters():
+        counter.labels(cache=kept)
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What API servers count."""
+
+    requests: Counter
+    tokens: Counter
+    retained_tokens: Counter
+    requested_ratio: Histogram
+    ratio: Histogram
+    refused: Counter
+
+
+@dataclass(frozen=True)
+class _Compression:
+    """What workers count."""
+
+    threshold: Histogram
+    cross_ratio_hits: Counter
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """Return a function that makes its value at the first call, whatever thread calls."""
+    lock, made = threading.Lock(), cache(make)
+
+    def get() -> T:
+        with lock:
+            return made()
+
+    return get
+
+
+@_once
+def _requests() -> _Requests:
+    from prometheus_client import Counter, Histogram
+
+    return _Requests(
+        requests=Counter(VIDEO_REQUESTS, "Chats with a video.", ["method", "outcome"]),
+        tokens=Counter(VIDEO_TOKENS, "Video tokens before compression.", ["method"]),
+        retained_tokens=Counter(
+            RETAINED_VIDEO_TOKENS, "Video tokens after compression.", ["method"]
+        ),
+        requested_ratio=Histogram(
+            REQUESTED_RETENTION_RATIO,
+            "Share of video tokens that a chat with a video asks to keep.",
+            buckets=_RATIOS,
+        ),
+        ratio=Histogram(
+            RETENTION_RATIO,
+            "Share of video tokens to keep that is in force for a chat with a video.",
+            buckets=_RATIOS,
+        ),
+        refused=Counter(REFUSED_REQUESTS, "Chats refused that had a video or a ratio.", ["reason"]),
+    )
+
+
+@_once
+def _compression() -> _Compression:
+    from prometheus_client import Counter, Histogram
+
+    return _Compression(
+        threshold=Histogram(
+            SIMILARITY_THRESHOLD,
+            "Cosine above which a video's tokens were connected.",
+            buckets=_COSINES,
+        ),
+        cross_ratio_hits=Counter(
+            VIDEO_CACHE_CROSS_RATIO_HITS,
+            "Videos whose features were found for a ratio that is new to them.",
+        ),
+    )
+
+
+@_once
 def _video_stage_seconds() -> Histogram:
     from prometheus_client import Histogram
 
@@ -117,15 +368,7 @@ def _video_stage_seconds() -> Histogram:
     return Histogram(VIDEO_STAGE_SECONDS, documentation, ["stage"], buckets=_SECONDS)
 
 
-def count_cache_query(cache: str, is_hit: bool) -> None:
-    """Count that a video was looked for in a cache."""
-    with _lock:
-        queries, hits = _video_cache_counters()
-    queries.labels(cache=cache).inc()
-    hits.labels(cache=cache).inc(int(is_hit))
-
-
-@cache
+@_once
 def _video_cache_counters() -> tuple[Counter, Counter]:
     from prometheus_client import Counter
 
@@ -138,4 +381,5 @@ def _video_cache_counters() -> tuple[Counter, Counter]:
 
 
 CLOCK = StageClock()
-"""The one of this process."""
+THRESHOLDS = ThresholdReader()
+"""Those of this process."""

@@ -35,6 +35,7 @@ from scissor_vllm.pixels import (
     resized_frames,
     without_repeats,
 )
+from scissor_vllm.refusal import Reason
 from scissor_vllm.retention import (
     RETENTION,
     RETENTION_RATIO,
@@ -51,6 +52,16 @@ NUM_RETAINED = "num_retained"
 
 NUM_VIDEO_TOKENS = "num_video_tokens"
 """The same for N, by which the scheduler bounds what the tower does in one step."""
+
+
+class RefusedRequestError(VLLMValidationError):
+    """A client's mistake, which vLLM answers with 400, and its reason for who counts them."""
+
+    def __init__(
+        self, message: str, *, parameter: str | None = None, reason: Reason = Reason.OTHER
+    ) -> None:
+        super().__init__(message, parameter=parameter)
+        self.reason = reason
 
 
 def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingContext:
@@ -107,10 +118,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         report = over_http.get(RETENTION_REPORT)
         own = kwargs.keys() - without_own_keys(kwargs).keys()
         if own:
-            raise VLLMValidationError(
+            raise RefusedRequestError(
                 f"{', '.join(sorted(own))} can be set for the whole server only: leave it out of "
                 "the request's mm_processor_kwargs",
                 parameter="mm_processor_kwargs",
+                reason=Reason.PROCESSOR_OPTIONS,
             )
         ratio = self._resolve_ratio(requested)
         if "video" in inputs.mm_data_items:
@@ -123,7 +135,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 try:
                     self.info.retention_policy.check_num_tokens(num_tokens, ratio)
                 except ValueError as error:
-                    raise VLLMValidationError(str(error), parameter="video_url") from error
+                    raise RefusedRequestError(
+                        str(error), parameter="video_url", reason=Reason.VIDEO_TOO_LONG
+                    ) from error
                 if isinstance(report, RetentionReport):
                     report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
             if isinstance(report, RetentionReport):
@@ -158,10 +172,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 continue
             num_frames = self._count_frames(video, options)
             if num_frames < 1:
-                raise VLLMValidationError(
+                raise RefusedRequestError(
                     f"a video must have at least one frame, video {index} has {num_frames}: send a "
                     "file that can be decoded",
                     parameter="video_url",
+                    reason=Reason.UNREADABLE_VIDEO,
                 )
             size = frames_of(video).get_frame_size(0)
             counts.append(self._count_tokens(size.width, size.height, num_frames, options))

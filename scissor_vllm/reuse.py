@@ -173,6 +173,8 @@ class _Features:
     pages: list[int]
     shape: torch.Size
     dtype: torch.dtype
+    num_retained: set[int] = field(default_factory=set)
+    """What it was compressed to since it is kept."""
 
 
 class FeatureCache:
@@ -229,6 +231,14 @@ class FeatureCache:
         with self._in_order(tokens.device):
             for page, part in self._parts(pages, tokens.contiguous()):
                 page.copy_(part, non_blocking=True)
+
+    def is_for_another_ratio(self, key: Hashable, num_retained: int) -> bool:
+        """Return whether a kept video was compressed before, but never to K; note that it is."""
+        features = self._videos.get(key)
+        if features is None or num_retained in features.num_retained:
+            return False
+        features.num_retained.add(num_retained)
+        return len(features.num_retained) > 1
 
     def clear(self) -> None:
         """Forget all videos: the tower is about to change."""

@@ -6,11 +6,12 @@ A vLLM endpoint plugin (entry point ``vllm.endpoint_plugins``, loaded when ``VLL
 
 import json
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr
@@ -22,11 +23,13 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
-from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 
+from scissor_vllm.metrics import begin_requests_at_zero, count_refusal
 from scissor_vllm.models import MODELS
-from scissor_vllm.processor import RetentionProcessor
+from scissor_vllm.outcome import Chat, count_malformed, has_video
+from scissor_vllm.processor import RefusedRequestError, RetentionProcessor
+from scissor_vllm.refusal import Reason
 from scissor_vllm.retention import (
     RETENTION,
     RETENTION_RATIO,
@@ -35,6 +38,7 @@ from scissor_vllm.retention import (
     RetentionReport,
     check_retention_ratio,
 )
+from scissor_vllm.tracing import begin_span
 
 _DESCRIPTION = (
     "Fraction of each video's tokens that reaches the language model, above 0 and at most 1. "
@@ -90,6 +94,23 @@ class RetentionTokenizeChatRequest(RetentionRequest, TokenizeChatRequest):
     """vLLM's tokenize request for a chat with ``retention_ratio``."""
 
 
+class CountingRoute(APIRoute):
+    """A route for chats that counts those whose body it does not take."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's handler, its refusals counted."""
+        handle = super().get_route_handler()
+
+        async def counted(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                count_malformed(request.app.state.retention_policy.method, error)
+                raise
+
+        return counted
+
+
 class RetentionEndpoint:
     """The endpoint plugin: replaces ``/v1/chat/completions`` and ``/tokenize``."""
 
@@ -99,9 +120,9 @@ class RetentionEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes in place of vLLM's."""
         router = APIRouter()
-        for path, stock, endpoint in (
-            ("/v1/chat/completions", chat_router.router, create_chat_completion),
-            ("/tokenize", tokenize_router.router, tokenize),
+        for path, stock, endpoint, route_class in (
+            ("/v1/chat/completions", chat_router.router, create_chat_completion, CountingRoute),
+            ("/tokenize", tokenize_router.router, tokenize, APIRoute),
         ):
             route = next(r for r in stock.routes if isinstance(r, APIRoute) and r.path == path)
             router.add_api_route(
@@ -111,6 +132,7 @@ class RetentionEndpoint:
                 dependencies=route.dependencies,
                 responses=route.responses,
                 response_model=None,
+                route_class_override=route_class,
             )
         app.include_router(router)
 
@@ -124,12 +146,37 @@ class RetentionEndpoint:
         state.compresses_video = isinstance(
             state.online_renderer.renderer.mm_processor, RetentionProcessor
         )
+        state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
+        begin_requests_at_zero(state.retention_policy.method)
 
 
 async def create_chat_completion(
     request: RetentionChatCompletionRequest, raw_request: Request
 ) -> Response | None:
     """Answer a chat. Beside ``usage``, ``video_compression`` tells what reached the model."""
+    if has_video(request.messages):
+        return await _answer_video(request, raw_request)
+    try:
+        return await _answer(request, raw_request)
+    except RefusedRequestError as error:
+        count_refusal(error.reason)
+        raise
+
+
+async def _answer_video(
+    request: RetentionChatCompletionRequest, raw_request: Request
+) -> Response | None:
+    """Answer a chat whose end is counted."""
+    state = raw_request.app.state
+    raw_request, span = begin_span(raw_request, state.traces_endpoint)
+    chat = Chat(state.retention_policy.method, request.retention_ratio, request.report, span)
+    with chat.ended_by_errors():
+        response = await _answer(request, raw_request)
+    chat.follow(response)
+    return response
+
+
+async def _answer(request: RetentionChatCompletionRequest, raw_request: Request) -> Response | None:
     _check(request, raw_request.app.state)
     response = await chat_router.create_chat_completion(request, raw_request)
     if isinstance(response, StreamingResponse):
@@ -151,30 +198,26 @@ async def tokenize(
     return await tokenize_router.tokenize(request, raw_request)
 
 
-def _check(request: RetentionRequest, state: State) -> None:
+def _check(request: Any, state: State) -> None:
     """Check the ratio against what the server allows and its model can.
 
     Raises:
-        VLLMValidationError: below the operator's minimum, or the model's videos are not compressed
+        RefusedRequestError: below the operator's minimum, or the model's videos are not compressed
             and there is one. vLLM answers it with 400.
     """
     try:
         ratio = state.retention_policy.resolve(request.retention_ratio)
     except ValueError as error:
-        raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
+        reason = Reason.RATIO_BELOW_MINIMUM
+        raise RefusedRequestError(str(error), parameter=RETENTION_RATIO, reason=reason) from error
     named = request.retention_ratio is not None
-    if named and ratio != 1.0 and not state.compresses_video and _has_video(request):
-        raise VLLMValidationError(
+    if named and ratio != 1.0 and not state.compresses_video and has_video(request.messages):
+        raise RefusedRequestError(
             f"{RETENTION_RATIO} must be 1.0 or absent for this model, got {ratio}: videos are "
             f"compressed for {', '.join(MODELS)} only",
             parameter=RETENTION_RATIO,
+            reason=Reason.UNSUPPORTED_MODEL,
         )
-
-
-def _has_video(request: Any) -> bool:
-    contents = [message.get("content") for message in request.messages]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and "video" in str(part.get("type")) for part in parts)
 
 
 def _add_report(content: dict[str, Any], report: RetentionReport) -> None:

@@ -13,7 +13,14 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
 from scissor_vllm.compression.scc import costliest_calls
 from scissor_vllm.compression.uniform import select_evenly
-from scissor_vllm.metrics import CLOCK, count_cache_query
+from scissor_vllm.metrics import (
+    CLOCK,
+    THRESHOLDS,
+    begin_compression_at_zero,
+    count_cache_query,
+    count_cross_ratio_hit,
+    record_threshold,
+)
 from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.retention import RetentionPolicy
 from scissor_vllm.reuse import CacheSizes, FeatureCache
@@ -55,6 +62,8 @@ class VideoCompression:
         self._is_warm = False
         self._max_tokens = policy.max_video_tokens
         self._features = make_feature_cache(vllm_config)
+        if self._is_recording():
+            begin_compression_at_zero()
         self._watcher: Watcher | None = None
 
     def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
@@ -122,6 +131,7 @@ class VideoCompression:
         are compressed, if there are others behind them.
         """
         tokens = self._tokens(video, encode)
+        self._note_ratio(video, num_retained)
         compared = tokens if width is None else tokens[..., :width].contiguous()
         result = self._exactly(compared, num_retained)
         if self._watcher is not None:
@@ -155,6 +165,13 @@ class VideoCompression:
             self._features.put(video.identity, tokens)
         return tokens
 
+    def _note_ratio(self, video: VideoPixels, num_retained: int) -> None:
+        if self._features is None or video.identity is None:
+            return
+        another = self._features.is_for_another_ratio(video.identity, num_retained)
+        if another and self._is_recording():
+            count_cross_ratio_hit()
+
     def forget_features(self) -> None:
         """Drop what the tower made: its weights are about to change."""
         if self._features is not None:
@@ -177,7 +194,17 @@ class VideoCompression:
             return CompressedTokens(torch.cat([flat, repeated]), itself)
         try:
             with self.stage("compress", tokens.device):
-                return self._compress(tokens, num_retained)
+                compressed = self._compress(tokens, num_retained)
+            self._record_threshold(compressed)
+            return compressed
         except ValueError as error:
             logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
             return select_evenly(tokens, num_retained)
+
+    def _record_threshold(self, compressed: CompressedTokens) -> None:
+        if not self._is_recording():
+            return
+        if compressed.similarity_threshold is not None:
+            record_threshold(compressed.similarity_threshold)
+        elif compressed.threshold_on_device is not None:
+            THRESHOLDS.read(compressed.threshold_on_device)

@@ -39,6 +39,7 @@ from vllm.multimodal.video_decoders import (
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from scissor_vllm.metrics import CLOCK
+from scissor_vllm.refusal import Reason, RefusedVideoError
 from scissor_vllm.reuse import FRAMES
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class DecordVideoBackend(VideoBackend):
                 **kwargs,
             )
         except cv2.error as error:
-            raise ValueError(_not_a_video(data)) from error
+            raise RefusedVideoError(_not_a_video(data)) from error
 
     @classmethod
     def read_frames(
@@ -211,7 +212,7 @@ class DecordVideoBackend(VideoBackend):
             cap, frame_idx, total_frames_num, frame_recovery=frame_recovery
         )
         if not valid:
-            raise ValueError(
+            raise RefusedVideoError(
                 f"at least one sampled frame of a video must be decodable, but none of the "
                 f"{len(frame_idx)} sampled ones of {total_frames_num} is: the file is damaged or "
                 f"its codec is not supported; send it whole, or encoded as H.264"
@@ -281,7 +282,7 @@ class _Stream:
         try:
             capture = OpenCVVideoBackendMixin.open_video_capture(data)
         except (ValueError, cv2.error) as error:
-            raise ValueError(_not_a_video(data)) from error
+            raise RefusedVideoError(_not_a_video(data)) from error
         # A format of -1 makes OpenCV hand out packets, undecoded.
         capture.set(cv2.CAP_PROP_FORMAT, -1)
         times: list[float] = []
@@ -373,7 +374,7 @@ def _read_frames(
                 _check_decode_bytes(len(indices), height, width)
                 frames = np.empty((len(indices), height, width, 3), dtype=np.uint8)
             if frames.shape[1:3] != (height, width):
-                raise ValueError(
+                raise RefusedVideoError(
                     f"all frames of a video must have one size, got {width}x{height} after "
                     f"{frames.shape[2]}x{frames.shape[1]}: encode it anew"
                 )
@@ -393,10 +394,11 @@ def _check_decode_bytes(num_frames: int, height: int, width: int) -> None:
     """ValueError unless frames of this number and size are within `max_decode_bytes`."""
     num_bytes, limit = num_frames * height * width * 3, max_decode_bytes()
     if num_bytes > limit:
-        raise ValueError(
+        raise RefusedVideoError(
             f"the sampled frames of a video may take {limit} bytes, got {num_frames} frames of "
             f"{width}x{height}, which take {num_bytes}: ask for fewer frames (num_frames, fps), or "
-            f"have the operator raise {MAX_DECODE_BYTES_VARIABLE}"
+            f"have the operator raise {MAX_DECODE_BYTES_VARIABLE}",
+            reason=Reason.VIDEO_TOO_LARGE,
         )
 
 
@@ -408,7 +410,7 @@ def _check_container(data: bytes) -> None:
     """
     described = _DESCRIPTION.search(memoryview(data)[:_FFMPEG_PROBE_BYTES])
     if described or not _CONTAINER.match(data):
-        raise ValueError(_not_a_video(data))
+        raise RefusedVideoError(_not_a_video(data))
 
 
 def _not_a_video(data: bytes) -> str:

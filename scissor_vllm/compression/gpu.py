@@ -104,7 +104,7 @@ def compress(
 def compress_unseen(
     tokens: torch.Tensor, num_retained: int, settings: SearchSettings
 ) -> CompressedTokens | None:
-    """Return tokens merged to a budget without waiting for the device, and without a threshold.
+    """Return tokens merged to a budget without waiting for the device, their threshold left on it.
 
     Tokens that are not finite, or larger or smaller than ``compress`` takes, count as zeros. None
     if the tokens are too many.
@@ -114,7 +114,8 @@ def compress_unseen(
         return None
     with _search(tokens, num_retained, settings) as search:
         merged, assignment = merge(search.video, search.unseen(num_retained))
-        return CompressedTokens(merged.to(tokens.dtype), assignment)
+        threshold = search.unseen_threshold()
+        return CompressedTokens(merged.to(tokens.dtype), assignment, threshold_on_device=threshold)
 
 
 def compress_batch(
@@ -598,6 +599,11 @@ class Search:
         assert self.video.num_tokens <= captures.MAX_TOKENS
         most_joined = min(num_retained, self.video.num_tokens - num_retained)
         return self._parts(self._first, num_retained, math.nan, most_joined)
+
+    def unseen_threshold(self) -> torch.Tensor:
+        """Return the threshold of ``unseen`` parts, () float64 on the device, NaN for none."""
+        flags, threshold, _ = self._first.seen
+        return torch.where(flags == 0, threshold, math.nan)
 
     def _parts(self, cut: _Cut, num_retained: int, threshold: float, num_joined: int) -> Parts:
         tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])

@@ -17,6 +17,9 @@ class CompressedTokens:
     token that a selecting method dropped."""
     similarity_threshold: float | None = None
     """Cosine above which tokens counted as connected: as given, or as found for the budget."""
+    threshold_on_device: torch.Tensor | None = None
+    """In its place where the host did not wait for it: () float64 on the input's device, NaN if
+    none was found."""
 
 
 class Compressor(Protocol):

@@ -173,7 +173,7 @@ def _num_retained(
 
 @torch.no_grad()
 def compress_for_serving(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
-    """Return what ``compress`` does, without a threshold and, on a GPU, without waiting for it.
+    """Return what ``compress`` does, on a GPU without waiting for it: the threshold stays there.
 
     A server's host then prepares the language model's step while the GPU still compresses. This
     takes at most 8192 tokens, Triton and a GPU; otherwise it is ``compress``. Nobody looks at the

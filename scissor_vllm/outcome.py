@@ -1,0 +1,146 @@
+"""What becomes of a chat with a video: counted, and in vLLM's trace where tracing is on.
+
+Counted are chats alone: no other route of vLLM takes a video and answers it, and `/tokenize`, which
+does not answer, saves nothing.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.responses import Response
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from scissor_vllm.metrics import (
+    Outcome,
+    count_refusal,
+    count_request,
+    count_tokens,
+)
+from scissor_vllm.refusal import Reason, reason_of
+from scissor_vllm.retention import (
+    RETENTION_RATIO,
+    RetentionReport,
+    check_retention_ratio,
+)
+from scissor_vllm.tracing import NO_SPAN, CompressionSpan
+
+_LAST_EVENT = "data: [DONE]"
+_ERROR_EVENT = 'data: {"error"'
+
+
+class Chat:
+    """A chat on its way; its end is recorded once, the first that comes."""
+
+    def __init__(
+        self,
+        method: str,
+        requested_ratio: float | None,
+        report: RetentionReport,
+        span: CompressionSpan = NO_SPAN,
+    ) -> None:
+        """Follow a chat with a video.
+
+        Args:
+            method: of compression, the server's.
+            requested_ratio: None if it names none.
+            report: which its processing fills.
+            span: in the trace.
+        """
+        self._method = method
+        self._requested_ratio = requested_ratio
+        self._report = report
+        self._span = span
+        self._has_ended = False
+
+    def end(self, outcome: Outcome, reason: Reason = Reason.OTHER) -> None:
+        """Record how it ended, and why if it was refused."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        count_request(self._method, outcome, self._requested_ratio)
+        ratio = self._report.retention_ratio
+        if outcome is Outcome.REFUSED:
+            count_refusal(reason)
+        elif ratio is not None:
+            num_tokens, num_retained = self._report.num_tokens, self._report.num_retained
+            count_tokens(self._method, ratio, sum(num_tokens), sum(num_retained))
+        self._span.end(self._method, outcome.value, self._report)
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """Record the end if the block raises."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.end(Outcome.ABORTED)
+            raise
+        except Exception as error:
+            if create_error_response(error).error.code < 500:
+                self.end(Outcome.REFUSED, reason_of(error))
+            else:
+                self.end(Outcome.FAILED)
+            raise
+
+    def follow(self, response: Response | None) -> None:
+        """Record the end with the response's, which a stream reaches when it was sent."""
+        if response is None:
+            # vLLM's answer to nobody: the client has hung up.
+            self.end(Outcome.ABORTED)
+        elif response.status_code >= 500:
+            self.end(Outcome.FAILED)
+        elif response.status_code >= 400:
+            self.end(Outcome.REFUSED)
+        elif isinstance(response, StreamingResponse):
+            response.body_iterator = self._followed(response.body_iterator)
+        else:
+            self.end(Outcome.ANSWERED)
+
+    async def _followed(self, events: AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+        try:
+            async for event in events:
+                if isinstance(event, str) and event.startswith(_LAST_EVENT):
+                    self.end(Outcome.ANSWERED)
+                elif isinstance(event, str) and event.startswith(_ERROR_EVENT):
+                    self._end_by_event(json.loads(event.removeprefix("data: "))["error"])
+                yield event
+        finally:
+            self.end(Outcome.ABORTED)
+
+    def _end_by_event(self, error: Mapping[str, Any]) -> None:
+        """Record the end of a stream whose status, 200, was sent before the error was met."""
+        if error["code"] < 500:
+            self.end(Outcome.REFUSED, reason_of(ValueError(error["message"])))
+        else:
+            self.end(Outcome.FAILED)
+
+
+def count_malformed(method: str, error: RequestValidationError) -> None:
+    """Count a chat whose body is not what the route takes, if it has a video or a wrong ratio."""
+    is_ratio = any(RETENTION_RATIO in each["loc"] for each in error.errors())
+    body = error.body if isinstance(error.body, Mapping) else {}
+    if has_video(body.get("messages")):
+        count_request(method, Outcome.REFUSED, _ratio_or_none(body.get(RETENTION_RATIO)))
+    elif not is_ratio:
+        return
+    count_refusal(Reason.INVALID_RATIO if is_ratio else Reason.OTHER)
+
+
+def _ratio_or_none(ratio: object) -> float | None:
+    try:
+        return check_retention_ratio(ratio)
+    except (TypeError, ValueError):
+        return None
+
+
+def has_video(messages: Any) -> bool:
+    """Return whether a chat's messages have a video; they may be anything that JSON has."""
+    if not isinstance(messages, list):
+        return False
+    contents = [each.get("content") for each in messages if isinstance(each, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and "video" in str(part.get("type")) for part in parts)
