@@ -7,26 +7,30 @@ against vLLM's classes:
 - a video's rows are in the order of their representative members and carry their positions, see
   ``scissor_vllm.positions``. With pipeline parallelism, where vLLM tells later ranks no positions
   that are known after encoding, they carry none and stand evenly spaced in the video;
-- videos are encoded without CUDA graphs.
-
-vLLM's own transport of pixels stays: it sends these families' patches as uint8 by itself
-(``--mm-device-do-normalize``).
+- videos are encoded without CUDA graphs;
+- a video's frames travel as they are, patches are made on the device, see ``scissor_vllm.patches``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
-from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItems
+from vllm.multimodal.inputs import (
+    MultiModalFeatureSpec,
+    MultiModalFieldConfig,
+    MultiModalKwargsItems,
+)
+from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import member_means, representative_members
-from scissor_vllm.pixels import VideoPixels
+from scissor_vllm.patches import FRAME_SIZE, PatchShape, sending_frames, sends_frames
+from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_IDENTITY, VideoPixels
 from scissor_vllm.positions import (
     VideoPlace,
     carried_positions,
@@ -46,12 +50,16 @@ from scissor_vllm.processor import (
 from scissor_vllm.tower import VideoCompression
 from scissor_vllm.vllm_compat import ask_model_for_positions
 
-_GRID = "video_grid_thw"
+_GRID, _PIXELS = "video_grid_thw", "pixel_values_videos"
 _WARM_UP_TOKENS_PER_FRAME = 256
 
 
 class PatchGridProcessingInfo(RetentionProcessingInfo):
     """Mixin of a family's processing info: a video's tokens by its size."""
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        """Return vLLM's, which leaves a video's frames in place of its patches."""
+        return sending_frames(super().get_hf_processor(**kwargs))  # type: ignore[misc]
 
     def get_num_compressible_tokens(
         self,
@@ -63,7 +71,7 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
     ) -> int:
         """Return T*P of what the video processor resizes frames to."""
         # vLLM takes nothing but the size limits from what it calls the image processor.
-        video_processor = self.get_hf_processor().video_processor  # type: ignore[attr-defined]
+        video_processor = self.get_hf_processor().video_processor
         return int(
             self.get_num_video_tokens(  # type: ignore[attr-defined]
                 image_width=width,
@@ -81,6 +89,29 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
 
 class PatchGridProcessor(RetentionProcessor):
     """Mixin of a family's processor."""
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            **super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs),
+            FRAME_SIZE: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+        }
+
+    def _prepare(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object], ratio: float
+    ) -> BatchFeature:
+        processed = super()._prepare(mm_items, hf_kwargs, ratio)
+        hf_processor = self.info.get_hf_processor(**hf_kwargs)
+        if _PIXELS not in processed or not sends_frames(hf_processor):
+            return processed
+        grids, pixels = processed[_GRID], processed[_PIXELS]
+        processed[FRAME_SIZE] = grids[:, 1:] * self.info.get_hf_config().vision_config.patch_size
+        # vLLM's own models of some of these families do it by themselves.
+        if pixels.dtype == torch.uint8 and not self.info.ctx.get_mm_config().mm_device_do_normalize:
+            normalization = hf_processor.video_processor.pixel_normalization
+            processed[PIXEL_NORMALIZATION] = normalization.repeat(len(grids), 1, 1)
+        return processed
 
     def _count_tokens(
         self, width: int, height: int, num_frames: int, options: Mapping[str, object]
@@ -144,6 +175,7 @@ class PatchGridModel:
         self.video_compression = VideoCompression(
             vllm_config, tokens_per_frame=_WARM_UP_TOKENS_PER_FRAME
         )
+        self.pixel_dtype = model_config.dtype
         self.carries_positions = vllm_config.parallel_config.pipeline_parallel_size == 1
 
     @property
@@ -194,41 +226,64 @@ class PatchGridModel:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         counts = num_retained.flatten().tolist()
         videos = self._take_videos(kwargs)
-        if self.video_compression.keeps_all(videos, counts):
+        if self.video_compression.keeps_all([video.pixels for video in videos], counts):
+            pixels = [self._patches(video.pixels.pixels.flatten(0, 1), video) for video in videos]
+            kwargs[_PIXELS] = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
             with self.video_compression.stage("tower", parameter.device):
                 return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        return tuple(
-            self._encoded(video, count, {name: kwargs[name][index] for name in self.place_fields})
-            for index, (video, count) in enumerate(zip(videos, counts, strict=True))
-        )
+        return tuple(map(self._encoded, videos, counts))
 
-    def _take_videos(self, fields: Mapping[str, Any]) -> list[VideoPixels]:
-        """Return a batch's videos, each with a temporal patch's pixels in a frame's place."""
+    def _take_videos(self, fields: dict[str, Any]) -> list["GridVideo"]:
+        """Take a batch's videos out of its fields, but for those that vLLM's class knows."""
         grids = fields[_GRID].tolist()
-        pixels = fields["pixel_values_videos"].split([t * h * w for t, h, w in grids])
+        nothing = [None] * len(grids)
+        sizes = fields.pop(FRAME_SIZE, nothing)
+        normalizations = fields.pop(PIXEL_NORMALIZATION, nothing)
+        identities = fields.pop(VIDEO_IDENTITY, nothing)
+        pixels = fields[_PIXELS].split([t * h * w for t, h, w in grids])
         merged = self.config.vision_config.spatial_merge_size**2
         return [
-            VideoPixels(patches.view(t, h * w, -1), tokens_per_frame=h * w // merged)
-            for patches, (t, h, w) in zip(pixels, grids, strict=True)
+            GridVideo(
+                VideoPixels(
+                    rows.view(t, h * w, -1),
+                    identity=None if identity is None else identity.numpy().tobytes(),
+                    tokens_per_frame=h * w // merged,
+                ),
+                {name: fields[name][index] for name in self.place_fields},
+                None if size is None else tuple(size.tolist()),
+                normalization,
+            )
+            for index, (rows, (t, h, w), size, normalization, identity) in enumerate(
+                zip(pixels, grids, sizes, normalizations, identities, strict=True)
+            )
         ]
 
-    def _encoded(
-        self, video: VideoPixels, num_retained: int, fields: Mapping[str, Any]
-    ) -> torch.Tensor:
+    def _patches(self, rows: torch.Tensor, video: "GridVideo") -> torch.Tensor:
+        """Return patches (n, P) from rows of some of a video's temporal patches."""
+        if video.frame_size is None:
+            return rows
+        vision = self.config.vision_config
+        shape = PatchShape(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        return shape.patches_of(rows, video.frame_size, video.normalization, self.pixel_dtype)
+
+    def _encoded(self, video: "GridVideo", num_retained: int) -> torch.Tensor:
         """Return a video's rows, with positions if it is compressed."""
 
         def encode(pixels: torch.Tensor) -> torch.Tensor:
             # The tower attends within a temporal patch, so that a part is encoded as in the whole.
-            grid = fields[_GRID].clone()
+            grid = video.fields[_GRID].clone()
             grid[0] = len(pixels)
             inputs = self._parse_and_validate_video_input(  # type: ignore[attr-defined]
-                pixel_values_videos=pixels.flatten(0, 1), video_grid_thw=grid[None]
+                pixel_values_videos=self._patches(pixels.flatten(0, 1), video),
+                video_grid_thw=grid[None],
             )
             (rows,) = self._process_video_input(inputs)  # type: ignore[attr-defined]
             return rows.view(len(pixels), -1, rows.shape[-1])
 
         width = self.token_width
-        tokens, compressed = self.video_compression.compressed(video, num_retained, encode, width)
+        tokens, compressed = self.video_compression.compressed(
+            video.pixels, num_retained, encode, width
+        )
         flat = tokens.flatten(0, 1)
         if num_retained == len(flat):
             return flat
@@ -238,7 +293,7 @@ class PatchGridModel:
             others = member_means(flat[:, width:], compressed.assignment, members)
             rows = torch.cat([rows, others], dim=1)
         members, order = members.sort(stable=True)
-        return self._laid_out(rows[order], members, fields)
+        return self._laid_out(rows[order], members, video.fields)
 
     def _laid_out(
         self, rows: torch.Tensor, members: torch.Tensor, fields: Mapping[str, Any]
@@ -314,6 +369,20 @@ class PatchGridModel:
         runs = runs_of(self.config.video_token_id, tokens)
         positions, delta = placed(mrope_positions.cpu(), found, runs, num_computed_tokens)
         return rows, positions.to(mrope_positions.device), delta
+
+
+@dataclass(frozen=True)
+class GridVideo:
+    """One video of a batch."""
+
+    pixels: VideoPixels
+    """With a temporal patch in a frame's place, (T, patches of each, values of a patch)."""
+    fields: Mapping[str, Any]
+    """The model's ``place_fields``."""
+    frame_size: tuple[int, int] | None
+    """``FRAME_SIZE``, None for pixels that are patches already."""
+    normalization: torch.Tensor | None
+    """``PIXEL_NORMALIZATION``, None for pixels that need none or that vLLM's class normalizes."""
 
 
 def is_compressed(feature: MultiModalFeatureSpec) -> bool:

@@ -1,0 +1,119 @@
+"""Frames that travel in place of patches: the tower gets what Hugging Face's processor makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from scissor_vllm.patches import PatchShape, sending_frames, sends_frames
+from tests.qwen_vl import build_tokenizer
+
+UNSAMPLED = {"do_sample_frames": False, "return_tensors": "pt"}
+
+
+@pytest.fixture(scope="module", params=["qwen2.5", "qwen3"])
+def processor(request: pytest.FixtureRequest) -> Any:
+    """A family's processor as vLLM loads it."""
+    tokenizer = build_tokenizer()
+    if request.param == "qwen3":
+        size = {"shortest_edge": 32 * 32 * 8, "longest_edge": 32 * 32 * 400}
+        video = Qwen3VLVideoProcessor(size=size)
+        return Qwen3VLProcessor(
+            Qwen2VLImageProcessor(patch_size=16), tokenizer, video, tokenizer.chat_template
+        )
+    size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
+    video = Qwen2VLVideoProcessor(size=size)
+    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, video, tokenizer.chat_template)
+
+
+def frames(num_frames: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(num_frames)
+    shape = (num_frames, 3, height, width)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def patches_in_the_model(changed: Any, output: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return patches as the model makes them of what the changed processor sends."""
+    own = changed.video_processor
+    _, height, width = output["video_grid_thw"][0].tolist()
+    sent = output["pixel_values_videos"]
+    shape = PatchShape(own.patch_size, own.temporal_patch_size, own.merge_size)
+    scale = own.pixel_normalization if sent.dtype == torch.uint8 else None
+    return shape.patches_of(sent, (height * own.patch_size, width * own.patch_size), scale, dtype)
+
+
+@pytest.mark.parametrize("size", [(12, 200, 320), (7, 400, 120), (1, 64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tower_gets_the_same_patches_to_the_bit(
+    processor: Any, size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    video = frames(*size) if size[0] > 1 else frames(2, *size[1:])
+    changed = sending_frames(processor)
+    assert sends_frames(changed)
+    expected = processor.video_processor([video], **UNSAMPLED)
+    output = changed.video_processor([video], **UNSAMPLED)
+    assert torch.equal(output["video_grid_thw"], expected["video_grid_thw"])
+    assert output["pixel_values_videos"].dtype == torch.uint8
+    assert output["pixel_values_videos"].shape == expected["pixel_values_videos"].shape
+    # vLLM rounds to the model's dtype where the processor runs.
+    assert torch.equal(
+        patches_in_the_model(changed, output, dtype), expected["pixel_values_videos"].to(dtype)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"image_std": [0.4] * 3},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 128},
+    ],
+)
+def test_what_a_request_asks_of_the_processor_is_done_there(
+    processor: Any, options: dict[str, Any]
+) -> None:
+    video = frames(4, 96, 128)
+    changed = sending_frames(processor)
+    expected = processor.video_processor([video], **UNSAMPLED, **options)["pixel_values_videos"]
+    output = changed.video_processor([video], **UNSAMPLED, **options)
+    assert output["pixel_values_videos"].dtype == expected.dtype == torch.float32
+    assert torch.equal(patches_in_the_model(changed, output, torch.float32), expected)
+
+
+def test_a_part_of_a_video_makes_a_part_of_its_patches(processor: Any) -> None:
+    changed = sending_frames(processor)
+    output = changed.video_processor([frames(8, 96, 128)], **UNSAMPLED)
+    whole = patches_in_the_model(changed, output, torch.float32)
+    per_patch = len(whole) // 4
+    part = {**output, "pixel_values_videos": output["pixel_values_videos"][per_patch:]}
+    assert torch.equal(patches_in_the_model(changed, part, torch.float32), whole[per_patch:])
+
+
+def test_the_processor_that_vllm_keeps_is_not_changed(processor: Any) -> None:
+    video = frames(4, 96, 128)
+    before = processor.video_processor([video], **UNSAMPLED)["pixel_values_videos"]
+    changed = sending_frames(processor)
+    assert changed is sending_frames(processor)
+    assert not sends_frames(processor)
+    assert type(changed.video_processor).__name__ == type(processor.video_processor).__name__
+    after = processor.video_processor([video], **UNSAMPLED)["pixel_values_videos"]
+    assert torch.equal(before, after)
+
+
+def test_a_processor_made_of_other_steps_is_left_as_it_is(processor: Any) -> None:
+    class Other:
+        video_processor = object()
+
+    other = Other()
+    assert sending_frames(other) is other
+    assert not sends_frames(other)
