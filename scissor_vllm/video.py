@@ -29,7 +29,14 @@ import cv2
 import decord
 import numpy as np
 import numpy.typing as npt
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, DecodedFrames, VideoBackend
+from vllm import envs
+from vllm.multimodal.video import (
+    VIDEO_LOADER_REGISTRY,
+    DecodedFrames,
+    Qwen2VLVideoBackend,
+    Qwen3VLVideoBackend,
+    VideoBackend,
+)
 from vllm.multimodal.video_decoders import (
     VideoSourceMetadata,
     VideoTargetMetadata,
@@ -81,13 +88,21 @@ _DECORD_ERRORS = (
 
 
 def register_video_loader() -> None:
-    """Make "decord" a video loader of vLLM; calling it again changes nothing."""
+    """Make "decord" a video loader of vLLM; calling it again changes nothing.
+
+    For some video processors vLLM takes a loader of their own, whatever the operator named: where
+    that is "decord", they get their sampling with this decoder.
+    """
     max_decode_bytes()
     # Broken input makes FFmpeg print a line per packet to stderr; what matters reaches the client
     # as an error. OpenCV reads its variable once, when it first opens a video.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", str(decord.logging.QUIET))
     decord.logging.set_level(decord.logging.QUIET)
     VIDEO_LOADER_REGISTRY.register(BACKEND)(DecordVideoBackend)
+    if envs.VLLM_VIDEO_LOADER_BACKEND == BACKEND:
+        for loader, processor in _OF_PROCESSORS.items():
+            register = VIDEO_LOADER_REGISTRY.register(loader.__name__, video_processor=processor)
+            register(loader)
 
 
 def max_decode_bytes() -> int:
@@ -260,6 +275,24 @@ class DecordVideoBackend(VideoBackend):
         capture = OpenCVVideoBackendMixin.open_video_capture(data)
         frames, valid = cls.read_frames(capture, indices, source.total_frames_num)
         return frames, cls.create_hf_metadata(source, valid, "opencv")
+
+
+class Qwen2VLDecord(DecordVideoBackend, Qwen2VLVideoBackend):
+    """The sampling of Qwen2-VL and Qwen2.5-VL."""
+
+    default_fps = 2
+
+
+class Qwen3VLDecord(DecordVideoBackend, Qwen3VLVideoBackend):
+    """The sampling of Qwen3-VL."""
+
+    default_fps = 2
+
+
+_OF_PROCESSORS = {
+    Qwen2VLDecord: "Qwen2VLVideoProcessor",
+    Qwen3VLDecord: "Qwen3VLVideoProcessor",
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ import numpy.typing as npt
 import pytest
 from vllm.multimodal.media import VideoMediaIO
 from vllm.multimodal.media.image import ImageMediaIO
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen3VLVideoBackend, VideoBackend
+from vllm.multimodal.video import (
+    VIDEO_LOADER_REGISTRY,
+    Qwen2VLVideoBackend,
+    Qwen3VLVideoBackend,
+    VideoBackend,
+    get_video_loader_backend_for_processor,
+)
 
 from scissor_vllm.reuse import FrameCache
 from scissor_vllm.video import (
@@ -172,13 +178,32 @@ def test_sampling_and_metadata_are_those_of_vllm(clip: Path, kwargs: dict[str, A
     assert np.abs(frames.astype(int) - expected_frames).mean() < COLOUR_TOLERANCE
 
 
-def test_another_samplings_loader_is_two_lines(clip: Path) -> None:
-    class Qwen3VLDecord(DecordVideoBackend, Qwen3VLVideoBackend):
-        default_fps = 2
-
-    _, metadata = Qwen3VLDecord.load_bytes(clip.read_bytes())
-    _, expected = Qwen3VLVideoBackend.load_bytes(clip.read_bytes())
-    assert metadata == {**expected, "video_backend": "decord"}
+@pytest.mark.parametrize(
+    ("processor", "stock"),
+    [
+        ("Qwen2VLVideoProcessor", Qwen2VLVideoBackend),
+        ("Qwen3VLVideoProcessor", Qwen3VLVideoBackend),
+    ],
+)
+def test_a_model_with_a_sampling_of_its_own_keeps_it(
+    clip: Path, monkeypatch: pytest.MonkeyPatch, processor: str, stock: type[VideoBackend]
+) -> None:
+    usual = get_video_loader_backend_for_processor(processor)
+    known = dict(VIDEO_LOADER_REGISTRY.processor2backend)
+    monkeypatch.setattr(VIDEO_LOADER_REGISTRY, "processor2backend", known)
+    monkeypatch.setenv("VLLM_VIDEO_LOADER_BACKEND", "opencv")
+    register_video_loader()
+    assert get_video_loader_backend_for_processor(processor) == usual
+    monkeypatch.setenv("VLLM_VIDEO_LOADER_BACKEND", "decord")
+    register_video_loader()
+    name = get_video_loader_backend_for_processor(processor)
+    assert name not in (None, usual)
+    for options in ({}, {"fps": 8}):
+        media = VideoMediaIO(ImageMediaIO(), video_backend=name, **options)
+        frames, metadata = media.load_bytes(clip.read_bytes()).media
+        expected_frames, expected = stock.load_bytes(clip.read_bytes(), **options)
+        assert metadata == {**expected, "video_backend": "decord"}
+        assert np.abs(frames.astype(int) - expected_frames).mean() < COLOUR_TOLERANCE
 
 
 def test_opencv_stays_selectable(clip: Path) -> None:
