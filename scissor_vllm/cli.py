@@ -94,6 +94,7 @@ def _serve(argv: list[str]) -> int:
     options = command.subparser_init(parser.add_subparsers(dest="subparser", required=True))
     options.usage = "scissor-vllm serve [model_tag] [options]"
     add_retention_options(options)
+    add_page_options(options)
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is not None:
         from scissor_vllm.demo.model import DEMO_MODEL
@@ -102,6 +103,7 @@ def _serve(argv: list[str]) -> int:
             use_demo_model(args)
     apply_retention_options(args)
     bound_encoder_steps(args)
+    apply_page_options(args)
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
@@ -229,6 +231,33 @@ def bound_encoder_steps(args: argparse.Namespace) -> None:
 
     if args.ec_manager_config.encoder_cache_manager_cls is None:
         args.ec_manager_config.encoder_cache_manager_cls = CACHE_MANAGER
+
+
+def add_page_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the web page, which ``vllm serve`` does not have."""
+    parser.add_argument_group("Web page").add_argument(
+        "--web-page",
+        action="store_true",
+        help="serve a page at /scissor on which to ask about a video at any ratio, and to see what "
+        "was kept of it (default: no page)",
+    )
+
+
+def apply_page_options(args: argparse.Namespace) -> None:
+    """Have the workers answer what the page asks them.
+
+    Raises:
+        SystemExit: the operator extends the workers by a class, and vLLM takes one.
+    """
+    if not args.web_page:
+        return
+    extension = "scissor_vllm.show.worker.PictureWorker"
+    if args.worker_extension_cls not in ("", extension):
+        raise SystemExit(
+            "scissor-vllm serve: --web-page needs --worker-extension-cls for its own class, got "
+            f"{args.worker_extension_cls}: leave one of the two out"
+        )
+    args.worker_extension_cls = extension
 
 
 def use_demo_model(args: argparse.Namespace) -> None:

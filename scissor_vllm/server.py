@@ -40,6 +40,9 @@ from scissor_vllm.retention import (
 )
 from scissor_vllm.tracing import begin_span
 
+WEB_PAGE = "web_page"
+"""Of the server's arguments: whether it serves the page of ``scissor_vllm.show``."""
+
 _DESCRIPTION = (
     "Fraction of each video's tokens that reaches the language model, above 0 and at most 1. "
     "1.0 keeps all. Leave it out for the server's default. Images and text are untouched."
@@ -135,6 +138,10 @@ class RetentionEndpoint:
                 route_class_override=route_class,
             )
         app.include_router(router)
+        if getattr(app.state.args, WEB_PAGE, False):
+            from scissor_vllm.show.web import attach_page
+
+            attach_page(app, _check)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Keep what the routes check a ratio against."""

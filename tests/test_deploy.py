@@ -589,6 +589,7 @@ API = (
     "/v1/responses/resp_1",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/scissor/picture",
     "/tokenize",
     "/detokenize",
 )
@@ -633,6 +634,18 @@ def test_the_proxy_passes_the_api_with_the_key_and_health_without(tmp_path: Path
                 assert status == 401, (path, key)
                 assert "API key" in json.loads(body)["error"]["message"]
         assert server.asked == []
+
+
+def test_the_proxy_passes_the_web_pages_files_without_the_key_and_takes_nothing_there(
+    tmp_path: Path,
+) -> None:
+    with stand_in() as server, proxy(tmp_path, server.port) as port:
+        for path in ("/scissor", "/scissor/ask.js"):
+            assert ask(port, path, key=None) == (200, "0")
+            assert ask(port, path, "POST", b"{}")[0] == 404
+        assert ask(port, "/scissor/../metrics", key=None)[0] == 404
+        assert ask(port, "/scissors", key=None)[0] == 404
+        assert server.asked == ["/scissor", "/scissor/ask.js"]
 
 
 def test_the_proxy_keeps_everything_else_inside(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def test_shell_blocks_are_those_that_are_run_here() -> None:
     assert [block.split("\n")[0] for block in blocks("sh")] == [
         "make demo",
         "VIDEO=$(base64 -w0 scissor_vllm/demo/clip.mp4)",
+        ".venv/bin/scissor-vllm show scissor_vllm/demo/clip.mp4 --retention-ratio 0.5 0.25 0.1 "
+        "--output build/show",
         "make bench",
     ]
     assert len(blocks("python")) == 2
@@ -66,6 +68,13 @@ def test_curl_gets_the_documented_answer(server: Server) -> None:
     answer = json.loads(run.stdout)
     assert answer["video_compression"] == documented_compression()
     assert answer["usage"]["completion_tokens"] <= 32
+
+
+def test_show_writes_the_page_and_a_picture_a_ratio() -> None:
+    command = blocks("sh")[2]
+    subprocess.run(["bash", "-c", command], check=True, timeout=300, cwd=ROOT)
+    left = {path.name for path in (ROOT / "build" / "show").iterdir()}
+    assert left >= {"show.html", "show-0.5.png", "show-0.25.png", "show-0.1.png"}
 
 
 def documented_compression() -> dict[str, float]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoVideoProcessor
 
 from scissor_vllm import compress, num_retained_tokens
 from scissor_vllm.cli import main
@@ -36,6 +37,7 @@ from scissor_vllm.show.picture import (
 )
 from scissor_vllm.show.png import draw, drawn_cells
 from tests.browser import Page, open_page
+from tests.qwen_vl import Media, build_qwen2_5_vl, build_qwen3_vl
 
 CLIP = Path(__file__).parent.parent / "scissor_vllm" / "demo" / "clip.mp4"
 RATIOS = (0.05, 0.25, 1.0)
@@ -117,6 +119,29 @@ def test_tokens_do_not_depend_on_how_many_frames_are_encoded_at_once(encoder: En
     assert whole.tokens.shape[:2] == (11, whole.rows * whole.columns)
     alone = torch.cat([encoder.encode(frame[None]).tokens for frame in frames])
     torch.testing.assert_close(whole.tokens, alone)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_video_of_patches_has_the_tokens_that_transformers_gives_it_at_once(
+    family: str, tmp_path: Path
+) -> None:
+    if family == "qwen2_5_vl":
+        model = build_qwen2_5_vl(tmp_path)
+    else:
+        model = build_qwen3_vl(tmp_path, moe=family.endswith("moe"))
+    video = Media(width=200, height=120, num_frames=21)
+    made = Encoder(str(tmp_path)).encode(video.pixels())
+    prepared = AutoVideoProcessor.from_pretrained(tmp_path)(
+        videos=[torch.from_numpy(video.pixels()).permute(0, 3, 1, 2)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    ((num_frames, height, width),) = prepared["video_grid_thw"].tolist()
+    with torch.inference_mode():
+        (whole,) = model.float().get_video_features(**prepared).pooler_output
+    assert made.tokens.shape[:2] == (num_frames, made.rows * made.columns)
+    assert (made.rows, made.columns) == (height // 2, width // 2)
+    torch.testing.assert_close(made.tokens.flatten(0, 1), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_one_kept_token_has_one_color_in_every_frame() -> None:

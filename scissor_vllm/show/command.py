@@ -108,6 +108,7 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
         check_size,
         drawn_frames,
         grouping_of,
+        times_of,
     )
 
     check_size(num_frames, num_tokens=0)
@@ -131,7 +132,7 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
         rows=made.rows,
         columns=made.columns,
         groupings=tuple(groupings),
-        times=_times(metadata, num_positions),
+        times=times_of(metadata, num_positions),
     )
 
 
@@ -157,16 +158,6 @@ def _model_path(model: str) -> str:
     from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
 
     return str(demo_model_path()) if model == DEMO_MODEL else model
-
-
-def _times(metadata: dict[str, Any], num_positions: int) -> tuple[float, ...] | None:
-    """Return the time at which each position begins, None if the file does not tell."""
-    fps, indices = metadata.get("fps"), metadata.get("frames_indices")
-    if not fps or indices is None or len(indices) == 0:
-        return None
-    per_position = -(-len(indices) // num_positions)
-    last = len(indices) - 1
-    return tuple(float(indices[min(i * per_position, last)] / fps) for i in range(num_positions))
 
 
 def save(picture: Picture, output: Path) -> list[Path]:

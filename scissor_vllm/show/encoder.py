@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoVideoProcessor
 from transformers.utils import logging
 
@@ -87,7 +88,7 @@ class Encoder:
         # As the model pools them: half of the patches of a side, rounded up.
         side = -(-(vision.image_size // vision.patch_size) // 2)
         parts = []
-        for few in video.split(_FRAMES_AT_ONCE):
+        for few in _few_at_once(video):
             rows = self._model.get_video_features(few[None]).pooler_output[0]
             # The newline that ends a video is behind its tokens, and is not compressed.
             parts.append(rows[: len(few) * side * side].view(len(few), side * side, -1))
@@ -100,12 +101,18 @@ class Encoder:
         ((num_frames, height, width),) = video_grid_thw.tolist()
         merge = self._config.vision_config.spatial_merge_size
         parts = []
-        for few in pixel_values_videos.view(num_frames, height * width, -1).split(_FRAMES_AT_ONCE):
+        for few in _few_at_once(pixel_values_videos.view(num_frames, height * width, -1)):
             grid = torch.tensor([[len(few), height, width]])
             found = self._model.get_video_features(few.flatten(0, 1), video_grid_thw=grid)
             (rows,) = found.pooler_output
             parts.append(rows.view(len(few), height * width // merge**2, -1))
         return VideoTokens(torch.cat(parts), height // merge, width // merge)
+
+
+def _few_at_once(frames: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a few frames each time, with a progress bar where someone looks."""
+    parts = frames.split(_FRAMES_AT_ONCE)
+    yield from tqdm(parts, "vision tower", unit=f" x {_FRAMES_AT_ONCE} frames", disable=None)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,16 @@ def drawn_frames(frames: Any, num_positions: int) -> npt.NDArray[np.uint8]:
     for picture in pictures:
         picture.thumbnail((FRAME_SIDE, FRAME_SIDE))
     return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def times_of(metadata: Mapping[str, Any], num_positions: int) -> tuple[float, ...] | None:
+    """Return the second at which each position begins, by a loader's metadata, None if unknown."""
+    fps, indices = metadata.get("fps"), metadata.get("frames_indices")
+    if not fps or indices is None or len(indices) == 0:
+        return None
+    per_position = -(-len(indices) // num_positions)
+    last = len(indices) - 1
+    return tuple(float(indices[min(i * per_position, last)] / fps) for i in range(num_positions))
 
 
 def colors(num_rows: int) -> npt.NDArray[np.uint8]:
