@@ -1,0 +1,349 @@
+"""Draws what Prometheus answers to each panel of the Grafana dashboard, without Grafana.
+
+    python -m bench.dashboard --base-url http://localhost:8000 --output panels.png
+    python -m bench.dashboard --prometheus-url http://localhost:9090 --output panels.png
+
+The first runs a Prometheus of its own for `--seconds`, against a server that is asked meanwhile by
+others; the second asks one that has been running. Its own is the ``prometheus`` in the ``PATH``, or
+Debian's package, downloaded by apt-get and unpacked under ``$XDG_CACHE_HOME/scissor_vllm``
+(``~/.cache``); no root is needed, nothing is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from tqdm import tqdm
+
+from scissor_vllm.bench.plot import save_figure
+
+DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+DASHBOARD = DEPLOY / "grafana" / "dashboards" / "scissor-vllm.json"
+CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
+
+PACKAGE = "prometheus"
+DOWNLOAD_SECONDS = 300
+START_SECONDS = 60
+SCRAPE_SECONDS = 1
+NUM_STEPS = 120
+"""Points of a line."""
+
+_INCHES_PER_COLUMN, _INCHES_PER_ROW = 0.75, 0.32
+
+
+class PrometheusError(Exception):
+    """There is no Prometheus, or it does not answer."""
+
+
+# --- a Prometheus ---------------------------------------------------------------------------------
+
+
+def find_prometheus() -> Path:
+    """Return a Prometheus program, downloaded if there is none.
+
+    Raises:
+        PrometheusError: there is none, and none could be downloaded.
+    """
+    found = shutil.which("prometheus")
+    if found:
+        return Path(found)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scissor_vllm"
+    kept = root / "prometheus"
+    if not kept.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            _download(Path(folder)).replace(kept)
+    return kept
+
+
+def _download(folder: Path) -> Path:
+    """Return the program of Debian's package, unpacked into a folder."""
+    for tool in ("apt-get", "dpkg"):
+        if not shutil.which(tool):
+            raise PrometheusError(
+                f"no prometheus in the PATH, and no {tool} to get Debian's package: install "
+                "Prometheus from https://prometheus.io/download"
+            )
+    lists = folder / "lists"
+    (lists / "partial").mkdir(parents=True)
+    own = ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={folder}")
+    # Where apt's lists are empty, as in most images, they are fetched beside the system's.
+    attempts: tuple[Sequence[Sequence[str]], ...] = (
+        [("apt-get", "download", PACKAGE)],
+        [("apt-get", *own, "update"), ("apt-get", *own, "download", PACKAGE)],
+    )
+    for commands in attempts:
+        runs = [_run(command, folder) for command in commands]
+        package = next(folder.glob(f"{PACKAGE}_*.deb"), None)
+        if package is not None:
+            _run(("dpkg", "-x", str(package), str(folder)), folder)
+            return folder / "usr" / "bin" / "prometheus"
+    raise PrometheusError(
+        f"no prometheus in the PATH, and apt-get could not download Debian's: {runs[-1].strip()}"
+    )
+
+
+def _run(command: Sequence[str], folder: Path) -> str:
+    """Return what a command says of its failure."""
+    try:
+        run = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} took longer than {DOWNLOAD_SECONDS} s"
+    return run.stderr
+
+
+@contextmanager
+def scraping(program: Path, base_url: str) -> Iterator[str]:
+    """Yield the URL of a Prometheus that scrapes a server, by the configuration of ``deploy/``.
+
+    Raises:
+        PrometheusError: it does not start.
+    """
+    config = yaml.safe_load(CONFIG.read_text())
+    config["global"]["scrape_interval"] = f"{SCRAPE_SECONDS}s"
+    (job,) = config["scrape_configs"]
+    job["static_configs"] = [{"targets": [urllib.parse.urlsplit(base_url).netloc]}]
+    with socket.socket() as free, tempfile.TemporaryDirectory() as name:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        folder = Path(name)
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        log = folder / "log"
+        command = [
+            str(program),
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={address}",
+        ]
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _wait_until_ready(process, f"http://{address}", log)
+            yield f"http://{address}"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise PrometheusError(f"Prometheus did not start:\n{log.read_text()[-2000:]}")
+
+
+# --- what it answers ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series of a panel."""
+
+    legend: str
+    labels: dict[str, str]
+    times: list[float]
+    """Seconds since the epoch."""
+    values: list[float]
+    """NaN where a quotient has no denominator."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The time that is shown."""
+
+    start: float
+    end: float
+
+    @property
+    def step(self) -> float:
+        """Seconds between two points."""
+        return max(SCRAPE_SECONDS, (self.end - self.start) / NUM_STEPS)
+
+    def filled(self, query: str) -> str:
+        """Return a query with Grafana's two variables replaced."""
+        rate = max(4 * SCRAPE_SECONDS, self.step + SCRAPE_SECONDS, (self.end - self.start) / 10)
+        query = query.replace("$__rate_interval", f"{rate:.0f}s")
+        return query.replace("$__range", f"{self.end - self.start:.0f}s")
+
+
+def load_panels() -> list[dict[str, Any]]:
+    """Return the dashboard's panels, rows included."""
+    panels: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return panels
+
+
+def ask(url: str, panel: dict[str, Any], span: Span) -> list[Line]:
+    """Return what Prometheus answers to a panel's queries.
+
+    Raises:
+        PrometheusError: it refuses a query.
+    """
+    return [line for target in panel.get("targets", ()) for line in ask_target(url, target, span)]
+
+
+def ask_target(url: str, target: dict[str, Any], span: Span) -> list[Line]:
+    """Return the answer to one query: over time, or at its end if it is instant."""
+    query = span.filled(target["expr"])
+    if target.get("instant"):
+        found = _get(url, "query", query=query, time=span.end)
+        answers = [(each["metric"], [each["value"]]) for each in found]
+    else:
+        times = {"start": span.start, "end": span.end, "step": span.step}
+        found = _get(url, "query_range", query=query, **times)
+        answers = [(each["metric"], each["values"]) for each in found]
+    return [
+        Line(
+            legend=_filled_in(target["legendFormat"], labels),
+            labels=labels,
+            times=[float(when) for when, _ in points],
+            values=[float(value) for _, value in points],
+        )
+        for labels, points in answers
+    ]
+
+
+def _filled_in(legend: str, labels: dict[str, str]) -> str:
+    return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), legend)
+
+
+def _get(url: str, route: str, **parameters: object) -> list[dict[str, Any]]:
+    address = f"{url}/api/v1/{route}?{urllib.parse.urlencode(parameters)}"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        message = error.read().decode()
+        raise PrometheusError(f"{parameters['query']}: {message}") from error
+    except OSError as error:
+        raise PrometheusError(f"Prometheus at {url} does not answer: {error}") from error
+    result: list[dict[str, Any]] = answer["data"]["result"]
+    return result
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def draw(url: str, span: Span, path: Path) -> None:
+    """Write a picture of all panels, where the dashboard has them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    panels = load_panels()
+    height = max(each["gridPos"]["y"] + each["gridPos"]["h"] for each in panels)
+    figure = Figure(figsize=(24 * _INCHES_PER_COLUMN, height * _INCHES_PER_ROW))
+    for panel in panels:
+        place = panel["gridPos"]
+        left, top = place["x"] / 24, 1 - place["y"] / height
+        if panel["type"] == "row":
+            figure.text(0.01, top - 0.4 / height, panel["title"], weight="bold", fontsize=12)
+            continue
+        # A margin for title, legend and numbers.
+        box = (left + 0.032, top - (place["h"] - 1.1) / height)
+        axes = figure.add_axes((*box, place["w"] / 24 - 0.045, (place["h"] - 2.3) / height))
+        axes.set_title(panel["title"], fontsize=9, loc="left")
+        _draw_panel(axes, panel, ask(url, panel, span), span)
+    save_figure(figure, path)
+
+
+def _draw_panel(axes: Any, panel: dict[str, Any], lines: list[Line], span: Span) -> None:
+    unit = panel["fieldConfig"]["defaults"]["unit"]
+    if panel["type"] == "stat":
+        axes.axis("off")
+        value = lines[0].values[-1] if lines else float("nan")
+        axes.text(0.5, 0.4, _with_unit(value, unit), fontsize=22, ha="center", va="center")
+        return
+    axes.tick_params(labelsize=7)
+    if panel["type"] == "bargauge":
+        names, counts = buckets(lines)
+        axes.barh(names, counts)
+        axes.invert_yaxis()
+        return
+    axes.yaxis.set_major_formatter(lambda value, _: _with_unit(value, unit))
+    for line in lines:
+        axes.plot([when - span.start for when in line.times], line.values, label=line.legend)
+    axes.set_xlim(0, span.end - span.start)
+    axes.set_ylim(bottom=0)
+    if lines:
+        axes.legend(fontsize=6, loc="best", framealpha=0.5)
+
+
+def buckets(lines: list[Line]) -> tuple[list[str], list[float]]:
+    """Return a histogram's buckets that hold anything, and how much each holds alone."""
+    ordered = sorted(lines, key=lambda line: float(line.labels["le"]))
+    totals = [0.0, *(line.values[-1] for line in ordered)]
+    counts = [after - before for before, after in pairwise(totals)]
+    held = [(line.legend, count) for line, count in zip(ordered, counts, strict=True) if count > 0]
+    return [name for name, _ in held], [count for _, count in held]
+
+
+def _with_unit(value: float, unit: str) -> str:
+    if unit == "percentunit":
+        return f"{value:.1%}"
+    if unit == "s":
+        return f"{value:.3g} s" if value >= 1 or value == 0 else f"{value * 1000:.3g} ms"
+    return f"{value:.3g}" + ("/s" if unit == "reqps" else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.dashboard", description="Draw the data of the dashboard's panels."
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--base-url", help="server to scrape from now on")
+    where.add_argument("--prometheus-url", help="Prometheus that has scraped one")
+    parser.add_argument("--seconds", type=float, default=120, help="time that is shown")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.prometheus_url:
+            now = time.time()
+            draw(args.prometheus_url, Span(now - args.seconds, now), args.output)
+        else:
+            with scraping(find_prometheus(), args.base_url) as url:
+                start = time.time()
+                for _ in tqdm(range(int(args.seconds)), unit="s", disable=None):
+                    time.sleep(1)
+                draw(url, Span(start, time.time()), args.output)
+    except PrometheusError as error:
+        print(f"python -m bench.dashboard: {error}", file=sys.stderr)
+        return 1
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""What an operator sees of a server: its counters in Prometheus, the dashboard, and traces.
+
+One server for all: two API-server processes, a metrics directory that the operator named, tracing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from bench.dashboard import (
+    PrometheusError,
+    Span,
+    ask_target,
+    buckets,
+    draw,
+    find_prometheus,
+    load_panels,
+    main,
+    scraping,
+)
+from scissor_vllm import num_retained_tokens
+from scissor_vllm.metrics import METRICS
+from tests.clips import make_clip
+from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME
+from tests.serving import SCISSOR, OneServer, Server, message
+
+PANELS = [panel for panel in load_panels() if panel["type"] != "row"]
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = "b7ad6b7169203331"
+WAIT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class TraceSpan:
+    """A span as the collector got it."""
+
+    name: str
+    trace: str
+    id: str
+    parent: str
+    attributes: dict[str, Any]
+    seconds: float
+
+
+@dataclass
+class Collector:
+    """An OTLP collector over HTTP that keeps spans."""
+
+    url: str = ""
+    spans: list[TraceSpan] = field(default_factory=list)
+
+    def take(self, body: bytes) -> None:
+        """Keep the spans of an export."""
+        request = ExportTraceServiceRequest.FromString(body)
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.spans += [
+                    TraceSpan(
+                        name=span.name,
+                        trace=span.trace_id.hex(),
+                        id=span.span_id.hex(),
+                        parent=span.parent_span_id.hex(),
+                        attributes={
+                            each.key: getattr(each.value, str(each.value.WhichOneof("value")))
+                            for each in span.attributes
+                        },
+                        seconds=(span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
+                    )
+                    for span in scope.spans
+                ]
+
+    def of_trace(self, trace: str, num_spans: int) -> dict[str, TraceSpan]:
+        """Return a trace's spans by name, once there are so many."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            found = [span for span in self.spans if span.trace == trace]
+            if len(found) >= num_spans:
+                break
+            time.sleep(0.2)
+        assert len(found) == num_spans, found
+        return {span.name: span for span in found}
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    kept = Collector()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            kept.take(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    kept.url = f"http://127.0.0.1:{server.server_port}/v1/traces"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield kept
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("metrics")
+
+
+@pytest.fixture
+def observed(servers: OneServer, collector: Collector, metrics_folder: Path) -> Server:
+    return servers.get(
+        *SCISSOR,
+        "demo",
+        "--api-server-count=2",
+        f"--otlp-traces-endpoint={collector.url}",
+        environment={
+            "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def prometheus_program() -> Path:
+    try:
+        return find_prometheus()
+    except PrometheusError as error:
+        pytest.skip(str(error))
+
+
+# The dashboard.
+
+
+@pytest.mark.server
+def test_every_panel_has_data_and_the_counters_are_the_requests_that_were_sent(
+    observed: Server, prometheus_program: Path, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    """Through two API-server processes, by a real Prometheus."""
+    with scraping(prometheus_program, f"http://127.0.0.1:{observed.port}") as url:
+        start = time.time()
+        # The first values, before there are any requests.
+        wait_for(url, "sum(scissor_vllm:video_requests_total) == 0")
+        ratios = [0.5, 0.25, 0.1, 1.0, None] * 2
+        for number, ratio in enumerate(ratios):
+            # A prompt of its own that begins alike: vLLM's prefix cache is asked and has it.
+            observed.ask(clips["short"], f"What is this, {number}?", ratio=ratio)
+        observed.ask("No video.")
+        for ratio in (2, 0.001):
+            with pytest.raises(Exception, match="retention_ratio"):
+                observed.ask(clips["tall"], "What?", ratio=ratio)
+        wait_for(url, f"sum(scissor_vllm:video_requests_total) == {len(ratios) + 2}")
+        span = Span(start, time.time())
+
+        num_tokens = NUM_FRAMES["short"] * TOKENS_PER_FRAME
+        kept = [num_retained_tokens(num_tokens, 1.0 if r is None else r) for r in ratios]
+        assert counters(url, span) == {
+            "video_tokens_total": num_tokens * len(ratios),
+            "retained_video_tokens_total": sum(kept),
+            "requested_retention_ratio_count": 8 + 1,
+            "retention_ratio_count": 10,
+            'refused_requests_total{reason="invalid_ratio"}': 1,
+            'refused_requests_total{reason="ratio_below_minimum"}': 1,
+            "video_cache_cross_ratio_hits_total": 2,
+            "similarity_threshold_count": 3,
+        }
+        for panel in PANELS:
+            for target in panel["targets"]:
+                assert has_data(url, target, span), (panel["title"], target["expr"])
+        (asked,) = [panel for panel in PANELS if panel["title"] == "Ratios asked for"]
+        lines = ask_target(url, asked["targets"][0], span)
+        assert buckets(lines)[0] == ["0.01", "0.1", "0.25", "0.5", "1.0"]
+
+        status = main(
+            ["--prometheus-url", url, "--seconds", "60", "--output", str(tmp_path / "panels.png")]
+        )
+        assert status == 0
+        picture = (tmp_path / "panels.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        draw(url, Span(start - 7200, start - 3600), tmp_path / "panels.png")
+        assert len((tmp_path / "panels.png").read_bytes()) < len(picture), "data are drawn"
+
+
+def counters(url: str, span: Span) -> dict[str, float]:
+    """Return the values that are not 0 of what the test counts, summed over `method`."""
+    names = "video_tokens_total|retained_video_tokens_total|requested_retention_ratio_count"
+    names += "|retention_ratio_count|refused_requests_total|similarity_threshold_count"
+    names += "|video_cache_cross_ratio_hits_total"
+    query = f'{{__name__=~"scissor_vllm:({names})"}}'
+    lines = ask_target(url, {"expr": query, "legendFormat": "", "instant": True}, span)
+    found = {}
+    for line in lines:
+        name = line.labels["__name__"].removeprefix("scissor_vllm:")
+        reason = line.labels.get("reason")
+        found[name + (f'{{reason="{reason}"}}' if reason else "")] = line.values[-1]
+    return {name: value for name, value in found.items() if value}
+
+
+def has_data(url: str, target: dict[str, Any], span: Span) -> bool:
+    values = [value for line in ask_target(url, target, span) for value in line.values]
+    return any(math.isfinite(value) for value in values)
+
+
+def wait_for(url: str, query: str) -> None:
+    """Wait until a query that compares is true."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        now = time.time()
+        if ask_target(url, {"expr": query, "legendFormat": "", "instant": True}, Span(now, now)):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"never true: {query}")
+
+
+def test_the_dashboard_shows_every_metric_of_ours() -> None:
+    shown = " ".join(target["expr"] for panel in PANELS for target in panel["targets"])
+    assert [name for name in METRICS if name not in shown] == []
+
+
+# Traces.
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_with_a_video_is_a_span_around_vllms(
+    observed: Server, collector: Collector, clips: dict[str, Path], stream: bool
+) -> None:
+    trace = f"{TRACE[:-1]}{int(stream)}"
+    answer = observed.ask(
+        clips["short"],
+        "What is this?",
+        ratio=0.25,
+        stream=stream,
+        logprobs=None,
+        top_logprobs=None,
+        extra_headers={"traceparent": f"00-{trace}-{PARENT}-01"},
+    )
+    for _ in answer if stream else ():
+        pass
+    spans = collector.of_trace(trace, 2)
+    ours, stock = spans["video_compression"], spans["llm_request"]
+    assert ours.parent == PARENT
+    assert stock.parent == ours.id
+    assert 0 < stock.seconds <= ours.seconds
+    num_tokens = NUM_FRAMES["short"] * TOKENS_PER_FRAME
+    assert ours.attributes == {
+        "scissor_vllm.retention_ratio": 0.25,
+        "scissor_vllm.num_video_tokens": num_tokens,
+        "scissor_vllm.num_retained_video_tokens": num_retained_tokens(num_tokens, 0.25),
+        "scissor_vllm.method": "scc",
+        "scissor_vllm.outcome": "answered",
+    }
+
+
+@pytest.mark.server
+def test_without_a_trace_of_the_client_both_spans_are_of_one(
+    observed: Server, collector: Collector, tmp_path: Path
+) -> None:
+    before = len(collector.spans)
+    clip = make_clip(tmp_path / "clip.mp4", width=64, height=64, num_frames=3)
+    observed.ask(clip, "What is this?", ratio=0.5)
+    deadline = time.monotonic() + WAIT_SECONDS
+    ours: list[TraceSpan] = []
+    while not ours and time.monotonic() < deadline:
+        time.sleep(0.2)
+        ours = [each for each in collector.spans[before:] if each.name == "video_compression"]
+    assert ours[0].parent == ""
+    spans = collector.of_trace(ours[0].trace, 2)
+    assert spans["llm_request"].parent == ours[0].id
+
+
+@pytest.mark.server
+def test_a_refused_chat_is_in_the_trace_and_one_without_a_video_is_vllms_alone(
+    observed: Server, collector: Collector, clips: dict[str, Path]
+) -> None:
+    refused, text = f"{TRACE[:-1]}2", f"{TRACE[:-1]}3"
+    with pytest.raises(Exception, match="must be at least"):
+        observed.client.chat.completions.create(
+            model="demo",
+            messages=[message(clips["short"])],  # type: ignore[list-item]
+            extra_body={"retention_ratio": 0.001},
+            extra_headers={"traceparent": f"00-{refused}-{PARENT}-01"},
+        )
+    observed.ask("Hello", extra_headers={"traceparent": f"00-{text}-{PARENT}-01"})
+    (ours,) = collector.of_trace(refused, 1).values()
+    assert ours.attributes == {"scissor_vllm.method": "scc", "scissor_vllm.outcome": "refused"}
+    (stock,) = collector.of_trace(text, 1).values()
+    assert (stock.name, stock.parent) == ("llm_request", PARENT)
