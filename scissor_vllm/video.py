@@ -295,6 +295,12 @@ _OF_PROCESSORS = {
 }
 
 
+def loader_for(video_processor: str) -> type[DecordVideoBackend]:
+    """Return the loader that samples as a server does for a video processor of this class name."""
+    found = (loader for loader, name in _OF_PROCESSORS.items() if name == video_processor)
+    return next(found, DecordVideoBackend)
+
+
 @dataclass(frozen=True)
 class _Stream:
     """What a file's packets say of its first video stream, up to one that is damaged."""

@@ -63,7 +63,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--num-frames",
         type=int,
         default=DEFAULT_NUM_FRAMES,
-        help=f"frames to sample (default {DEFAULT_NUM_FRAMES}, as the server)",
+        help=f"frames to sample at most (default {DEFAULT_NUM_FRAMES}, as the server)",
     )
     parser.add_argument(
         "--output",
@@ -112,9 +112,10 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
     )
 
     check_size(num_frames, num_tokens=0)
-    frames, metadata = _decode(video, num_frames)
     compress = get_compressor(method)
-    made = Encoder(_model_path(model)).encode(frames)
+    encoder = Encoder(_model_path(model))
+    frames, metadata = _decode(video, num_frames, encoder.video_processor)
+    made = encoder.encode(frames)
     num_positions, per_position, _ = made.tokens.shape
     num_tokens = num_positions * per_position
     check_size(num_positions, num_tokens)
@@ -136,21 +137,23 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
     )
 
 
-def _decode(video: Path, num_frames: int) -> tuple[Any, dict[str, Any]]:
-    """Return frames as the server samples them, and their metadata."""
+def _decode(video: Path, num_frames: int, video_processor: str) -> tuple[Any, dict[str, Any]]:
+    """Return frames as a server samples them for a video processor, and their metadata."""
     size = video.stat().st_size
     if size > MAX_VIDEO_BYTES:
         raise ValueError(
             f"a video file may have {MAX_VIDEO_BYTES} bytes, got {size} of {video}: cut it"
         )
     try:
-        from scissor_vllm.video import DecordVideoBackend
+        from scissor_vllm.video import loader_for
     except ImportError as error:
         raise ImportError(
             f"videos are decoded by vLLM's loaders, which cannot be imported ({error}): install "
             "'scissor-vllm[cpu]' or 'scissor-vllm[gpu]'"
         ) from error
-    frames, metadata = DecordVideoBackend.load_bytes(video.read_bytes(), num_frames=num_frames)
+    frames, metadata = loader_for(video_processor).load_bytes(
+        video.read_bytes(), num_frames=num_frames
+    )
     return frames, metadata
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,29 +43,32 @@ class Encoder:
     """
 
     def __init__(self, model: str) -> None:
-        """Load a folder, or a model of the hub.
+        """Take a folder, or a model of the hub; weights are read when a video is encoded.
 
         Raises:
             EncoderError: it cannot be loaded, or its videos are not compressed.
         """
-        with _quiet():
-            try:
-                config = AutoConfig.from_pretrained(model)
-                self._check(model, config)
-                text = config.get_text_config()
-                text.num_hidden_layers = 0
-                if getattr(text, "layer_types", None):
-                    text.layer_types = []
-                self._model = AutoModel.from_pretrained(
-                    model, config=config, dtype=torch.float32
-                ).eval()
-                self._processor = AutoVideoProcessor.from_pretrained(model)
-            except (OSError, ValueError, KeyError) as error:
-                raise EncoderError(
-                    f"--model must be a folder or a name on the hub that transformers loads, got "
-                    f"{model!r}: {error}"
-                ) from error
-        self._config = config
+        self._name = model
+        with _loading(model):
+            self._config = AutoConfig.from_pretrained(model)
+            self._check(model, self._config)
+            self._processor = AutoVideoProcessor.from_pretrained(model)
+
+    @property
+    def video_processor(self) -> str:
+        """Name of the video processor's class, which a server samples frames for."""
+        return type(self._processor).__name__
+
+    @cached_property
+    def _model(self) -> Any:
+        text = self._config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        with _loading(self._name):
+            return AutoModel.from_pretrained(
+                self._name, config=self._config, dtype=torch.float32
+            ).eval()
 
     @staticmethod
     def _check(model: str, config: Any) -> None:
@@ -77,7 +81,11 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, frames: npt.NDArray[np.uint8]) -> VideoTokens:
-        """Return the tokens of frames, uint8 RGB (num_frames, H, W, 3), a few frames at a time."""
+        """Return the tokens of frames, uint8 RGB (num_frames, H, W, 3), a few frames at a time.
+
+        Raises:
+            EncoderError: the weights cannot be loaded.
+        """
         # Frames that a cache keeps cannot be written to, which torch warns of.
         pixels = torch.from_numpy(np.require(frames, requirements="W")).permute(0, 3, 1, 2)
         prepared = self._processor(videos=[pixels], do_sample_frames=False, return_tensors="pt")
@@ -116,13 +124,18 @@ def _few_at_once(frames: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from listing each weight that is left out."""
+def _loading(model: str) -> Iterator[None]:
+    """Tell which model cannot be loaded; keep transformers from listing weights left out."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
+    except (OSError, ValueError, KeyError) as error:
+        raise EncoderError(
+            f"--model must be a folder or a name on the hub that transformers loads, got "
+            f"{model!r}: {error}"
+        ) from error
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()
