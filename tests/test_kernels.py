@@ -241,10 +241,13 @@ def on_kernels(tokens, num_retained=None, similarity_threshold=None):
         search.retained.fill_(num_retained)
         search.start()
         video, unseen = search.video, None
+        found = search.unseen_threshold()
         if num_tokens <= gpu.captures.MAX_TOKENS and search._first.seen[0] == 0:
             unseen = gpu.merge(video, search.unseen(num_retained))
         parts = search.finish(num_retained)
+        assert found.isnan() or found == parts.threshold
         if unseen is not None:
+            assert found == parts.threshold
             assert torch.equal(unseen[1], gpu.merge(video, parts)[1])
             compared.append(num_retained)
     return parts.threshold, *gpu.merge(video, parts)
@@ -279,6 +282,7 @@ search = gpu.Search(broken, 45, settings)
 search.retained.fill_(20)
 search.start()
 merged, assignment = gpu.merge(search.video, search.unseen(20))
+assert search.unseen_threshold().isnan()
 zeroed = broken.clone()
 zeroed[1, 2], zeroed[0, 4], zeroed[3, 3] = 0, 0, 0
 assert torch.equal(assignment, compress(zeroed, num_retained=20).assignment)

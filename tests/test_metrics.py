@@ -1,4 +1,4 @@
-"""Stage times: what is recorded, in which process, and that a GPU is never waited for."""
+"""Metrics: what is recorded, in which process, and that a GPU is never waited for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from scissor_vllm import metrics
-from scissor_vllm.metrics import DIRECTORY_VARIABLE, StageClock, metrics_directory
+from scissor_vllm.metrics import (
+    DIRECTORY_VARIABLE,
+    StageClock,
+    ThresholdReader,
+    metrics_directory,
+)
 
 GPU = torch.device("cuda")
 
@@ -50,8 +55,7 @@ class FakeEvent:
 
     made: list[FakeEvent]
 
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
+    def __init__(self, enable_timing: bool = False) -> None:
         self.recorded = self.happened = False
         FakeEvent.made.append(self)
 
@@ -62,6 +66,7 @@ class FakeEvent:
         return self.happened
 
     def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.recorded
         assert end.happened
         return 250.0
 
@@ -113,6 +118,89 @@ def test_nothing_is_marked_in_a_graph_that_is_captured(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     run(Recording(), "tower")
     assert gpu.made == []
+
+
+class RecordingReader(ThresholdReader):
+    """A reader that keeps what it records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thresholds: list[float] = []
+
+    def _record(self, threshold: float) -> None:
+        self.thresholds.append(threshold)
+
+
+def on_device(threshold: float) -> torch.Tensor:
+    return torch.tensor(threshold, dtype=torch.float64)
+
+
+def test_a_threshold_of_a_gpu_is_read_by_a_later_one_once_it_is_there(gpu: Any) -> None:
+    reader = RecordingReader()
+    reader.read(on_device(0.8))
+    reader.read(on_device(0.7))
+    assert reader.thresholds == []
+    gpu.made[0].happened = True
+    reader.read(on_device(0.6))
+    assert reader.thresholds == [0.8]
+    gpu.made[1].happened = gpu.made[2].happened = True
+    reader.read(on_device(0.5))
+    assert reader.thresholds == [0.8, 0.7, 0.6]
+
+
+def test_thresholds_of_a_gpu_that_lags_behind_are_left_out(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_MAX_UNREAD", 3)
+    reader = RecordingReader()
+    for number in range(5):
+        reader.read(on_device(number / 10))
+    for event in gpu.made:
+        event.happened = True
+    reader.read(on_device(0.9))
+    assert reader.thresholds == [0.0, 0.1, 0.2]
+    gpu.made[-1].happened = True
+    reader.read(on_device(0.8))
+    assert reader.thresholds == [0.0, 0.1, 0.2, 0.9]
+
+
+def test_no_threshold_is_recorded_where_none_was_found(gpu: Any) -> None:
+    reader, before = ThresholdReader(), num_thresholds()
+    for threshold in (float("nan"), 0.5, 0.25):
+        reader.read(on_device(threshold))
+        gpu.made[-1].happened = True
+    assert num_thresholds() - before == 1
+
+
+def num_thresholds() -> float:
+    from prometheus_client import REGISTRY
+
+    return REGISTRY.get_sample_value("scissor_vllm:similarity_threshold_count") or 0.0
+
+
+@pytest.mark.gpu
+def test_a_real_gpus_threshold_is_the_one_that_is_found_by_waiting() -> None:
+    from scissor_vllm import compress
+    from scissor_vllm.compression.scc import compress_for_serving
+
+    generator = torch.Generator(GPU).manual_seed(0)
+    videos = torch.randn((6, 8, 49, 64), device=GPU, generator=generator)
+    expected = [compress(video, num_retained=40).similarity_threshold for video in videos]
+    reader = RecordingReader()
+    reader.read(torch.zeros((), dtype=torch.float64, device=GPU))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for video in videos:
+            served = compress_for_serving(video, 40)
+            assert served.similarity_threshold is None
+            assert served.threshold_on_device is not None
+            reader.read(served.threshold_on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    reader.read(torch.zeros((), dtype=torch.float64, device=GPU))
+    assert reader.thresholds == [0.0, *expected]
 
 
 IN_ANOTHER_PROCESS = """

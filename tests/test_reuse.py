@@ -254,3 +254,14 @@ def test_with_vllms_own_cache_off_they_are_off_unless_set() -> None:
 def test_a_size_that_is_none_is_refused_by_its_name(name: str, size: object) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"{name} must be .* GiB, got"):
         CacheSizes.of({name: size}, 4)
+
+
+def test_another_ratio_is_one_that_a_kept_video_was_not_asked_for() -> None:
+    cache = FeatureCache(4 * MIB)
+    cache.put("a", torch.zeros(8))
+    asked = [("a", 5), ("a", 5), ("a", 3), ("a", 5), ("a", 3), ("b", 5), ("b", 3)]
+    found = [cache.is_for_another_ratio(key, num_retained) for key, num_retained in asked]
+    assert found == [False, False, True, False, False, False, False]
+    cache.clear()
+    cache.put("a", torch.zeros(8))
+    assert not cache.is_for_another_ratio("a", 3), "what was forgotten begins anew"
