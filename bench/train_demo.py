@@ -1,7 +1,7 @@
 """Trains the demo model from random weights on made-up clips and writes it with its record.
 
     python bench/train_demo.py --output DIR [--seed 0] [--minutes-limit M]
-        [--steps N] [--batch-size B]
+        [--steps N] [--batch-size B] [--checkpoint DIR]
 
 Runs on one GPU, or slowly on the CPU. Clips are sampled by worker processes and painted on the
 device. Checkpoints go to DIR while it runs, so that an abort leaves one. The learning rate follows
@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from bench.demo_training import validation  # noqa: E402
 from bench.demo_training.batches import (  # noqa: E402
     EXERCISE,
+    STAGES,
     Batch,
     BatchMaker,
     Curriculum,
@@ -50,6 +51,7 @@ from bench.demo_training.model import (  # noqa: E402
 )
 from bench.demo_training.packing import IGNORED, Encoder, PackedQuestions  # noqa: E402
 from bench.demo_training.pixels import as_values, filmed, normalised  # noqa: E402
+from bench.demo_training.places import drawn_places  # noqa: E402
 from bench.demo_training.validation import Score, autocast, make_batches  # noqa: E402
 from bench.record import environment  # noqa: E402
 from bench.world.questions import SKILLS, VOCABULARY  # noqa: E402
@@ -114,6 +116,7 @@ class Trainer:
         start: float,
         *,
         compiled_num_frames: int | None = None,
+        checkpoint: Path | None = None,
     ) -> None:
         """Build the model.
 
@@ -123,11 +126,14 @@ class Trainer:
             device: where to train it.
             start: by the monotonic clock, from which the recipe's limit counts.
             compiled_num_frames: of PackedModel.
+            checkpoint: to begin with, of the same size; by default with random weights.
         """
         self.recipe, self.size, self.device, self.start = recipe, size, device, start
         self.tokenizer = build_tokenizer(VOCABULARY)
         self.encoder = Encoder(self.tokenizer.backend_tokenizer)
-        hf_model = build_model(size, self.tokenizer, recipe.seed)
+        hf_model = (
+            load(checkpoint) if checkpoint else build_model(size, self.tokenizer, recipe.seed)
+        )
         self.model = PackedModel(hf_model, self.encoder.prefix, compiled_num_frames)
         self.model.to(device)
         self.reader = WordReader(self.encoder).to(device)
@@ -191,7 +197,8 @@ class Trainer:
         classes = cover(scenes, self.size.grid, self.device)
         with autocast(self.device):
             tokens = self.model.video_tokens(pixels)
-            logits = self.model.logits(self.model(tokens.flatten(1, 2), questions))
+            places = drawn_places(tokens.shape[:3], self.generator)
+            logits = self.model.logits(self.model(tokens.flatten(1, 2), questions, places))
         words = self.hf_model.get_input_embeddings().weight
         flat = tokens.flatten(0, 2)
         reading_loss = self.reader(flat, classes.flatten(), words, self.recipe.place_weight)
@@ -385,6 +392,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes-limit", type=float, default=recipe.minutes_limit, help="of all, start to end")
     add("--learning-rate", type=float, default=recipe.learning_rate)
     add("--row-length", type=int, default=recipe.row_length, help="question tokens a clip")
+    add("--checkpoint", type=Path, help="to begin with, on whole clips; by default random weights")
     add("--size", nargs="*", default=[], metavar="FIELD=INTEGER", help="of ModelSize")
     add("--num-frames", type=int, default=16, help="of validation clips, and of the longest")
     add("--num-workers", type=int, default=max(0, min(14, len(os.sched_getaffinity(0)) - 2)))
@@ -421,13 +429,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         row_length=args.row_length,
         num_warmup_steps=min(Recipe.num_warmup_steps, max(1, args.steps // 10)),
     )
-    curriculum = Curriculum(recipe.seed, recipe.batch_size, recipe.steps, args.num_frames)
+    stages = () if args.checkpoint else STAGES
+    curriculum = Curriculum(
+        recipe.seed, recipe.batch_size, recipe.steps, args.num_frames, stages=stages
+    )
     backend = build_tokenizer(VOCABULARY).backend_tokenizer
     loader = batch_loader(BatchMaker(backend, recipe.row_length), curriculum, args.num_workers)
     # The workers are forked here, before there is a CUDA context they could not share.
     batches = iter(loader)
     compiled = args.num_frames if args.compile else None
-    trainer = Trainer(recipe, size, device, start, compiled_num_frames=compiled)
+    trainer = Trainer(
+        recipe, size, device, start, compiled_num_frames=compiled, checkpoint=args.checkpoint
+    )
     flops = size.flops_per_clip(args.num_frames, recipe.row_length)
     count = sum(weight.numel() for weight in trainer.hf_model.parameters())
     print(f"{count / 1e6:.2f} million parameters, {flops / 1e9:.0f} GFLOP a clip", flush=True)

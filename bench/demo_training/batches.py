@@ -75,6 +75,7 @@ class Curriculum:
     skill_weights: tuple[float, ...] = (1.0,) * len(SKILLS)
     done: float = 0.0
     """The part of the training that is done; whoever trains sets it."""
+    stages: tuple[tuple[float, int, int], ...] = STAGES
 
     def __len__(self) -> int:
         return self.num_batches
@@ -93,7 +94,7 @@ class Curriculum:
             yield BatchPlan(seeds, num_frames, self.skill_weights, lessons)
 
     def _stage(self) -> tuple[int, int]:
-        for until, num_frames, times in STAGES:
+        for until, num_frames, times in self.stages:
             if self.done < until and num_frames < self.num_frames:
                 return num_frames, times
         return self.num_frames, 1

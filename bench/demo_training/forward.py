@@ -15,6 +15,7 @@ from torch import nn
 
 from bench.demo_training.model import vision_tower
 from bench.demo_training.packing import PackedQuestions, question_mask
+from bench.demo_training.places import usual_places
 
 Tensor = torch.Tensor
 
@@ -110,12 +111,16 @@ class PackedModel(nn.Module):
         tokens = inner.apply_pooling(inner.multi_modal_projector(hidden))
         return tokens.unflatten(0, pixels.shape[:2])
 
-    def forward(self, video: Tensor, questions: PackedQuestions) -> Tensor:
+    def forward(
+        self, video: Tensor, questions: PackedQuestions, places: Tensor | None = None
+    ) -> Tensor:
         """Return the last hidden states of the questions' tokens, (B, L, D).
 
         Args:
             video: (B, K, D), K tokens of each clip, compressed or not, without the newline.
             questions: about each clip.
+            places: (B, K) float32, increasing from 0, the positions of the video's tokens counted
+                from its first; one by one by default, as in serving.
         """
         is_compiled = self._is_compiled(video.shape[1] // self._tokens_per_frame)
         read_layer = self._compiled_text_layer if is_compiled else text_layer
@@ -126,8 +131,12 @@ class PackedModel(nn.Module):
         parts = [prefix, video, newline, embed(questions.tokens)]
         hidden = torch.cat([part.to(_stream_dtype(video)) for part in parts], dim=1)
         num_shared = hidden.shape[1] - questions.tokens.shape[1]
-        shared = torch.arange(num_shared, device=video.device).expand(batch, -1)
-        positions = torch.cat([shared, num_shared + questions.offsets], dim=1)
+        if places is None:
+            places = usual_places(video.shape[1], video.device).expand(batch, -1)
+        before = usual_places(prefix.shape[1], video.device).expand(batch, -1)
+        places = prefix.shape[1] + places
+        end = places[:, -1:] + 1
+        positions = torch.cat([before, places, end, end + 1 + questions.offsets], dim=1)
         cos, sin = (part[:, None] for part in text.rotary_emb(hidden, positions))
         mask = question_mask(questions.questions, num_shared)
         for layer in text.layers:
