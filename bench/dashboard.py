@@ -1,7 +1,7 @@
 """Draws what Prometheus answers to each panel of the Grafana dashboard, without Grafana.
 
-    python -m bench.dashboard --base-url http://localhost:8000 --output panels.png
-    python -m bench.dashboard --prometheus-url http://localhost:9090 --output panels.png
+    python bench/dashboard.py --base-url http://localhost:8000 --output panels.png
+    python bench/dashboard.py --prometheus-url http://localhost:9090 --output panels.png
 
 The first runs a Prometheus of its own for `--seconds`, against a server that is asked meanwhile by
 others; the second asks one that has been running. Its own is the ``prometheus`` in the ``PATH``, or
@@ -34,9 +34,12 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from scissor_vllm.bench.plot import save_figure
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+from scissor_vllm.bench.plot import save_figure  # noqa: E402
+
+DEPLOY = ROOT / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "scissor-vllm.json"
 CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
 
@@ -319,9 +322,7 @@ def _with_unit(value: float, unit: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.dashboard", description="Draw the data of the dashboard's panels."
-    )
+    parser = argparse.ArgumentParser(description="Draw the data of the dashboard's panels.")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--base-url", help="server to scrape from now on")
     where.add_argument("--prometheus-url", help="Prometheus that has scraped one")
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     time.sleep(1)
                 draw(url, Span(start, time.time()), args.output)
     except PrometheusError as error:
-        print(f"python -m bench.dashboard: {error}", file=sys.stderr)
+        print(f"dashboard.py: {error}", file=sys.stderr)
         return 1
     print(args.output)
     return 0

@@ -105,6 +105,51 @@ def test_settings_of_the_server_are_no_clients_to_change(
 
 
 @pytest.mark.server
+def test_counters_are_the_requests_sent_without_a_metrics_directory(
+    plain_server: Server, clips: dict[str, Path]
+) -> None:
+    """What API servers count: the worker's values do not reach vLLM's own command then."""
+
+    def counted() -> dict[str, float]:
+        names = ("video_tokens_total", "retained_video_tokens_total", "retention_ratio_sum")
+        values = {name: plain_server.counter(f"scissor_vllm:{name}") for name in names}
+        for outcome in ("answered", "refused"):
+            values[outcome] = plain_server.counter(
+                "scissor_vllm:video_requests_total", method="uniform", outcome=outcome
+            )
+        for reason in ("video_too_long", "processor_options", "ratio_below_minimum"):
+            values[reason] = plain_server.counter(
+                "scissor_vllm:refused_requests_total", reason=reason
+            )
+        return values
+
+    before = counted()
+    plain_server.ask(clips["tall"], "x")
+    plain_server.ask(clips["tall"], "x", ratio=0.2)
+    with pytest.raises(openai.BadRequestError):
+        plain_server.ask(clips["long"], "x", ratio=0.5)
+    with pytest.raises(openai.BadRequestError):
+        plain_server.ask(clips["tall"], "x", ratio=MIN_RATIO / 2)
+    options = {"mm_processor_kwargs": {"min_retention_ratio": 0.01}}
+    with pytest.raises(openai.BadRequestError):
+        plain_server.ask(clips["one"], "x", extra_body=options)
+    after = counted()
+    num_tokens = NUM_FRAMES["tall"] * TOKENS_PER_FRAME
+    assert {name: round(after[name] - before[name], 6) for name in before} == {
+        "video_tokens_total": 2 * num_tokens,
+        "retained_video_tokens_total": num_retained_tokens(num_tokens, DEFAULT_RATIO)
+        + num_retained_tokens(num_tokens, 0.2),
+        "retention_ratio_sum": DEFAULT_RATIO + 0.2,
+        "answered": 2,
+        "refused": 3,
+        "video_too_long": 1,
+        "processor_options": 1,
+        "ratio_below_minimum": 1,
+    }
+    assert "scissor_vllm:similarity_threshold" not in plain_server.get("/metrics")
+
+
+@pytest.mark.server
 def test_a_mismatch_of_tokens_fails_its_request_and_names_both_numbers(
     plain_server: Server, clips: dict[str, Path]
 ) -> None:
