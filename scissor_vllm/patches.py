@@ -27,9 +27,13 @@ _NUM_CHANNELS = 3
 
 
 @lru_cache(maxsize=16)
-def sending_frames(hf_processor: Any) -> Any:
+def sending_frames(hf_processor: Any, vllm_normalizes: bool = False) -> Any:
     """Return a Hugging Face processor like this one that leaves a video's frames in place of its
     patches, or this one itself if its video processor is not made of the steps that this needs.
+
+    Args:
+        hf_processor: as vLLM loads it.
+        vllm_normalizes: whether vLLM's class takes uint8 (``--mm-device-do-normalize``).
     """
     own = getattr(hf_processor, "video_processor", None)
     if own is None or not all(hasattr(own, step) for step in ("patchify", "rescale_and_normalize")):
@@ -37,7 +41,10 @@ def sending_frames(hf_processor: Any) -> Any:
     changed = copy.copy(hf_processor)
     changed.video_processor = copy.copy(own)
     changed.video_processor.__class__ = _of_frames(own.__class__)
-    changed.video_processor.pixel_normalization = get_normalization(own)
+    changed.video_processor.vllm_normalizes = vllm_normalizes
+    changed.video_processor.pixel_normalization = (
+        None if vllm_normalizes else get_normalization(own)
+    )
     return changed
 
 
@@ -49,8 +56,9 @@ def sends_frames(hf_processor: Any) -> bool:
 class _VideoFrames:
     """Mixin of a Hugging Face video processor, placed before it."""
 
+    vllm_normalizes: bool
     pixel_normalization: torch.Tensor | None
-    """What the model has to do to uint8 values, None if it cannot."""
+    """What our model has to do to uint8 values, None for nothing."""
 
     def rescale_and_normalize(
         self,
@@ -61,7 +69,7 @@ class _VideoFrames:
         image_mean: Any,
         image_std: Any,
     ) -> torch.Tensor:
-        """Return uint8 frames as they are, if the model will do just this to them."""
+        """Return uint8 frames as they are if the model will do just this to them, else float."""
         own: Any = self
         asked = (do_rescale, rescale_factor, do_normalize, tuple(image_mean), tuple(image_std))
         usual = (True, own.rescale_factor, True, tuple(own.image_mean), tuple(own.image_std))
@@ -71,7 +79,8 @@ class _VideoFrames:
         result: torch.Tensor = other.rescale_and_normalize(
             images, do_rescale, rescale_factor, do_normalize, image_mean, image_std
         )
-        return result
+        # Asked for as they are, where uint8 would be normalized later.
+        return result if self.vllm_normalizes or result.is_floating_point() else result.float()
 
     def patchify(
         self, videos: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int

@@ -215,25 +215,15 @@ def without_repeats(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (frames if all(is_new) else frames[first]), torch.cumsum(first, 0) - 1
 
 
-def identity_of(
-    frames: torch.Tensor,
-    normalization: torch.Tensor,
-    frame_of: torch.Tensor,
-    algorithm: MMHasherAlgorithm,
-) -> torch.Tensor:
-    """Return ``VIDEO_IDENTITY`` of the other three fields of a video.
+def identity_of(algorithm: MMHasherAlgorithm, **fields: torch.Tensor) -> torch.Tensor:
+    """Return ``VIDEO_IDENTITY`` of a video's other fields, in host memory, by name.
 
     Args:
-        frames: in host memory, as the next two.
-        normalization: of the same video.
-        frame_of: as well.
         algorithm: one of vLLM's (``--mm-hasher-algorithm``), of 32 bytes or more.
+        fields: all that the tower's output follows from.
     """
     digest = MultiModalHasher.hash_kwargs(
-        algorithm,
-        frames=frames.numpy(),
-        normalization=normalization.numpy(),
-        frame_of=frame_of.numpy(),
+        algorithm, **{name: field.numpy() for name, field in fields.items()}
     )
     return torch.frombuffer(bytearray.fromhex(digest)[:_IDENTITY_BYTES], dtype=torch.int64)
 

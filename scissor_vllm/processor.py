@@ -280,8 +280,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if self.info.cache_sizes.features > 0:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             processed[VIDEO_IDENTITY] = [
-                identity_of(*fields, algorithm)
-                for fields in zip(frames, normalizations, frame_of, strict=True)
+                identity_of(algorithm, frames=pixels, normalization=scale, frame_of=index)
+                for pixels, scale, index in zip(frames, normalizations, frame_of, strict=True)
             ]
 
     def _resized_videos(

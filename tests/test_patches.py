@@ -76,6 +76,7 @@ def test_the_tower_gets_the_same_patches_to_the_bit(
         {"image_mean": [0.1, 0.2, 0.3]},
         {"image_std": [0.4] * 3},
         {"do_normalize": False},
+        {"do_normalize": False, "do_rescale": False},
         {"rescale_factor": 1 / 128},
     ],
 )
@@ -86,8 +87,18 @@ def test_what_a_request_asks_of_the_processor_is_done_there(
     changed = sending_frames(processor)
     expected = processor.video_processor([video], **UNSAMPLED, **options)["pixel_values_videos"]
     output = changed.video_processor([video], **UNSAMPLED, **options)
-    assert output["pixel_values_videos"].dtype == expected.dtype == torch.float32
-    assert torch.equal(patches_in_the_model(changed, output, torch.float32), expected)
+    assert output["pixel_values_videos"].dtype == torch.float32
+    assert torch.equal(patches_in_the_model(changed, output, torch.float32), expected.float())
+
+
+def test_where_vllm_normalizes_frames_go_as_they_are(processor: Any) -> None:
+    video, raw = frames(4, 96, 128), {"do_normalize": False, "do_rescale": False}
+    changed = sending_frames(processor, vllm_normalizes=True)
+    expected = processor.video_processor([video], **UNSAMPLED, **raw)["pixel_values_videos"]
+    output = changed.video_processor([video], **UNSAMPLED, **raw)
+    patches = patches_in_the_model(changed, output, torch.float32)
+    assert patches.dtype == expected.dtype == torch.uint8
+    assert torch.equal(patches, expected)
 
 
 def test_a_part_of_a_video_makes_a_part_of_its_patches(processor: Any) -> None:

@@ -30,7 +30,7 @@ from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.patches import FRAME_SIZE, PatchShape, sending_frames, sends_frames
-from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_IDENTITY, VideoPixels
+from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_IDENTITY, VideoPixels, identity_of
 from scissor_vllm.positions import (
     VideoPlace,
     carried_positions,
@@ -59,7 +59,9 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         """Return vLLM's, which leaves a video's frames in place of its patches."""
-        return sending_frames(super().get_hf_processor(**kwargs))  # type: ignore[misc]
+        hf_processor = super().get_hf_processor(**kwargs)  # type: ignore[misc]
+        mm_config = self.ctx.get_mm_config()  # type: ignore[attr-defined]
+        return sending_frames(hf_processor, bool(mm_config.mm_device_do_normalize))
 
     def get_num_compressible_tokens(
         self,
@@ -107,10 +109,18 @@ class PatchGridProcessor(RetentionProcessor):
             return processed
         grids, pixels = processed[_GRID], processed[_PIXELS]
         processed[FRAME_SIZE] = grids[:, 1:] * self.info.get_hf_config().vision_config.patch_size
-        # vLLM's own models of some of these families do it by themselves.
-        if pixels.dtype == torch.uint8 and not self.info.ctx.get_mm_config().mm_device_do_normalize:
-            normalization = hf_processor.video_processor.pixel_normalization
+        if pixels.dtype != torch.uint8:
+            return processed
+        normalization = hf_processor.video_processor.pixel_normalization
+        own = {} if normalization is None else {"normalization": normalization}
+        if own:
             processed[PIXEL_NORMALIZATION] = normalization.repeat(len(grids), 1, 1)
+        if ratio != 1.0 and self.info.cache_sizes.features > 0:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            videos = zip(grids, pixels.split(grids.prod(1).tolist()), strict=True)
+            processed[VIDEO_IDENTITY] = [
+                identity_of(algorithm, grid=grid, frames=rows, **own) for grid, rows in videos
+            ]
         return processed
 
     def _count_tokens(

@@ -1,0 +1,77 @@
+"""Qwen-VL over HTTP: a clip is sampled as vLLM samples it, decoded once, and encoded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import qwen_shapes
+from scissor_vllm import num_retained_tokens
+from tests.clips import make_clip
+from tests.serving import SCISSOR, OneServer, Server
+
+TOKENS_PER_PATCH = {"qwen2.5-vl-tiny": 3 * 5, "qwen3-vl-tiny": 3 * 4}
+"""Of two frames of 128 x 96 pixels."""
+FPS, NUM_FRAMES = 12, 48
+
+
+@pytest.fixture(scope="module", params=TOKENS_PER_PATCH)
+def size(request: pytest.FixtureRequest) -> str:
+    """The shapes of a tiny model."""
+    return str(request.param)
+
+
+@pytest.fixture
+def qwen(size: str, servers: OneServer, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server of it, with random weights."""
+    folder = tmp_path_factory.getbasetemp() / size
+    if not folder.exists():
+        qwen_shapes.build(size, folder)
+    return servers.get(
+        *(*SCISSOR, str(folder), "--served-model-name=demo", "--load-format=dummy"),
+        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four seconds, of which two frames a second are sampled."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    return make_clip(path, width=128, height=96, num_frames=NUM_FRAMES, fps=FPS)
+
+
+def counts(server: Server) -> dict[str, float]:
+    """Return how often each stage ran, and what the caches found."""
+    stage, cache = "scissor_vllm:video_stage_seconds_count", "scissor_vllm:video_cache_hits_total"
+    return {
+        **{name: server.counter(stage, stage=name) for name in ("decode", "tower", "compress")},
+        **{name: server.counter(cache, cache=name) for name in ("frames", "features")},
+    }
+
+
+def test_a_clip_asked_about_at_three_ratios_is_decoded_and_encoded_once(
+    qwen: Server, size: str, clip: Path
+) -> None:
+    num_tokens = NUM_FRAMES // FPS * TOKENS_PER_PATCH[size]
+    qwen.ask(clip, "First.", ratio=0.9)
+    before = counts(qwen)
+    for ratio in (0.61, 0.33, 0.12):
+        answer = qwen.ask(clip, "Again?", ratio=ratio)
+        report = answer.video_compression
+        assert report["num_video_tokens"] == num_tokens
+        assert report["num_retained_video_tokens"] == num_retained_tokens(num_tokens, ratio)
+    after = counts(qwen)
+    assert {name: after[name] - before[name] for name in after} == {
+        **{"decode": 0, "tower": 0, "compress": 3},
+        **{"frames": 3, "features": 3},
+    }
+
+
+def test_what_a_prompt_counts_follows_from_the_ratio(qwen: Server, size: str, clip: Path) -> None:
+    whole = qwen.ask(clip, "How many?").usage.prompt_tokens
+    num_tokens = NUM_FRAMES // FPS * TOKENS_PER_PATCH[size]
+    for ratio in (0.5, 0.01):
+        fewer = whole - num_tokens + num_retained_tokens(num_tokens, ratio)
+        assert qwen.ask(clip, "How many?", ratio=ratio).usage.prompt_tokens == fewer
