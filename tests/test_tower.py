@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
+from scissor_vllm import tower
 from scissor_vllm.pixels import VideoPixels
 from scissor_vllm.tower import VideoCompression
 
@@ -156,3 +158,36 @@ def test_with_an_adapter_in_the_tower_nothing_is_kept() -> None:
 def test_an_unknown_method_ends_the_start() -> None:
     with pytest.raises(ValueError, match=r"unknown video compression method.*scc.*uniform"):
         make_compression("sccc")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_workers_that_share_a_model_the_first_alone_counts(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tower, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(tower, "get_tensor_model_parallel_rank", lambda: rank)
+    VideoCompression._is_recording.cache_clear()
+    try:
+        compression = make_compression(cache_gb=0.01)
+        before = counted()
+        for num_retained in (5, 5, 3):
+            list(compression(make_videos(9), [num_retained], RecordingTower()))
+        added = {name: value - before[name] for name, value in counted().items()}
+    finally:
+        VideoCompression._is_recording.cache_clear()
+    by_one = {"tower": 1, "compress": 3, "queries": 3, "hits": 2, "other ratios": 1, "found": 3}
+    assert added == by_one if rank == 0 else not any(added.values())
+
+
+def counted() -> dict[str, float]:
+    def value(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"scissor_vllm:{name}", labels) or 0.0
+
+    return {
+        "tower": value("video_stage_seconds_count", stage="tower"),
+        "compress": value("video_stage_seconds_count", stage="compress"),
+        "queries": value("video_cache_queries_total", cache="features"),
+        "hits": value("video_cache_hits_total", cache="features"),
+        "other ratios": value("video_cache_cross_ratio_hits_total"),
+        "found": value("similarity_threshold_count"),
+    }
