@@ -200,6 +200,7 @@ def test_a_frame_keeps_its_shape_and_is_no_larger_than_a_page_needs() -> None:
     frames = np.zeros((5, 360, 640, 3), np.uint8)
     assert drawn_frames(frames, 5).shape == (5, 144, 256, 3)
     frames[2] = 200
+    assert (drawn_frames(torch.from_numpy(frames), 5) == drawn_frames(frames, 5)).all()
     assert drawn_frames(frames, 3)[1].mean() == 200  # Of a temporal patch the first is shown.
 
 

@@ -148,12 +148,14 @@ def drawn_frames(frames: Any, num_positions: int) -> npt.NDArray[np.uint8]:
     """Return the frame that each position shows, (T, h, w, 3), no side above ``FRAME_SIDE``.
 
     Args:
-        frames: uint8 RGB (num_sampled, H, W, 3), an array or a sequence.
+        frames: uint8 RGB (num_sampled, H, W, 3), an array, a tensor or a sequence.
         num_positions: T; of several frames at one position (a temporal patch) the first is shown.
     """
     per_position = -(-len(frames) // num_positions)
     shown = [frames[min(i * per_position, len(frames) - 1)] for i in range(num_positions)]
-    pictures = [Image.fromarray(np.asarray(frame)) for frame in shown]
+    # Some decoders leave frames on their device.
+    arrays = [np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame) for frame in shown]
+    pictures = [Image.fromarray(array) for array in arrays]
     for picture in pictures:
         picture.thumbnail((FRAME_SIDE, FRAME_SIDE))
     return np.stack([np.asarray(picture) for picture in pictures])
