@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scissor_vllm.bench.process import running_server
+from scissor_vllm.bench.process import end_on_sigterm, running_server
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
@@ -173,4 +173,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

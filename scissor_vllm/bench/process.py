@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -41,8 +42,14 @@ def running_server(
         on_wait: called twice a second until it answers.
 
     Raises:
-        RuntimeError: it ended, or did not answer in time; the message ends with its log.
+        RuntimeError: the port is taken, it ended, or did not answer in time; the message of the
+            latter two ends with its log.
     """
+    if is_taken(port):
+        raise RuntimeError(
+            f"{name} cannot listen on port {port} of 127.0.0.1: another server answers there, and "
+            "would be measured in its place; stop it or choose another port"
+        )
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -65,6 +72,18 @@ def running_server(
             yield base_url
         finally:
             _stop(process)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does, so that its servers are stopped first."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def is_taken(port: int) -> bool:
+    """Return whether something accepts connections on a port of 127.0.0.1."""
+    with socket.socket() as client:
+        client.settimeout(5)
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
