@@ -261,6 +261,8 @@ class Run:
         count = args.validation_clips * len(SKILLS)
         self.batches = self._validation(range(VALIDATION_SEED, VALIDATION_SEED + count))
         self.final: dict[str, Any] = {}
+        begun = args.checkpoint and args.checkpoint / RECORD
+        self._before = json.loads(begun.read_text()) if begun and begun.exists() else None
         self._last_save = self._last_print = time.monotonic()
         self._printed_clips = 0
 
@@ -368,6 +370,7 @@ class Run:
             "training_seconds": progress.training_seconds,
             "environment": environment(),
             "units": {"curve": "mean cross entropy in nats a token", "seconds": "wall clock"},
+            "before": self._before,
             "curve": progress.curve,
             "validations": progress.validations,
             **self.final,

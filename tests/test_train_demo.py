@@ -31,6 +31,12 @@ from bench.demo_training.packing import (
     question_mask,
 )
 from bench.demo_training.pixels import as_values, filmed, normalised
+from bench.demo_training.places import (
+    SMALLEST_STEP,
+    USUAL_SHARE,
+    drawn_places,
+    usual_places,
+)
 from bench.world.questions import SKILLS, VOCABULARY, Question, ask
 from bench.world.render import NUM_CLASSES, render
 from bench.world.render import pack as pack_scenes
@@ -185,6 +191,39 @@ def test_packed_logits_are_those_of_each_question_asked_alone(
             num_answer = answer["input_ids"].shape[1]
             assert to_predict[-num_answer:].tolist() == answer["input_ids"][0].tolist()
             assert (to_predict[:-num_answer] == IGNORED).all()
+
+
+def test_drawn_places_begin_at_nothing_grow_and_keep_the_usual_ones_among_them() -> None:
+    shape = torch.Size((400, 4, 30))
+    places = drawn_places(shape, torch.Generator().manual_seed(0))
+    assert places.shape == (400, 120)
+    assert (places[:, 0] == 0).all()
+    assert (places.diff(dim=1) >= 0).all()
+    is_usual = (places == usual_places(120, CPU)).all(1)
+    assert is_usual.float().mean() == pytest.approx(USUAL_SHARE, abs=0.07)
+    steps = places[~is_usual, -1] / 119
+    assert steps.min() < 2 * SMALLEST_STEP
+    assert steps.max() > 0.5
+    # Frames of a clip are of unlike length, as compression leaves them.
+    frames = places[~is_usual].unflatten(1, (4, 30))
+    lengths = frames[..., -1] - frames[..., 0]
+    assert (lengths.amax(1) > 1.5 * lengths.amin(1)).float().mean() > 0.7
+
+
+def test_places_tell_what_comes_before_and_the_question_follows_the_last(
+    model: Any, encoder: Encoder
+) -> None:
+    packed = PackedModel(model, encoder.prefix).eval()
+    questions, _ = pack([[encoder("read the sign .", "a", 0)]], 20, encoder.padding)
+    video = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    video = video.repeat(1, 1, model.config.text_config.hidden_size // 32)
+    usual = usual_places(6, CPU)[None]
+    with torch.no_grad():
+        default, same, other = (
+            packed(video, questions, places) for places in (None, usual, usual / 2)
+        )
+    torch.testing.assert_close(default, same)
+    assert not torch.allclose(default, other, atol=1e-4)
 
 
 def test_the_clip_stands_before_the_question_as_the_processor_puts_it(
@@ -486,6 +525,25 @@ def test_the_card_says_what_the_record_says(tmp_path: Path) -> None:
     assert "| count | 87.5 % |" in text
     assert "4 steps of 2 clips or more, 10 clips in all; seed 0" in text
     assert "apache-2.0" in text
+
+
+def test_a_run_goes_on_from_a_checkpoint_on_whole_clips_and_keeps_its_record(
+    tmp_path: Path,
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_demo.main(["--output", str(first), "--seed=5", *COMMAND])
+    continued = ("--checkpoint", str(first), "--minutes-limit=0.01")
+    train_demo.main(["--output", str(second), "--seed=6", *COMMAND, *continued])
+    record = json.loads((second / "training.json").read_text())
+    assert record["before"] == json.loads((first / "training.json").read_text())
+    assert record["num_clips"] == 2
+    text = (second / "README.md").read_text()
+    assert text.index("seed 5") < text.index("Gone on from there") < text.index("seed 6")
+    begun, weights = load(first).state_dict(), load(second).state_dict()
+    change = max((weights[name] - weight).abs().max() for name, weight in begun.items())
+    assert 0 < change < 0.01
+    config = json.loads((second / "config.json").read_text())
+    assert "dtype" not in config["text_config"]
 
 
 def test_a_time_limit_ends_a_run_early(tmp_path: Path) -> None:

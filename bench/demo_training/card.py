@@ -19,8 +19,7 @@ CARD = "README.md"
 
 def card(record: Mapping[str, Any]) -> str:
     """Return the card's text, Markdown, from what ``training.json`` holds."""
-    model, environment = record["model"], record["environment"]
-    versions = environment["versions"]
+    model = record["model"]
     lines = [
         "---",
         "license: apache-2.0",
@@ -45,7 +44,8 @@ def card(record: Mapping[str, Any]) -> str:
         "- Trained from random weights on made-up clips (`bench/world`), on nothing else: shapes, "
         "signs and places, and short questions about them, free or with choices A to D.",
         "- Trained without compression. What it answers when its video is compressed shows what "
-        "the compression keeps.",
+        "the compression keeps. The positions of a video's tokens were drawn at random, as models "
+        "meet them that learn from pictures of many sizes (`bench/demo_training/places.py`).",
         "",
         "## What it is not",
         "",
@@ -69,15 +69,8 @@ def card(record: Mapping[str, Any]) -> str:
         "",
         "## Training",
         "",
-        f"`{record['command']}`",
-        "",
-        f"- {record['num_steps']} steps of {record['batch_size']} clips or more, "
-        f"{record['num_clips']} clips in all; seed {record['seed']}",
-        f"- {record['seconds']:.0f} seconds in all, {record['training_seconds']:.0f} of them "
-        f"training, on {environment['gpu'] or environment['cpu']}",
-        f"- torch {versions.get('torch')}, transformers {versions.get('transformers')}; "
-        f"commit {environment['commit']}",
-        "- loss curve, configuration and environment: `training.json`",
+        *_training(record),
+        "Loss curve, configuration and environment: `training.json`.",
         "",
         "## Licence",
         "",
@@ -86,6 +79,31 @@ def card(record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _training(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was run, the training that this one went on from first."""
+    if record.get("before"):
+        yield from _training(record["before"])
+        yield "Gone on from there:"
+        yield ""
+    environment = record["environment"]
+    versions = environment["versions"]
+    yield f"`{record['command']}`"
+    yield ""
+    yield (
+        f"- {record['num_steps']} steps of {record['batch_size']} clips or more, "
+        f"{record['num_clips']} clips in all; seed {record['seed']}"
+    )
+    yield (
+        f"- {record['seconds']:.0f} seconds in all, {record['training_seconds']:.0f} of them "
+        f"training, on {environment['gpu'] or environment['cpu']}"
+    )
+    yield (
+        f"- torch {versions.get('torch')}, transformers {versions.get('transformers')}; "
+        f"commit {environment['commit']}"
+    )
+    yield ""
 
 
 def _accuracy_table(scores: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:

@@ -236,6 +236,8 @@ def save(model: Any, tokenizer: Any, folder: Path, texts: Mapping[str, str]) -> 
     save_processor(tokenizer, model.config, temporary)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = "bfloat16"
+    # A loaded model's parts say what they were loaded as.
+    model.config.text_config.dtype = model.config.vision_config.dtype = None
     model.config.save_pretrained(temporary)
     model.generation_config.save_pretrained(temporary)
     weights = temporary / "model.safetensors"
