@@ -115,18 +115,41 @@ def largest_difference(left: Answer, right: Answer) -> float:
     return max(abs(one - other) for one, other in pairs)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What an engine answered, and how."""
+
+    answers: list[list[Answer]]
+    counters: dict[str, float]
+    """vLLM's own at the end, without their prefix; none if ``disable_log_stats``."""
+
+
 def ask(
     model: Path, rounds: Sequence[Sequence[Question]], *, plugins: str, **options: Any
 ) -> list[list[Answer]]:
-    """Return the answers of an engine of its own; a round's questions are asked together.
+    """Return the answers of an engine of its own, see :func:`observe`."""
+    return observe(model, rounds, plugins=plugins, **options).answers
+
+
+def observe(
+    model: Path,
+    rounds: Sequence[Sequence[Question]],
+    *,
+    plugins: str,
+    num_tokens: int = 6,
+    **options: Any,
+) -> Observed:
+    """Return what an engine of its own answers; a round's questions are asked together.
 
     Args:
         model: folder of a checkpoint.
         rounds: one after the other.
         plugins: ``VLLM_PLUGINS``, empty for stock vLLM.
+        num_tokens: of each answer.
         options: of vLLM's ``LLM``.
     """
     plan = {
+        "num_tokens": num_tokens,
         "model": str(model),
         "options": options,
         "rounds": [[asdict(question) for question in questions] for questions in rounds],
@@ -142,21 +165,24 @@ def ask(
     )
     assert run.returncode == 0, run.stdout[-12000:] + run.stderr[-3000:]
     result = json.loads(run.stdout.split("RESULT")[1].splitlines()[0])
-    return [
+    answers = [
         [
             Answer(**{**answer, "first": {int(k): v for k, v in answer["first"].items()}})
             for answer in answers
         ]
-        for answers in result
+        for answers in result["answers"]
     ]
+    return Observed(answers, result["counters"])
 
 
-def answer_plan(plan: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Answer what :func:`ask` sends, in its process."""
+def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
+    """Answer what :func:`observe` sends, in its process."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(plan["model"], enforce_eager=True, dtype="float32", **plan["options"])
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=8)
+    params = SamplingParams(
+        temperature=0, max_tokens=plan["num_tokens"], ignore_eos=True, logprobs=8
+    )
     results = []
     for questions in plan["rounds"]:
         prompts = []
@@ -189,7 +215,14 @@ def answer_plan(plan: dict[str, Any]) -> list[list[dict[str, Any]]]:
                 for out in llm.generate(prompts, params, use_tqdm=False)
             ]
         )
-    return results
+    counters: dict[str, float] = {}
+    if not plan["options"].get("disable_log_stats", True):
+        counters = {
+            each.name.removeprefix("vllm:"): each.value
+            for each in llm.get_metrics()
+            if hasattr(each, "value")
+        }
+    return {"answers": results, "counters": counters}
 
 
 def build_tokenizer() -> Any:
