@@ -5,8 +5,8 @@
 Made-up clips and questions go through Qwen2.5-VL's architecture, small and with random weights:
 with all tokens of the video, and with merged ones at the places that a rule says. The distance is
 that of the last layer's states of the question, relative to their norm. The merged tokens are the
-same by every rule, in the order of their places: what differs between two rules is the doing of
-place and order alone, and the last one tells them apart. Means over clips and models, with intervals
+same by every rule and in the order of their places: what differs between two rules is the doing of
+place and order alone, and the last rule tells these apart. Means over clips and models, intervals
 of 95 % (bootstrap over clips, paired).
 """
 
@@ -187,7 +187,7 @@ def hidden_states(
 
 
 def distances(model: Any, video: Video, question: list[int], ratio: float) -> Iterator[float]:
-    """Yield for each arrangement how far the question's states are from those with the whole video."""
+    """Yield for each arrangement how far the question's states are from the whole video's."""
     end = int(video.places.max()) + 1
     flat = video.tokens.flatten(0, 1)
     whole = hidden_states(model, flat, video.places, end, question)
