@@ -625,6 +625,28 @@ def test_no_tensor_is_larger_than_a_block(
     assert largest.num_elements <= 10_000
 
 
+class NumOperations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_alike_tokens_are_not_searched_weight_by_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, 1, 32, generator=generator)
+    tokens = one + 0.01 * torch.randn(8, 49, 32, generator=generator)
+    # A look at one interval of thresholds takes about 400 operations; there are hundreds.
+    with NumOperations() as operations:
+        compress(tokens, retention_ratio=0.25)
+    assert operations.count < 5000
+
+
 def test_a_real_grid_is_the_oracles() -> None:
     tokens = clustered(8, 196, 64, num_clusters=24, seed=0)
     clip = tokens.numpy()

@@ -400,13 +400,16 @@ class _Search:
 
     def _within(self, interval: int, num_retained: int, products: Products | None) -> _Found | None:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
+        interval_end = self._end(interval)
+        # Alike tokens have many weights side by side: what is too narrow is not looked into.
+        if interval_end - self._starts[interval] <= RESOLUTION:
+            return None
         spatial = self._spatial(interval)
         representatives = self._video.means(spatial)
         temporal = products.similarity() if products else Similarity(representatives[None])
         trees = maximum_spanning_trees(temporal)
         weights: list[float] = trees.weight.tolist()
         num_merges = len(representatives) - num_retained
-        interval_end = self._end(interval)
         # What is above the threshold is merged: at most the num_merges strongest may be.
         start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
         if interval_end - start <= RESOLUTION:
