@@ -41,7 +41,7 @@ from bench.demo_training.batches import (  # noqa: E402
 )
 from bench.demo_training.card import CARD, RECORD, card  # noqa: E402
 from bench.demo_training.forward import PackedModel  # noqa: E402
-from bench.demo_training.lessons import WordReader, length_penalty  # noqa: E402
+from bench.demo_training.lessons import PlaceReader, WordReader, length_penalty  # noqa: E402
 from bench.demo_training.model import (  # noqa: E402
     ModelSize,
     build_model,
@@ -69,9 +69,9 @@ class Recipe:
     """How it is trained."""
 
     seed: int = 0
-    steps: int = 5000
+    steps: int = 8800
     batch_size: int = 32
-    minutes_limit: float = 9.5
+    minutes_limit: float = 19.5
     learning_rate: float = 1e-3
     final_learning_rate: float = 2e-5
     num_warmup_steps: int = 150
@@ -83,6 +83,8 @@ class Recipe:
     make one: masked attention reads no other length as it lies."""
     reading_weight: float = 1.0
     """Of the loss of naming what each token shows; it shrinks to nothing."""
+    where_weight: float = 0.3
+    """Of the loss of saying where each token lies; likewise."""
     length_weight: float = 0.1
     """Of the loss that keeps a video's tokens as long as words."""
     place_weight: float = 0.1
@@ -137,12 +139,15 @@ class Trainer:
         self.model = PackedModel(hf_model, self.encoder.prefix, compiled_num_frames)
         self.model.to(device)
         self.reader = WordReader(self.encoder).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.place_reader = PlaceReader(size.text_width, size.grid).to(device)
         self.optimizer = torch.optim.AdamW(
             self._groups(), lr=0.0, betas=recipe.betas, fused=device.type == "cuda"
         )
         self.generator = torch.Generator(device).manual_seed(recipe.seed)
         self.progress = Progress()
-        self._loss_sums = torch.zeros(2, len(SKILLS) + 2, device=device)
+        self._loss_sums = torch.zeros(2, len(SKILLS) + 3, device=device)
 
     @property
     def hf_model(self) -> Any:
@@ -152,7 +157,8 @@ class Trainer:
     def _groups(self) -> list[dict[str, Any]]:
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for name, weight in (*self.model.named_parameters(), *self.reader.named_parameters()):
+        parts = (self.model, self.reader, self.place_reader)
+        for name, weight in (pair for part in parts for pair in part.named_parameters()):
             is_matrix = weight.ndim > 1 and "embed" not in name
             (decayed if is_matrix else others).append(weight)
         decay = self.recipe.weight_decay
@@ -202,6 +208,7 @@ class Trainer:
         words = self.hf_model.get_input_embeddings().weight
         flat = tokens.flatten(0, 2)
         reading_loss = self.reader(flat, classes.flatten(), words, self.recipe.place_weight)
+        where_loss = self.place_reader(tokens)
         each = F.cross_entropy(
             logits.flatten(0, 1),
             questions.labels.flatten(),
@@ -209,15 +216,17 @@ class Trainer:
             reduction="none",
         )
         losses = self._losses_of_skills(each, questions)
-        self._loss_sums[:, :-1] += losses.detach()
+        self._loss_sums[:, :-2] += losses.detach()
         reading = reading_loss.detach()
-        self._loss_sums[:, -1] += torch.stack([reading, torch.ones_like(reading)])
+        self._loss_sums[0, -2:] += torch.stack([reading, where_loss.detach()])
+        self._loss_sums[1, -2:] += 1
         # Some skills are asked about ten times as often as others: the root evens that out a bit.
         shares = losses[1].sqrt()
         answer_loss = (losses[0] / losses[1].clamp(min=1) * shares).sum() / shares.sum()
         return (
             answer_loss
             + self.recipe.reading_weight * (1 - done) * reading_loss
+            + self.recipe.where_weight * (1 - done) * where_loss
             + self.recipe.length_weight * length_penalty(flat, words)
         )
 
@@ -230,7 +239,7 @@ class Trainer:
         return sums.index_add(1, skills, torch.stack([each, is_answer]))
 
     def take_losses(self) -> dict[str, float]:
-        """Return the mean losses since the last call: of skills, exercises, reading, all answers.
+        """Return the mean losses since the last call: of skills, lessons and all answers.
 
         Read together and seldom: the device would have to be waited for at each step.
         """
@@ -242,7 +251,7 @@ class Trainer:
             for new, old in zip(means, self.progress.skill_losses, strict=False)
         ]
         answer = sum(sums[: len(SKILLS)]) / max(sum(counts[: len(SKILLS)]), 1)
-        names = (*SKILLS, "exercise", "reading")
+        names = (*SKILLS, "exercise", "reading", "where")
         return {**dict(zip(names, means, strict=True)), "answer": answer}
 
 
@@ -330,7 +339,8 @@ class Run:
         skills = " ".join(f"{skill} {losses[skill]:.2f}" for skill in SKILLS)
         print(
             f"{now - trainer.start:6.0f} s  step {trainer.progress.step:5}  {rate:6.1f} clips/s  "
-            f"lr {lr:.1e}  reading {losses['reading']:.3f}  exercise {losses['exercise']:.3f}  "
+            f"lr {lr:.1e}  reading {losses['reading']:.3f}  where {losses['where']:.3f}  "
+            f"exercise {losses['exercise']:.3f}  "
             f"answer {losses['answer']:.4f}  ({skills})",
             flush=True,
         )

@@ -20,7 +20,7 @@ from bench.demo_training import validation
 from bench.demo_training.batches import EXERCISE, BatchMaker, BatchPlan, Curriculum, casual
 from bench.demo_training.card import card
 from bench.demo_training.forward import PackedModel
-from bench.demo_training.lessons import WordReader, length_penalty, note
+from bench.demo_training.lessons import PlaceReader, WordReader, length_penalty, note
 from bench.demo_training.model import ModelSize, build_model, build_tokenizer, load, save
 from bench.demo_training.packing import (
     IGNORED,
@@ -369,6 +369,23 @@ def test_tokens_that_lie_near_their_words_are_read_rightly(encoder: Encoder) -> 
     wrong = reader(near.roll(9, 0), classes, words, place_weight=1.0)
     assert right < 1.0
     assert wrong > 2.0
+
+
+def test_what_is_in_a_token_tells_where_it_lies_and_nothing_else_does() -> None:
+    torch.manual_seed(0)
+    reader = PlaceReader(8, 3)
+    token = torch.zeros(9, 8)
+    token[torch.arange(9), torch.arange(9) // 3] = 1.0
+    token[torch.arange(9), 3 + torch.arange(9) % 3] = 1.0
+    with torch.no_grad():
+        for linear, first in ((reader.row, 0), (reader.column, 3)):
+            linear.weight.zero_()
+            linear.weight[torch.arange(3), first + torch.arange(3)] = 20.0
+    told = token.expand(2, 4, 9, 8)
+    assert reader(told) < 1e-3
+    # Moved to other places, the same tokens tell wrong ones; alike, they tell nothing.
+    assert reader(told.roll(1, dims=2)) > 1
+    assert reader(torch.ones(2, 4, 9, 8)) >= math.log(3) - 1e-3
 
 
 def test_tokens_as_long_as_words_cost_nothing() -> None:

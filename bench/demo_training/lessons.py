@@ -85,6 +85,31 @@ class WordReader(nn.Module):
         return total / 4
 
 
+class PlaceReader(nn.Module):
+    """Says where in its frame each token of a video lies.
+
+    It is trained with the tower, as `WordReader` is, and thrown away: towers that were trained on
+    much more keep a token's place in the token, and only what is in the token outlives that tokens
+    are merged or left out.
+    """
+
+    def __init__(self, width: int, grid: int) -> None:
+        """Take D, the width of a token, and the tokens on one side of a frame."""
+        super().__init__()
+        self.grid = grid
+        self.row = nn.Linear(width, grid)
+        self.column = nn.Linear(width, grid)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of reading rows and columns off tokens (B, T, grid * grid, D)."""
+        unit = F.normalize(tokens.float(), dim=-1) * tokens.shape[-1] ** 0.5
+        number = torch.arange(self.grid * self.grid, device=tokens.device)
+        place = number.expand(tokens.shape[:3]).flatten()
+        flat = unit.flatten(0, 2)
+        row = F.cross_entropy(self.row(flat), place // self.grid)
+        return (row + F.cross_entropy(self.column(flat), place % self.grid)) / 2
+
+
 def length_penalty(tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Return how unlike in length a video's tokens (N, D) and words (V, D) are: 0 if alike.
 
