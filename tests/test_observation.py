@@ -6,6 +6,9 @@ One server for all: two API-server processes, a metrics directory that the opera
 from __future__ import annotations
 
 import math
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from bench.dashboard import (
+    DEPLOY,
     PrometheusError,
     Span,
     ask_target,
@@ -190,6 +194,27 @@ def test_every_panel_has_data_and_the_counters_are_the_requests_that_were_sent(
         assert picture.startswith(b"\x89PNG")
         draw(url, Span(start - 7200, start - 3600), tmp_path / "panels.png")
         assert len((tmp_path / "panels.png").read_bytes()) < len(picture), "data are drawn"
+
+
+@pytest.mark.server
+def test_the_documented_command_draws_a_servers_dashboard(
+    observed: Server, prometheus_program: Path, tmp_path: Path
+) -> None:
+    readme = (DEPLOY / "README.md").read_text()
+    (command,) = re.findall(r"^python (\S+dashboard.py .*)$", readme, re.M)
+    command = command.replace("localhost:8000", f"127.0.0.1:{observed.port}")
+    command = command.replace("--seconds 120", "--seconds 5")
+    command = command.replace("panels.png", str(tmp_path / "panels.png"))
+    run = subprocess.run(
+        [sys.executable, *command.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=DEPLOY,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "panels.png").read_bytes().startswith(b"\x89PNG")
 
 
 def counters(url: str, span: Span) -> dict[str, float]:
