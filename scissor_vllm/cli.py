@@ -251,13 +251,14 @@ def apply_page_options(args: argparse.Namespace) -> None:
     """
     if not args.web_page:
         return
-    extension = "scissor_vllm.show.worker.PictureWorker"
-    if args.worker_extension_cls not in ("", extension):
+    from scissor_vllm.show import WORKER_EXTENSION
+
+    if args.worker_extension_cls not in ("", WORKER_EXTENSION):
         raise SystemExit(
             "scissor-vllm serve: --web-page needs --worker-extension-cls for its own class, got "
             f"{args.worker_extension_cls}: leave one of the two out"
         )
-    args.worker_extension_cls = extension
+    args.worker_extension_cls = WORKER_EXTENSION
 
 
 def use_demo_model(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import base64
 import json
+import pkgutil
 import re
 import socket
 import time
@@ -22,16 +23,23 @@ from fastapi import HTTPException
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.cli import add_page_options, apply_page_options
 from scissor_vllm.demo.client import CLIP
+from scissor_vllm.show import WORKER_EXTENSION
 from scissor_vllm.show.command import look
 from scissor_vllm.show.picture import Picture
 from scissor_vllm.show.web import PICTURE_PATH, POLICY, read_body
-from scissor_vllm.show.worker import EXTENSION
+from scissor_vllm.show.worker import PictureWorker
 from tests.browser import Page, open_page
+from tests.qwen_vl import build_qwen3_vl
 from tests.serving import SCISSOR, OneServer, Server, message, same_answer
 
 KEY = "x"
 """What the tests' client sends."""
 SCREENSHOT = Path(__file__).parent.parent / "build" / "web-page.png"
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 PAGE_FILES = Path(__file__).parent.parent / "scissor_vllm" / "show" / "page"
 
 
@@ -131,12 +139,14 @@ def test_at_one_every_token_is_its_own(page_server: Server) -> None:
 
 
 @pytest.mark.server
-def test_a_picture_after_an_answer_encodes_nothing_and_changes_no_answer(
+def test_a_picture_after_an_answer_encodes_nothing_counts_as_no_request_and_changes_no_answer(
     page_server: Server, clips: dict[str, Path]
 ) -> None:
     before = page_server.ask(clips["long"], "What is this?", ratio=0.25)
     hits = page_server.counter("scissor_vllm:video_cache_hits_total", cache="features")
+    requests = page_server.counter("scissor_vllm:video_requests_total")
     assert post_picture(page_server, body_of(clips["long"], "?", ratio=0.25))[0] == 200
+    assert page_server.counter("scissor_vllm:video_requests_total") == requests
     assert page_server.counter("scissor_vllm:video_cache_hits_total", cache="features") == hits + 1
     after = page_server.ask(clips["long"], "What is this?", ratio=0.25)
     assert same_answer(before, after)
@@ -233,7 +243,8 @@ def test_the_workers_are_extended_for_the_page_alone() -> None:
     apply_page_options(without)
     apply_page_options(with_page)
     assert without.worker_extension_cls == ""
-    assert with_page.worker_extension_cls == EXTENSION
+    assert with_page.worker_extension_cls == WORKER_EXTENSION
+    assert pkgutil.resolve_name(WORKER_EXTENSION) is PictureWorker
 
 
 def test_an_operators_own_extension_and_the_page_exclude_each_other() -> None:
@@ -338,3 +349,28 @@ def test_in_a_browser_every_control_is_reached_by_the_tab_key(
         browser.press("Tab")
         reached.append(browser.evaluate("document.activeElement.id"))
     assert reached == ["question", "ratio", "most", "key", "ask"]
+
+
+@pytest.mark.server
+def test_a_picture_of_a_video_of_patches_is_what_show_draws(
+    servers: OneServer, tmp_path: Path
+) -> None:
+    model = tmp_path / "qwen3_vl"
+    model.mkdir()
+    build_qwen3_vl(model)
+    (tmp_path / "template.jinja").write_text(QWEN_TEMPLATE)
+    server = servers.get(
+        *(*SCISSOR, str(model), "--web-page", "--enforce-eager", "--dtype=float32"),
+        *("--max-model-len=4096", f"--chat-template={tmp_path / 'template.jinja'}"),
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    status, drawn = post_picture(server, body_of(CLIP, "?"))
+    assert status == 200
+    shown = json.loads(json.dumps(look(CLIP, str(model), [0.1], "scc", 32).as_json()))
+    (ours,), (theirs,) = drawn["groupings"], shown["groupings"]
+    for name in ("rows", "columns", "times", "width", "height"):
+        assert drawn[name] == shown[name]
+    assert len(drawn["frames"]) == len(shown["frames"])
+    assert ours["num_retained"] == theirs["num_retained"]
+    pairs = zip(rows_of(ours["assignment"]), rows_of(theirs["assignment"]), strict=True)
+    assert np.mean([left == right for left, right in pairs]) > 0.95

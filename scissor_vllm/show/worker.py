@@ -19,8 +19,6 @@ from scissor_vllm.compression.members import representative_members
 if TYPE_CHECKING:
     from scissor_vllm.compression import CompressedTokens
 
-EXTENSION = "scissor_vllm.show.worker.PictureWorker"
-"""For vLLM's ``--worker-extension-cls``."""
 METHOD = "scissor_groups"
 """For the engine's ``collective_rpc``."""
 
