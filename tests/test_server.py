@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,132 @@ def test_metrics_tell_the_time_of_each_stage_of_a_video(
     assert 0 < seconds < 60
 
 
+REASONS = ("invalid_ratio", "ratio_below_minimum", "unreadable_video", "prompt_too_long", "other")
+OUTCOMES = ("answered", "refused", "aborted", "failed")
+
+VALUES = (
+    "video_tokens_total",
+    "retained_video_tokens_total",
+    "similarity_threshold_count",
+    "requested_retention_ratio_count",
+    "requested_retention_ratio_sum",
+    "retention_ratio_count",
+    "retention_ratio_sum",
+)
+
+
+def chat_counts(server: Server) -> dict[str, float]:
+    """Return what is counted of chats and of the videos in them."""
+    name = "scissor_vllm:video_requests_total"
+    requests = {each: server.counter(name, outcome=each, method="scc") for each in OUTCOMES}
+    name = "scissor_vllm:refused_requests_total"
+    reasons = {each: server.counter(name, reason=each) for each in REASONS}
+    values = {each: server.counter(f"scissor_vllm:{each}") for each in VALUES}
+    return {**requests, **reasons, **values}
+
+
+def counted_since(server: Server, before: dict[str, float]) -> dict[str, float]:
+    """Return what was counted since, that is not 0."""
+    after = chat_counts(server)
+    added = {name: round(after[name] - before[name], 6) for name in before}
+    return {name: value for name, value in added.items() if value}
+
+
+def test_metrics_tell_ratios_tokens_and_thresholds_of_what_was_answered(
+    server: Server, new_clips: list[Path]
+) -> None:
+    before = chat_counts(server)
+    first, second, third = new_clips
+    server.ask(first, second, "x", ratio=0.4)
+    server.ask(third, "x")
+    list(server.ask(third, "x", ratio=0.1, stream=True, logprobs=None, top_logprobs=None))
+    server.ask("no video", ratio=0.4)
+    body = {"model": "demo", "messages": [message(first, "x")], "retention_ratio": 0.7}
+    assert server.post("/tokenize", json.dumps(body).encode())[0] == 200
+    num_tokens = 5 * TOKENS_PER_FRAME
+    few, fewer = num_retained_tokens(num_tokens, 0.4), num_retained_tokens(num_tokens, 0.1)
+    assert counted_since(server, before) == {
+        "answered": 3,
+        "video_tokens_total": 4 * num_tokens,
+        "retained_video_tokens_total": 2 * few + num_tokens + fewer,
+        "requested_retention_ratio_count": 2,
+        "requested_retention_ratio_sum": 0.5,
+        "retention_ratio_count": 3,
+        "retention_ratio_sum": 1.5,
+        "similarity_threshold_count": 3,
+    }
+
+
+def test_metrics_tell_why_requests_were_refused(
+    server: Server, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    before = chat_counts(server)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    for parts, options in (
+        ((clips["one"], "x"), {"ratio": 2}),
+        (("no video",), {"ratio": "half"}),
+        ((clips["one"], "x"), {"ratio": 0.001}),
+        (("no video",), {"ratio": 0.001}),
+        ((broken, "x"), {"ratio": 0.5}),
+        ((*[clips["long"]] * 6, "x"), {}),
+        ((*[clips["long"]] * 6, "x"), {"stream": True, "logprobs": None, "top_logprobs": None}),
+        ((clips["one"], "x"), {"model": "another"}),
+        ((clips["one"], "x"), {"max_tokens": "many"}),
+        (("no video",), {"max_tokens": "many"}),
+    ):
+        with pytest.raises(openai.APIStatusError):
+            server.ask(*parts, **options)  # type: ignore[arg-type]
+    assert counted_since(server, before) == {
+        "refused": 7,
+        "invalid_ratio": 2,
+        "ratio_below_minimum": 2,
+        "unreadable_video": 1,
+        "prompt_too_long": 2,
+        "other": 2,
+        "requested_retention_ratio_count": 2,
+        "requested_retention_ratio_sum": 0.501,
+    }
+
+
+@pytest.mark.parametrize("stream", [False])
+def test_metrics_tell_that_a_client_hung_up(
+    server: Server, clips: dict[str, Path], stream: bool
+) -> None:
+    server.ask(clips["one"], "x", ratio=0.5)
+    before = chat_counts(server)
+    patient = server.client.with_options(timeout=None if stream else 1.5)
+    # Long enough for any machine: one of 7000 tokens may take three seconds.
+    options: dict[str, Any] = {"stream": stream, "max_completion_tokens": 7000, "n": 8}
+    options |= {"logprobs": True, "top_logprobs": 10}
+    options["extra_body"] = {"ignore_eos": True, "retention_ratio": 0.5}
+    messages: Any = [message(clips["one"], "x")]
+
+    def hang_up() -> None:
+        answer = patient.chat.completions.create(model="demo", messages=messages, **options)
+        next(iter(answer))
+        answer.close()
+
+    if stream:
+        hang_up()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            hang_up()
+    deadline = time.monotonic() + 30
+    while not counted_since(server, before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    num_retained = num_retained_tokens(TOKENS_PER_FRAME, 0.5)
+    assert counted_since(server, before) == {
+        "aborted": 1,
+        "video_tokens_total": TOKENS_PER_FRAME,
+        "retained_video_tokens_total": num_retained,
+        "requested_retention_ratio_count": 1,
+        "requested_retention_ratio_sum": 0.5,
+        "retention_ratio_count": 1,
+        "retention_ratio_sum": 0.5,
+    }
+
+
 # Law 6: caches, and requests side by side.
 
 
@@ -236,7 +363,7 @@ def test_a_video_asked_about_at_three_ratios_is_decoded_and_encoded_once(
             f"{cache} {kind}": server.counter(f"scissor_vllm:video_cache_{kind}_total", cache=cache)
             for cache in caches
             for kind in kinds
-        }
+        } | {"other ratios": server.counter("scissor_vllm:video_cache_cross_ratio_hits_total")}
 
     clip, other, _ = new_clips
     server.ask(other, "x", ratio=0.5)
@@ -254,6 +381,7 @@ def test_a_video_asked_about_at_three_ratios_is_decoded_and_encoded_once(
         "frames hits": 2,
         "features queries": 3,
         "features hits": 2,
+        "other ratios": 2,
     }
     kept = [answer.video_compression["num_retained_video_tokens"] for answer in answers]
     assert kept == [num_retained_tokens(5 * TOKENS_PER_FRAME, r) for r in (0.61, 0.33, 0.12)]
