@@ -4,9 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+# Of `make accuracy`.
+ACCURACY := build/accuracy
+METHODS := scc uniform random l2norm evs vidcom2
+RATIOS := 1.0 0.25 0.1 0.05
+NUM_PER_SKILL := 10
 WANTED := pyproject.toml $(wildcard deploy/cpu/*.py deploy/cpu/*.txt)
 
-.PHONY: demo serve bench test lint clean
+.PHONY: demo serve bench accuracy test lint clean
 
 demo: $(INSTALLED)  ## serve the small model, send it a clip at four ratios, stop
 	@$(BIN)/scissor-vllm demo
@@ -16,8 +21,15 @@ serve: $(INSTALLED)  ## serve the small model until interrupted
 
 bench: $(INSTALLED_DEV)  ## load the small model's server at three ratios; table, CSV and plots
 	@$(BIN)/scissor-vllm bench --demo --retention-ratio 1.0 0.25 0.1 --max-concurrency 1 4 \
-	  --num-prompts 12 --num-warmups 4 --output-len 16 --output build/bench/result.json --overwrite
+	  --num-prompts 6 --num-warmups 2 --num-frames 16 --fps 8 --output-len 16 \
+	  --output build/bench/result.json --overwrite
 	@$(BIN)/scissor-vllm bench plot build/bench/result.json
+
+accuracy: $(INSTALLED_DEV)  ## ask the small model about held-out clips, compressed by six methods
+	@$(BIN)/python -m bench.world.heldout $(ACCURACY)/clips --num-per-skill $(NUM_PER_SKILL)
+	@$(BIN)/python -m bench.accuracy methods --methods $(METHODS) --retention-ratio $(RATIOS) \
+	  --questions $(ACCURACY)/clips --output $(ACCURACY)/result.json
+	@$(BIN)/python -m bench.accuracy plot $(ACCURACY)/result.json
 
 test: $(INSTALLED_DEV) lint  ## all tests, on a real engine and server
 	$(BIN)/python -m pytest

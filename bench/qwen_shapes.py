@@ -21,7 +21,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from scissor_vllm.demo.model import CHAT_TEMPLATE, build_tokenizer
+from bench.llava_onevision import CHAT_TEMPLATE, build_tokenizer
 
 NUM_FRAMES = 32
 """For which Qwen3-VL's limits are set: they are of a whole video."""

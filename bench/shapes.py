@@ -1,6 +1,6 @@
 """Makes a model folder of real shapes without weights: ``python bench/shapes.py 7b FOLDER``.
 
-Config, processor and the demo's tokenizer, for ``--load-format dummy``: random weights in the
+Config, processor and a tokenizer of bytes, for ``--load-format dummy``: random weights in the
 shapes of LLaVA-OneVision (SigLIP so400m and Qwen2) give honest speed where no checkpoint can be
 downloaded. Answers mean nothing. Sizes that begin with ``qwen`` are in ``bench/qwen_shapes.py``.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import qwen_shapes  # noqa: E402
-from scissor_vllm.demo.model import build_config, build_tokenizer, save_processor  # noqa: E402
+from bench.llava_onevision import build_config, build_tokenizer, save_processor  # noqa: E402
 
 SIDE, PATCH = 384, 14
 VOCABULARY = 152000

@@ -271,6 +271,8 @@ def use_demo_model(args: argparse.Namespace) -> None:
     args.enforce_eager = True
     args.dtype = "float32" if args.dtype == "auto" else args.dtype
     args.max_model_len = args.max_model_len or 8192
+    # An uncompressed video must fit into one step; vLLM's own choice on a CPU is 17 frames.
+    args.max_num_batched_tokens = args.max_num_batched_tokens or args.max_model_len
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 

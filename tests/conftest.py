@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ DEMO_FLAGS = (
     "--enforce-eager",
     "--dtype=float32",
     "--max-model-len=8192",
+    "--max-num-batched-tokens=8192",
 )
 
 
@@ -53,8 +56,17 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 NUM_FRAMES = {"long": 32, "short": 7, "tall": 20, "webm": 12, "twin": 7, "one": 1}
 """Frames that vLLM samples of each clip: 32 at most."""
-TOKENS_PER_FRAME = 49
+
+
+def _tokens_per_frame(config: Path) -> int:
+    vision = json.loads(config.read_text())["vision_config"]
+    return math.ceil(vision["image_size"] // vision["patch_size"] / 2) ** 2
+
+
+TOKENS_PER_FRAME = _tokens_per_frame(demo_model_path() / "config.json")
 """Of the demo model."""
+DEMO_CLIP_TOKENS = 16 * TOKENS_PER_FRAME
+"""Of the demo's clip: all its frames are sampled."""
 
 
 @pytest.fixture(scope="session")
@@ -72,32 +84,27 @@ def server(servers: OneServer) -> Server:
 
 
 @pytest.fixture(scope="session")
-def hub_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with its weights named as in the checkpoints of the hub.
+def resaved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with its weights named as transformers 5 saves a model that it made.
 
-    vLLM itself loads no others: transformers 5 saves the tower without its ``vision_model`` level.
+    Stock vLLM does not load it: its tower is without the ``vision_model`` level of the hub's.
     """
-    folder = tmp_path_factory.mktemp("hub") / "model"
+    folder = tmp_path_factory.mktemp("resaved") / "model"
     shutil.copytree(demo_model_path(), folder)
     weights = load_file(folder / "model.safetensors")
-    tower = "vision_tower."
-    renamed = {
-        f"{tower}vision_model.{name.removeprefix(tower)}"
-        if name.startswith(tower)
-        else name: weight
-        for name, weight in weights.items()
-    }
-    assert renamed.keys() != weights.keys()
+    hub = "vision_tower.vision_model."
+    assert any(name.startswith(hub) for name in weights)
+    renamed = {name.replace(hub, "vision_tower."): weight for name, weight in weights.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.fixture(scope="session")
-def stock_answers(servers: OneServer, clips: dict[str, Path], hub_model: Path) -> dict[str, Any]:
+def stock_answers(servers: OneServer, clips: dict[str, Path]) -> dict[str, Any]:
     """What vLLM without any plugin answers to each clip, a picture and plain text."""
     server = servers.get(
         *STOCK,
-        str(hub_model),
+        str(demo_model_path()),
         *DEMO_FLAGS,
         environment={
             "VLLM_PLUGINS": "",

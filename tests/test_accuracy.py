@@ -30,11 +30,9 @@ from bench.accuracy.summary import OVERALL, Summary
 from bench.accuracy.table import markdown
 from scissor_vllm.bench.plot import read_accuracy
 from tests.fake_vllm import FakeServer, fake_server
-from tests.serving import Server
 
 ROOT = Path(__file__).parent.parent
 CLIP = ROOT / "scissor_vllm" / "demo" / "clip.mp4"
-CHECKPOINT = ROOT / "scissor_vllm" / "demo" / "checkpoint" / "model.safetensors"
 SKILLS = ("count", "color")
 NUM_PER_SKILL = 6
 
@@ -843,35 +841,3 @@ def test_annotations_that_are_not_there_are_named_with_their_source(
     where = ["--annotations", str(tmp_path / "none"), "--videos", str(tmp_path)]
     assert main(["convert", benchmark, str(tmp_path / "converted"), *where]) == 1
     assert source in capsys.readouterr().err
-
-
-# The demo model
-
-QUICK_PER_SKILL = 6
-MIN_ACCURACY = {1.0: 0.80, 0.25: 0.75, 0.1: 0.70}
-"""Of the mean over skills, of clips that were never trained on; far enough below what was measured
-on the whole held-out set that so few clips do not fail by chance."""
-
-
-@pytest.mark.server
-@pytest.mark.skipif(
-    not CHECKPOINT.exists(), reason=f"the demo model has random weights: no {CHECKPOINT.name}"
-)
-def test_the_demo_model_answers_at_every_ratio(server: Server, tmp_path: Path) -> None:
-    clips, result = tmp_path / "clips", tmp_path / "result.json"
-    made = ["--split", "validation", "--num-per-skill", str(QUICK_PER_SKILL)]
-    subprocess.run(
-        [sys.executable, "-m", "bench.world.heldout", str(clips), *made],
-        check=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    where = ["--base-url", f"http://127.0.0.1:{server.port}", "--questions", str(clips)]
-    ratios = ["--retention-ratio", *map(str, MIN_ACCURACY)]
-    assert main(["run", *where, "--output", str(result), *ratios]) == 0
-    summary = Summary([read_results(result)])
-    for ratio, bound in MIN_ACCURACY.items():
-        cell = summary.cell("scc", ratio)
-        assert cell is not None
-        assert cell.num_failed == 0
-        assert cell.accuracy.value >= bound, f"ratio {ratio}: {cell.accuracy}"

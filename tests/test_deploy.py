@@ -33,6 +33,7 @@ import yaml  # type: ignore[import-untyped]
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
+from tests.conftest import DEMO_CLIP_TOKENS
 from tests.serving import OneServer, message, serving
 
 ROOT = Path(__file__).parent.parent
@@ -915,7 +916,7 @@ def test_the_cpu_images_steps_make_a_server_that_answers_through_the_proxy(
         for name, text in final:
             if name == "COPY" and "--from=build" in text:
                 assert (root / text.split()[1].strip("/")).is_dir(), text
-        for path in (root / "opt" / "models").rglob("*"):
+        for path in (site / "scissor_vllm" / "demo" / "checkpoint").iterdir():
             # The image's user does not own it.
             assert path.stat().st_mode & 0o444 == 0o444, path
         entrypoint = root / "opt" / "scissor" / "entrypoint.sh"
@@ -974,7 +975,7 @@ def check_served(server_port: int, proxy_port: int) -> None:
 
         clip = message(CLIP)["content"][0]
         told = chat(clip, {"type": "text", "text": "What happens?"}).video_compression
-        assert told["num_retained_video_tokens"] == num_retained_tokens(1568, 0.25)
+        assert told["num_retained_video_tokens"] == num_retained_tokens(DEMO_CLIP_TOKENS, 0.25)
         for url, refusal in (
             ("https://example.com/clip.mp4", "must be from one of the allowed domains"),
             ("file:///etc/passwd", "Cannot load local files"),

@@ -27,7 +27,9 @@ from scissor_vllm.bench.server import difference, kv_cache_bytes_per_token, pars
 from scissor_vllm.bench.summary import parse_goodput, summarize_all
 from scissor_vllm.bench.table import csv_table, markdown_table, text_table
 from scissor_vllm.bench.workload import Cell, build_requests, cells, draw_ratios, parse_ratios
+from scissor_vllm.demo.model import demo_model_path
 from tests.clips import decode_all
+from tests.conftest import TOKENS_PER_FRAME
 from tests.fake_vllm import METRICS, NUM_VIDEO_TOKENS, STAGES, fake_server
 from tests.serving import Server
 
@@ -797,7 +799,7 @@ def test_a_real_server_is_measured(server: Server, videos: Path, tmp_path: Path)
     assert "100%" in run.stderr  # The progress bar.
     content = json.loads(output.read_text())
     before, quarter, mixed = rows_of(content)
-    tokens = SMALL.num_frames * 49
+    tokens = SMALL.num_frames * TOKENS_PER_FRAME
     assert [row["completed"] for row in (before, quarter, mixed)] == [4, 4, 4]
     assert before["retained_video_tokens"] == tokens
     assert quarter["retained_video_tokens"] == num_retained_tokens(tokens, 0.25)
@@ -815,7 +817,11 @@ def test_a_real_server_is_measured(server: Server, videos: Path, tmp_path: Path)
         assert row["stage_decode_seconds"] > 0
         # The server's time to the first token lies within the client's.
         assert row["stage_queue_seconds"] + row["stage_prefill_seconds"] < row["e2e_p99_seconds"]
-    config = 2 * 2 * 2 * 32 * 4  # Keys and values, 2 layers, 2 heads, 32 wide, float32.
-    assert content["runs"][0]["server"]["kv_cache_bytes_per_token"] == config
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    text = config["text_config"]
+    heads, width = text["num_key_value_heads"], text["hidden_size"] // text["num_attention_heads"]
+    num_values = 2 * text["num_hidden_layers"] * heads * width  # Keys and values.
+    assert content["runs"][0]["server"]["kv_cache_bytes_per_token"] == 2 * num_values
     assert content["runs"][0]["server"]["model"] == "demo"
     assert content["runs"][0]["cells"][0]["kv_cache"]["num_tokens"] > 0

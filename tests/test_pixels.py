@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import llava_onevision as stock
@@ -39,8 +40,9 @@ from scissor_vllm.pixels import (
 from scissor_vllm.plugin import register
 from scissor_vllm.processor import NUM_RETAINED, NUM_VIDEO_TOKENS
 from scissor_vllm.reuse import FRAMES
+from tests.conftest import TOKENS_PER_FRAME
 
-SIDE = 98
+SIDE: int = AutoConfig.from_pretrained(demo_model_path()).vision_config.image_size
 STOCK_FIELD = "pixel_values_videos"
 
 CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
@@ -116,8 +118,8 @@ def assert_same(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 # The same to the bit.
 
-SIZES = [(360, 640), (240, 320), (97, 99), (98, 98), (98, 300), (41, 55), (5, 7), (2, 2), (2, 900),
-         (1080, 1920), (331, 98), (720, 4)]  # fmt: skip
+SIZES = [(360, 640), (240, 320), (SIDE - 1, SIDE + 1), (SIDE, SIDE), (SIDE, 300), (41, 55), (5, 7),
+         (2, 2), (2, 900), (1080, 1920), (331, SIDE), (720, 4)]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -314,7 +316,7 @@ def test_frames_that_repeat_travel_once_where_the_video_is_compressed(demo: Proc
     (item,) = demo.run(demo.ours, {"video": [video]}, retention_ratio=0.5)["video"]
     assert item[FRAME_OF].data.tolist() == [0, 0, 0, 1, 2, 2, 3]
     assert len(item[VIDEO_FRAMES].data) == 4
-    assert int(item[NUM_RETAINED].data) == num_retained_tokens(7 * 49, 0.5)
+    assert int(item[NUM_RETAINED].data) == num_retained_tokens(7 * TOKENS_PER_FRAME, 0.5)
     fields = {name: elem.data[None] for name, elem in item.items()}
     (pixels,) = take_video_pixels(fields, demo.dtype)
     (expected,) = demo.run(demo.stock, {"video": [video]})["video"]
@@ -440,7 +442,9 @@ def test_a_processor_of_other_arithmetic_goes_stocks_way(demo: Processors) -> No
 
 def test_a_size_that_the_tower_cannot_take_is_refused(demo: Processors) -> None:
     for video in (frames(2, 50, 60), frames(2, 50, 60).astype(np.float32)):
-        with pytest.raises(VLLMValidationError, match=r"frames of 98x98, but video 0.*40x30"):
+        with pytest.raises(
+            VLLMValidationError, match=rf"frames of {SIDE}x{SIDE}, but video 0.*40x30"
+        ):
             demo.run(demo.ours, {"video": [video]}, size={"height": 30, "width": 40})
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.world.questions import SKILLS
 from scissor_vllm import num_retained_tokens
+from scissor_vllm.demo.client import ANSWER, QUESTION
+from tests.conftest import DEMO_CLIP_TOKENS
 from tests.serving import OneServer, Server
 
 ROOT = Path(__file__).parent.parent
@@ -32,11 +35,13 @@ def test_shell_blocks_are_those_that_are_run_here() -> None:
         ".venv/bin/scissor-vllm show scissor_vllm/demo/clip.mp4 --retention-ratio 0.5 0.25 0.1 "
         "--output build/show",
         "make bench",
+        "make accuracy",
     ]
     assert len(blocks("python")) == 2
     assert len(blocks("json")) == 1
     # Of the make targets in the text, `make test` runs this and `make serve` is `server`'s command.
     assert set(re.findall(r"`?make (\w+)", README)) == {
+        "accuracy",
         "bench",
         "demo",
         "serve",
@@ -55,7 +60,9 @@ def test_the_python_client_works(server: Server) -> None:
         check=True,
         cwd=ROOT,
     )
-    printed = run.stdout.strip().splitlines()[-1]
+    answer, printed = run.stdout.splitlines()
+    assert f'"{QUESTION}"' in client
+    assert answer == ANSWER
     assert documented_compression() == eval(printed.split(" ", 1)[1])
 
 
@@ -66,6 +73,7 @@ def test_curl_gets_the_documented_answer(server: Server) -> None:
         ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT
     )
     answer = json.loads(run.stdout)
+    assert answer["choices"][0]["message"]["content"] == ANSWER
     assert answer["video_compression"] == documented_compression()
     assert answer["usage"]["completion_tokens"] <= 32
 
@@ -102,13 +110,16 @@ def test_make_demo_prints_the_table_and_stops_its_server(servers: OneServer) -> 
         ["make", "demo"], capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    rows = re.findall(r"^(\S+) +(\d+) -> (\d+) +(\d+) +(\d+) ms  '", run.stdout, re.M)
+    rows = re.findall(r"^(\S+) +(\d+) -> (\d+) +(\d+) +\d+ ms  '(.*)'$", run.stdout, re.M)
     table = {float(ratio): (int(before), int(after)) for ratio, before, after, _, _ in rows}
+    num_tokens = DEMO_CLIP_TOKENS
     assert table == {
-        ratio: (1568, num_retained_tokens(1568, ratio)) for ratio in (1.0, 0.5, 0.25, 0.1)
+        ratio: (num_tokens, num_retained_tokens(num_tokens, ratio))
+        for ratio in (1.0, 0.5, 0.25, 0.1)
     }
     prompts = {float(row[0]): int(row[3]) for row in rows}
-    assert prompts[1.0] - prompts[0.1] == 1568 - 157
+    assert prompts[1.0] - prompts[0.1] == num_tokens - table[0.1][1]
+    assert [row[4] for row in rows] == [ANSWER] * len(rows)
     assert "server stopped" in run.stdout
     assert "installing" not in run.stdout  # What is set up is not set up again.
 
@@ -120,11 +131,32 @@ def test_make_bench_prints_a_row_a_cell_and_leaves_result_and_plots(servers: One
         ["make", "bench"], capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    rows = re.findall(r"^scissor-vllm +(\S+) +(\d+) +12 +0 ", run.stdout, re.M)
+    rows = re.findall(r"^scissor-vllm +(\S+) +(\d+) +6 +0 ", run.stdout, re.M)
     assert rows == [(ratio, n) for n in "14" for ratio in ("1.0", "0.25", "0.1")]
     left = {path.name for path in (ROOT / "build" / "bench").iterdir()}
     assert left >= {"result.json", "result.csv", "throughput.png", "latency.png"}
     assert "server stopped" in run.stdout
+
+
+@pytest.mark.server
+def test_make_accuracy_prints_tables_and_leaves_answers_and_plots(
+    servers: OneServer, tmp_path: Path
+) -> None:
+    servers.stop()
+    little = ["METHODS=uniform", "RATIOS=0.25 0.1", "NUM_PER_SKILL=1", f"ACCURACY={tmp_path}"]
+    run = subprocess.run(
+        ["make", "accuracy", *little],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        cwd=ROOT,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "uniform" in run.stdout
+    (answered,) = json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert len(answered["answers"]["rows"]) == 2 * len(SKILLS)
+    assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".csv", ".png"}
 
 
 def test_the_flags_of_the_load_test_exist() -> None:

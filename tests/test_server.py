@@ -144,8 +144,7 @@ def test_a_stream_without_usage_is_as_vllm_sends_it(server: Server, clips: dict[
 def test_a_ratio_without_a_video_changes_nothing(server: Server, clips: dict[str, Path]) -> None:
     for parts in (("Hello",), (clips["picture"], "What is this?")):
         without, with_ratio = server.ask(*parts), server.ask(*parts, ratio=0.1)
-        assert steps(with_ratio) == steps(without)
-        assert with_ratio.usage.prompt_tokens == without.usage.prompt_tokens
+        assert same_answer(with_ratio, without)
         assert not hasattr(with_ratio, "video_compression")
 
 

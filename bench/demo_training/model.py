@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from bench.llava_onevision import CHAT_TEMPLATE, build_config, save_processor
 from bench.world.scene import FRAME_SIZE
-from scissor_vllm.demo.model import CHAT_TEMPLATE, build_config, save_processor
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 _TEMPLATE_WORDS = ("user", "assistant", "system")

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scissor_vllm.bench.process import free_port, running_server
-from scissor_vllm.demo.model import DEMO_MODEL
+from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
 
 CLIP = Path(__file__).with_name("clip.mp4")
+"""Made by ``bench/demo_clip.py``."""
+QUESTION, ANSWER = "what digit does the sign show ?", "9"
 RATIOS = (1.0, 0.5, 0.25, 0.1)
 START_SECONDS = 300
 
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
         "--video", type=Path, default=CLIP, help="an mp4 (default: the bundled one)"
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
-    parser.add_argument("--question", default="What happens in this video?")
+    parser.add_argument("--question", default=QUESTION, help="(default: %(default)r)")
     parser.add_argument(
         "--base-url", help="of a running server, http://HOST:PORT/v1; none is started"
     )
@@ -64,7 +66,8 @@ def ask_and_print(base_url: str, video: Path, question: str, ratios: list[float]
     model = client.models.list().data[0].id
     # The first request of a server pays for lazy set-up; its ratio is none of those measured.
     ask(client, model, video, question, 0.9)
-    print(f"\n{video.name}: {question}\n")
+    right = f" (right: {ANSWER!r})" if (video, question) == (CLIP, QUESTION) else ""
+    print(f"\n{video.name}: {question}{right}\n")
     print("ratio  video tokens      prompt tokens  first token  answer")
     for ratio in ratios:
         answer = ask(client, model, video, question, ratio)
@@ -75,7 +78,8 @@ def ask_and_print(base_url: str, video: Path, question: str, ratios: list[float]
             flush=True,
         )
     if model == DEMO_MODEL:
-        print("\nThe demo model has random weights: its answers mean nothing, its counts are real.")
+        card = demo_model_path() / "README.md"
+        print(f"\nThe demo model knows a made-up world and nothing else; its card: {card}")
 
 
 def ask(client, model: str, video: Path, question: str, ratio: float) -> Answer:  # type: ignore[no-untyped-def]
@@ -94,8 +98,7 @@ def ask(client, model: str, video: Path, question: str, ratio: float) -> Answer:
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
-        # Random weights may end at once, and an empty answer shows nothing.
-        extra_body={"retention_ratio": ratio, "ignore_eos": model == DEMO_MODEL},
+        extra_body={"retention_ratio": ratio},
     ):
         if chunk.choices and first is None and chunk.choices[0].delta.content:
             first = time.perf_counter() - start
