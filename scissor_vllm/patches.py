@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from scissor_vllm.pixels import get_normalization, normalized
+from scissor_vllm.pixels import get_normalization, normalized, rgb_view
 
 FRAME_SIZE = "video_frame_size"
 """Field of a video's data: height and width of its frames, int64 (2,), kept on the CPU. Only where
@@ -59,6 +59,15 @@ class _VideoFrames:
     vllm_normalizes: bool
     pixel_normalization: torch.Tensor | None
     """What our model has to do to uint8 values, None for nothing."""
+
+    def _prepare_input_videos(self, videos: Any, **options: Any) -> Any:
+        """Return frames channel first, in memory as a decoder gives them where that is as good."""
+        other: Any = super()
+        views = [rgb_view(video) for video in videos]
+        if any(view is None for view in views):
+            return other._prepare_input_videos(videos=videos, **options)
+        options["input_data_format"] = "channels_first"
+        return other._prepare_input_videos(videos=views, **options)
 
     def rescale_and_normalize(
         self,

@@ -96,9 +96,7 @@ def resized_frames(
     normalization = get_normalization(getattr(hf_processor, "video_processor", None))
     if normalization is None:
         return None
-    pixels = pixels.permute(0, 3, 1, 2)
-    if torch.backends.cpu.get_cpu_capability() not in _INTEGER_RESIZE:
-        pixels = pixels.contiguous()
+    pixels = _channels_first(pixels)
     # Named for videos alone: of an image in the same call nothing changes. Without a text the
     # processor makes and tokenizes none; vLLM writes the placeholders itself.
     only_resize = {
@@ -144,6 +142,18 @@ def _num_threads() -> int:
 @cache
 def _resize_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_num_threads(), "resize")
+
+
+def rgb_view(video: Any) -> torch.Tensor | None:
+    """Return frames that are uint8 (T, H, W, 3) in host memory as (T, 3, H, W), None for others."""
+    frames = _rgb_frames(video)
+    return None if frames is None else _channels_first(frames)
+
+
+def _channels_first(frames: torch.Tensor) -> torch.Tensor:
+    frames = frames.permute(0, 3, 1, 2)
+    is_fast = torch.backends.cpu.get_cpu_capability() in _INTEGER_RESIZE
+    return frames if is_fast else frames.contiguous()
 
 
 def _rgb_frames(video: Any) -> torch.Tensor | None:

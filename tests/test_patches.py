@@ -51,12 +51,15 @@ def patches_in_the_model(changed: Any, output: Any, dtype: torch.dtype) -> torch
     return shape.patches_of(sent, (height * own.patch_size, width * own.patch_size), scale, dtype)
 
 
-@pytest.mark.parametrize("size", [(12, 200, 320), (7, 400, 120), (1, 64, 64)])
+@pytest.mark.parametrize("size", [(12, 200, 320), (7, 400, 120), (2, 64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_decoded", [True, False])
 def test_the_tower_gets_the_same_patches_to_the_bit(
-    processor: Any, size: tuple[int, int, int], dtype: torch.dtype
+    processor: Any, size: tuple[int, int, int], dtype: torch.dtype, is_decoded: bool
 ) -> None:
-    video = frames(*size) if size[0] > 1 else frames(2, *size[1:])
+    video: Any = frames(*size)
+    if is_decoded:
+        video = video.permute(0, 2, 3, 1).contiguous().numpy()
     changed = sending_frames(processor)
     assert sends_frames(changed)
     expected = processor.video_processor([video], **UNSAMPLED)
