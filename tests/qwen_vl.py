@@ -386,6 +386,56 @@ def build_qwen3_vl(folder: Path, *, moe: bool = False) -> Any:
     return model
 
 
+def build_draft(folder: Path, target: Path) -> None:
+    """Write an EAGLE-3 draft model with random weights for a checkpoint of this module.
+
+    What it guesses is hardly ever right. It reads the same places as the model that it drafts for.
+    """
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    width, inner = text["hidden_size"], text["intermediate_size"]
+    heads, kv_heads, head_dim = 4, 2, 32
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "draft_vocab_size": text["vocab_size"],
+        "dtype": "float32",
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
+        },
+    }
+    same = [
+        *("hidden_size", "intermediate_size", "vocab_size", "rope_parameters"),
+        *("rms_norm_eps", "max_position_embeddings", "eos_token_id", "pad_token_id"),
+    ]
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    norms = ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+    weights = {
+        **{f"midlayer.{norm}.weight": torch.ones(width) for norm in norms},
+        "norm.weight": torch.ones(width),
+        "fc.weight": weight(width, 3 * width),
+        "lm_head.weight": weight(text["vocab_size"], width),
+        "midlayer.self_attn.q_proj.weight": weight(heads * head_dim, 2 * width),
+        "midlayer.self_attn.k_proj.weight": weight(kv_heads * head_dim, 2 * width),
+        "midlayer.self_attn.v_proj.weight": weight(kv_heads * head_dim, 2 * width),
+        "midlayer.self_attn.o_proj.weight": weight(width, heads * head_dim),
+        "midlayer.mlp.gate_proj.weight": weight(inner, width),
+        "midlayer.mlp.up_proj.weight": weight(inner, width),
+        "midlayer.mlp.down_proj.weight": weight(width, inner),
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {name: text[name] for name in same}))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _store_experts_as_the_hub_does(path: Path) -> None:
     """Swap the last two axes of experts' weights: transformers 5 saves them the other way, which
     vLLM 0.32 does not load.
