@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from scissor_vllm import compress, num_retained_tokens
-from tests.qwen_vl import FPS, Answer, Media, Question, ask, build_qwen3_vl, largest_difference
+from tests.qwen_vl import (
+    FPS,
+    Answer,
+    Media,
+    Question,
+    ask,
+    build_draft,
+    build_qwen3_vl,
+    largest_difference,
+    observe,
+)
 from tests.test_positions import nearest_member
 
 WIDE, TALL, SHORT = Media(320, 200, 12, 1), Media(120, 400, 7, 2), Media(160, 160, 2, 3)
@@ -21,6 +31,9 @@ NUM_TOKENS = {WIDE: 6 * 60, TALL: 4 * 48, SHORT: 25}
 RATIOS = (1.0, 0.5, 0.25, 0.1, 0.01)
 SINGLE = [Question((media,), ratio) for media in NUM_TOKENS for ratio in RATIOS]
 SEVERAL = [Question((WIDE, PICTURE, SHORT, TALL), ratio) for ratio in (1.0, 0.25, 0.05)]
+OTHER = Question((WIDE,), 0.5, "Who is it?")
+NUM_BEHIND = 24
+"""Tokens of its prompt behind the video."""
 PLAIN = [Question((PICTURE,)), Question(())]
 STOCK = [*(Question((media,)) for media in NUM_TOKENS), Question(SEVERAL[0].media), *PLAIN]
 
@@ -49,7 +62,7 @@ def whole(checkpoint: tuple[Path, Any]) -> dict[Question, Answer]:
     """What ours answers to each question alone, in one step and without a prefix cache."""
     return answers_of(
         checkpoint[0],
-        [*SINGLE, *SEVERAL, *PLAIN],
+        [*SINGLE, *SEVERAL, *PLAIN, OTHER],
         plugins="scissor_vllm",
         enable_prefix_caching=False,
         max_num_batched_tokens=8192,
@@ -59,9 +72,9 @@ def whole(checkpoint: tuple[Path, Any]) -> dict[Question, Answer]:
 @pytest.fixture(scope="module")
 def chunked(checkpoint: tuple[Path, Any]) -> list[list[Answer]]:
     """What ours answers in steps of 64 tokens with a prefix cache: all together, again in another
-    order, and again alone.
+    order, again alone, and one that asks otherwise about the same video.
     """
-    rounds = [[*SINGLE, *SEVERAL], [*SEVERAL, *SINGLE], SEVERAL]
+    rounds = [[*SINGLE, *SEVERAL], [*SEVERAL, *SINGLE], SEVERAL, [OTHER]]
     return ask(
         checkpoint[0],
         rounds,
@@ -114,6 +127,72 @@ def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(
         for question, answer in zip(questions, answers, strict=True):
             assert largest_difference(answer, whole[question]) < 1e-4, question
         assert sum(answer.num_cached_tokens for answer in answers) > 0
+
+
+@pytest.mark.server
+def test_a_prefix_that_ends_within_a_video_answers_as_none_found(
+    chunked: list[list[Answer]], whole: dict[Question, Answer]
+) -> None:
+    (answer,) = chunked[3]
+    assert 64 < answer.num_cached_tokens < answer.num_prompt_tokens - NUM_BEHIND
+    assert largest_difference(answer, whole[OTHER]) < 1e-4
+
+
+@pytest.mark.server
+def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(
+    checkpoint: tuple[Path, Any], whole: dict[Question, Answer]
+) -> None:
+    # 23 blocks of 32 tokens hold a few of them at a time; guesses come from the prompt.
+    questions = [each for each in [*SINGLE, *SEVERAL] if each.ratio != 1.0]
+    observed = observe(
+        checkpoint[0],
+        [questions],
+        plugins="scissor_vllm",
+        max_model_len=704,
+        enable_prefix_caching=False,
+        block_size=32,
+        num_gpu_blocks_override=24,
+        max_num_batched_tokens=256,
+        scheduler_reserve_full_isl=False,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 2,
+        },
+        disable_log_stats=False,
+    )
+    assert observed.counters["num_preemptions"] > 0
+    assert observed.counters["spec_decode_num_accepted_tokens"] > 0
+    for question, answer in zip(questions, observed.answers[0], strict=True):
+        assert largest_difference(answer, whole[question]) < 1e-4, question
+
+
+@pytest.mark.server
+def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
+    checkpoint: tuple[Path, Any], whole: dict[Question, Answer], tmp_path: Path
+) -> None:
+    build_draft(tmp_path / "draft", checkpoint[0])
+    questions = [each for each in [*SINGLE, *SEVERAL] if each.ratio != 1.0]
+    observed = observe(
+        checkpoint[0],
+        [questions],
+        plugins="scissor_vllm",
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        block_size=32,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        speculative_config={
+            "method": "eagle3",
+            "model": str(tmp_path / "draft"),
+            "num_speculative_tokens": 2,
+        },
+        disable_log_stats=False,
+    )
+    assert observed.counters["spec_decode_num_draft_tokens"] > 0
+    for question, answer in zip(questions, observed.answers[0], strict=True):
+        assert largest_difference(answer, whole[question]) < 1e-4, question
 
 
 # Beside transformers.
