@@ -286,7 +286,7 @@ def test_metrics_tell_why_requests_were_refused(
     }
 
 
-@pytest.mark.parametrize("stream", [False])
+@pytest.mark.parametrize("stream", [False, True])
 def test_metrics_tell_that_a_client_hung_up(
     server: Server, clips: dict[str, Path], stream: bool
 ) -> None:
