@@ -22,7 +22,7 @@ from fastapi import HTTPException
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.cli import add_page_options, apply_page_options
-from scissor_vllm.demo.client import CLIP
+from scissor_vllm.demo.client import CLIP, QUESTION
 from scissor_vllm.show import WORKER_EXTENSION
 from scissor_vllm.show.command import look
 from scissor_vllm.show.picture import Picture
@@ -299,6 +299,9 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
     browser.choose_file("#video", CLIP)
     assert CLIP.name in browser.text("#video-help")
     browser.wait("document.getElementById('preview').readyState >= 1")
+    browser.focus("#question")
+    browser.evaluate("find('question').select()")
+    browser.type(QUESTION)
     ask(browser, "0.25", 1)
     ask(browser, "0.1", 2)
     rows = browser.evaluate(
@@ -310,6 +313,7 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
         assert row[1] == f"{num_tokens} → {num_retained_tokens(num_tokens, ratio)}"
         assert int(row[2]) > num_retained_tokens(num_tokens, ratio)
         assert all(re.fullmatch(r"\d+ ms|\W", time) for time in row[3:5])
+        assert row[5]
     about = browser.text("#picture [role=status]")
     assert f"K = {num_retained_tokens(num_tokens, 0.1)} kept" in about
     assert browser.evaluate("document.querySelectorAll('#picture canvas').length") == (
