@@ -126,7 +126,8 @@ def test_the_example_settings_are_the_defaults_and_all_of_them() -> None:
 
 def test_the_copied_example_is_what_compose_reads(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, tmp_path / "deploy")
-    (command,) = [text for mark, text in shell_blocks() if not mark]
+    command, dashboard = (text for mark, text in shell_blocks() if not mark)
+    assert "dashboard.py" in dashboard  # tests/test_observation.py runs it.
     run("bash", "-c", command, cwd=tmp_path / "deploy")
     changed = (tmp_path / "deploy/.env").read_text().replace("API_PORT=8000", "API_PORT=8123")
     (tmp_path / "deploy/.env").write_text(changed)
