@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -126,6 +127,16 @@ class StageClock:
 
     def __init__(self) -> None:
         self._unread: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._is_silent = ContextVar("is_silent", default=False)
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Record no stage within the block: what it does is for no request."""
+        token = self._is_silent.set(True)
+        try:
+            yield
+        finally:
+            self._is_silent.reset(token)
 
     @contextmanager
     def stage(self, name: str, device: torch.device | None = None) -> Iterator[None]:
@@ -135,6 +146,9 @@ class StageClock:
             name: of the stage.
             device: where the block's work is done, the CPU if None.
         """
+        if self._is_silent.get():
+            yield
+            return
         if device is not None and device.type == "cuda":
             with self._stage_on_gpu(name):
                 yield

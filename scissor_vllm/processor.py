@@ -151,6 +151,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, RETENTION_RATIO: 1.0}
         return inputs
 
+    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Return vLLM's own, made at the start for no request: no metric counts them."""
+        with CLOCK.silenced():
+            return super().get_dummy_mm_inputs(*args, **kwargs)
+
     def _resolve_ratio(self, requested: object) -> float:
         try:
             return self.info.retention_policy.resolve(requested)

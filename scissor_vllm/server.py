@@ -48,6 +48,9 @@ _DESCRIPTION = (
     "1.0 keeps all. Leave it out for the server's default. Images and text are untouched."
 )
 
+# The bounds are the number's: pydantic would hold null to them too, and fail.
+_Ratio = Annotated[float, Field(gt=0, le=1)]
+
 
 def _checked(ratio: object) -> float | None:
     if ratio is None:
@@ -65,9 +68,9 @@ class RetentionRequest(BaseModel):
     field_names: ClassVar[set[str] | None] = None
 
     retention_ratio: Annotated[
-        float | None,
-        BeforeValidator(_checked, json_schema_input_type=float | None),
-        Field(gt=0, le=1, description=_DESCRIPTION),
+        _Ratio | None,
+        BeforeValidator(_checked, json_schema_input_type=_Ratio | None),
+        Field(description=_DESCRIPTION),
     ] = None
 
     _report: RetentionReport = PrivateAttr(default_factory=RetentionReport)

@@ -50,6 +50,16 @@ def test_a_stage_that_fails_is_not_recorded() -> None:
     assert clock.seconds == []
 
 
+def test_a_stage_of_what_is_done_for_no_request_is_not_recorded() -> None:
+    clock = Recording()
+    with clock.silenced(), clock.stage("preprocess"):
+        pass
+    assert clock.seconds == []
+    with clock.stage("preprocess"):
+        pass
+    assert [name for name, _ in clock.seconds] == ["preprocess"]
+
+
 class FakeEvent:
     """A CUDA event that happens when told; waiting for it is an error."""
 

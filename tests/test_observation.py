@@ -156,6 +156,8 @@ def test_every_panel_has_data_and_the_counters_are_the_requests_that_were_sent(
         start = time.time()
         # The first values, before there are any requests.
         wait_for(url, "sum(scissor_vllm:video_requests_total) == 0")
+        # What vLLM tries at its start is no request's.
+        wait_for(url, "sum(scissor_vllm:video_stage_seconds_count) == 0")
         ratios = [0.5, 0.25, 0.1, 1.0, None] * 2
         for number, ratio in enumerate(ratios):
             # A prompt of its own that begins alike: vLLM's prefix cache is asked and has it.

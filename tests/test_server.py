@@ -141,6 +141,11 @@ def test_a_stream_without_usage_is_as_vllm_sends_it(server: Server, clips: dict[
     assert not any(hasattr(chunk, "video_compression") for chunk in stream)
 
 
+def test_a_ratio_of_null_is_none(server: Server, clips: dict[str, Path]) -> None:
+    null = server.ask(clips["short"], "What is this?", extra_body={"retention_ratio": None})
+    assert same_answer(null, server.ask(clips["short"], "What is this?"))
+
+
 def test_a_ratio_without_a_video_changes_nothing(server: Server, clips: dict[str, Path]) -> None:
     for parts in (("Hello",), (clips["picture"], "What is this?")):
         without, with_ratio = server.ask(*parts), server.ask(*parts, ratio=0.1)
