@@ -16,5 +16,12 @@ keep() { # FILE VALUE
   mv "$1.new" "$1"
 }
 
+# The proxy would read a star as "anything", and a header holds no more than these (RFC 6750).
+case ${API_KEY:-} in
+  *[!A-Za-z0-9._~+/=-]*)
+    echo "API_KEY must be of letters, digits and -._~+/= only: change it, or leave it empty and one is made" >&2
+    exit 1
+    ;;
+esac
 keep "$keys/api/key" "${API_KEY:-}"
 keep "$keys/grafana/password" "${GRAFANA_PASSWORD:-}"

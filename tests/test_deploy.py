@@ -295,6 +295,12 @@ def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(services: dict
     assert policy == RetentionPolicy.from_mm_processor_kwargs(None)
 
 
+def test_the_cpu_server_asks_for_no_compiler_which_its_image_lacks(
+    services: dict[str, Any],
+) -> None:
+    assert "--enforce-eager" in services["server-cpu"]["command"]
+
+
 def test_settings_reach_the_server(tmp_path: Path) -> None:
     chosen = {
         "MODEL": "some/model",
@@ -448,6 +454,18 @@ def test_keys_are_made_once_and_given_ones_win(tmp_path: Path) -> None:
     assert (key.read_text(), password.read_text()) == made
     assert shell("keys.sh", tmp_path, API_KEY="mine") == (0, "", "")
     assert (key.read_text(), password.read_text()) == ("mine", made[1])
+
+
+@pytest.mark.parametrize("given", ["*", "part*", "two words", "line\n", 'quo"ted', "{env.HOME}"])
+def test_a_key_that_the_proxy_would_read_as_something_else_is_refused(
+    tmp_path: Path, given: str
+) -> None:
+    (tmp_path / "api").mkdir()
+    status, printed, error = shell("keys.sh", tmp_path, API_KEY=given)
+    assert (status, printed) == (1, "")
+    assert "API_KEY must be of letters" in error
+    assert given not in error, "keys stay out of logs"
+    assert not list((tmp_path / "api").iterdir())
 
 
 @pytest.fixture
@@ -672,6 +690,46 @@ def test_the_proxy_refuses_a_body_that_is_too_large(tmp_path: Path) -> None:
     with stand_in() as server, proxy(tmp_path, server.port, max_request_size="100KB") as port:
         assert ask(port, "/v1/completions", "POST", b"x" * 100_000) == (200, "100000")
         assert ask(port, "/v1/completions", "POST", b"x" * 100_001)[0] == 413
+
+
+def receive(connection: socket.socket, wanted: bytes) -> None:
+    """Read until something has come."""
+    connection.settimeout(30)
+    found = b""
+    while wanted not in found:
+        part = connection.recv(4096)
+        assert part, found
+        found += part
+
+
+@pytest.mark.parametrize("num_events", [0, 3])
+def test_the_proxy_passes_each_event_at_once_and_tells_the_server_that_a_client_has_hung_up(
+    tmp_path: Path, num_events: int
+) -> None:
+    """An answer that nobody reads would go on taking the engine's time."""
+    request = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\n"
+        f"Authorization: Bearer {KEY}\r\nContent-Length: 2\r\n\r\n{{}}"
+    )
+    with (
+        socket.create_server(("127.0.0.1", 0)) as upstream,
+        proxy(tmp_path, upstream.getsockname()[1]) as port,
+        socket.create_connection(("127.0.0.1", port)) as client,
+    ):
+        upstream.settimeout(30)
+        client.sendall(request.encode())
+        server, _ = upstream.accept()
+        with server:
+            receive(server, b"{}")
+            head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+            if num_events:
+                server.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+            for number in range(num_events):
+                event = f"data: {number}\n\n".encode()
+                server.sendall(b"%x\r\n%b\r\n" % (len(event), event))
+                receive(client, event)
+            client.close()
+            assert server.recv(1) == b""
 
 
 def test_the_proxy_opens_a_connection_to_the_server_for_each_request(tmp_path: Path) -> None:
