@@ -345,19 +345,44 @@ scissor_vllm:video_cache_hits_total{cache="frames",pid="2"} 2.0
     assert difference(None, both) is None
 
 
-def test_kv_cache_bytes_follow_from_the_config(tmp_path: Path) -> None:
-    text = {
+QWEN2_7B = {
+    "text_config": {
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
         "hidden_size": 3584,
-    }
-    config = {"dtype": "bfloat16", "text_config": text}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    },
+}
+
+
+def test_kv_cache_bytes_follow_from_the_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_7B))
     # Qwen2-7B: 28 layers of 4 heads of 128 numbers of 2 bytes, for keys and for values.
     assert kv_cache_bytes_per_token(str(tmp_path)) == 57344
     assert kv_cache_bytes_per_token("no-one/has-this-model") is None
     assert kv_cache_bytes_per_token(None) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_bytes", "expected"),
+    [
+        ("auto", "None", 57344),
+        # A worker's share of two, then float32.
+        ("auto", 1600 * 28672, 57344),
+        ("auto", 1600 * 114688 + 100, 114688),
+        ("fp8", 1600 * 28672, 28672),
+        ("turboquant_4bit_nc", "None", None),
+    ],
+)
+def test_kv_cache_bytes_are_what_the_server_tells_of_its_cache(
+    tmp_path: Path, dtype: str, num_bytes: object, expected: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_7B))
+    told = parse_metrics(
+        f'vllm:cache_config_info{{block_size="16",cache_dtype="{dtype}",'
+        f'kv_cache_memory_bytes="{num_bytes}",num_gpu_blocks="100"}} 1.0\n'
+    )
+    assert kv_cache_bytes_per_token(str(tmp_path), told) == expected
 
 
 # What is kept
@@ -818,10 +843,10 @@ def test_a_real_server_is_measured(server: Server, videos: Path, tmp_path: Path)
         # The server's time to the first token lies within the client's.
         assert row["stage_queue_seconds"] + row["stage_prefill_seconds"] < row["e2e_p99_seconds"]
     config = json.loads((demo_model_path() / "config.json").read_text())
-    assert config["dtype"] == "bfloat16"
     text = config["text_config"]
     heads, width = text["num_key_value_heads"], text["hidden_size"] // text["num_attention_heads"]
     num_values = 2 * text["num_hidden_layers"] * heads * width  # Keys and values.
-    assert content["runs"][0]["server"]["kv_cache_bytes_per_token"] == 2 * num_values
+    # The demo is served in float32.
+    assert content["runs"][0]["server"]["kv_cache_bytes_per_token"] == 4 * num_values
     assert content["runs"][0]["server"]["model"] == "demo"
     assert content["runs"][0]["cells"][0]["kv_cache"]["num_tokens"] > 0

@@ -15,6 +15,7 @@ from scissor_vllm.bench import clips as videos
 from scissor_vllm.bench.record import environment, write_text
 from scissor_vllm.bench.results import ResultError, open_results, open_run, read_results
 from scissor_vllm.bench.server import (
+    Metrics,
     ServerError,
     describe_server,
     has_plugin,
@@ -82,8 +83,9 @@ def run(argv: Sequence[str]) -> int:
                 "with an empty VLLM_PLUGINS (vLLM loads every installed plugin where none is "
                 "named), or give another --label"
             )
+        metrics_url = args.metrics_url or f"{base_url}/metrics"
         server["kv_cache_bytes_per_token"] = args.kv_cache_bytes_per_token or (
-            kv_cache_bytes_per_token(server["model_path"])
+            kv_cache_bytes_per_token(server["model_path"], Metrics(metrics_url).read())
         )
         settings = {
             "num_prompts": args.num_prompts,
@@ -111,7 +113,7 @@ def run(argv: Sequence[str]) -> int:
                 seed=args.seed,
             ),
             load,
-            metrics_url=args.metrics_url or f"{base_url}/metrics",
+            metrics_url=metrics_url,
             metrics_interval_seconds=args.metrics_interval,
             keep_itl=args.save_detailed,
         )
@@ -260,7 +262,9 @@ def _run_parser() -> argparse.ArgumentParser:
         help="between two looks at the KV cache, 0 for none (default: %(default)s)",
     )
     server.add_argument(
-        "--kv-cache-bytes-per-token", type=_positive, help="(default: from the model's config)"
+        "--kv-cache-bytes-per-token",
+        type=_positive,
+        help="(default: by the model's config and what the server tells of its cache)",
     )
     grid = parser.add_argument_group("what is measured: every combination")
     grid.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import re
 import threading
@@ -36,6 +37,10 @@ COUNTERS = (
 )
 """Read where they are, without the exposition's ``_total``; the last two are ours, by ``cache``."""
 _LABELS = ("stage", "cache")
+_NUMBER_BYTES = {"auto": 2, "float16": 2, "bfloat16": 2} | dict.fromkeys(
+    ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"), 1
+)
+"""By vLLM's ``--kv-cache-dtype``; other dtypes keep more than a token's numbers."""
 FINISHED = "vllm:e2e_request_latency_seconds"
 _SETTLE_SECONDS = 3.0
 _TIMEOUT_SECONDS = 30.0
@@ -124,13 +129,32 @@ def _version(base_url: str) -> str | None:
         return None
 
 
-def kv_cache_bytes_per_token(model_path: str | None) -> int | None:
-    """Return the bytes that one token takes in the KV cache, None if the config is not at hand.
+def kv_cache_bytes_per_token(model_path: str | None, told: Snapshot | None = None) -> int | None:
+    """Return the bytes that one token takes in the KV cache, None if that cannot be known.
 
-    Keys and values of every layer, in the dtype of the config: 2 x layers x KV heads x head size x
-    bytes of a number. The config is looked for in the model's folder and in the hub's local cache;
-    nothing is downloaded.
+    Keys and values of every layer: 2 x layers x KV heads x head size x bytes of a number. The model
+    is described by its config, in its folder or in the hub's local cache; nothing is downloaded.
+    The number's dtype is what the server tells of its cache. "auto" is that of the computation, of
+    two bytes unless the operator wants float32: then a server that tells its cache's size (on a
+    CPU) tells more bytes a token than two bytes a number would take.
+
+    Args:
+        model_path: as the server names its model.
+        told: its metrics, None if it has none.
     """
+    num_numbers = _num_cached_numbers(model_path)
+    dtype = (told and told.kv_cache_dtype) or "auto"
+    if num_numbers is None or dtype not in _NUMBER_BYTES:
+        return None
+    num_bytes = num_numbers * _NUMBER_BYTES[dtype]
+    if dtype != "auto" or told is None or not (told.kv_cache_bytes and told.num_kv_cache_tokens):
+        return num_bytes
+    # With tensor parallelism what it tells is one worker's: fewer.
+    return max(num_bytes, told.kv_cache_bytes // told.num_kv_cache_tokens)
+
+
+def _num_cached_numbers(model_path: str | None) -> int | None:
+    """Return how many numbers a token has in the KV cache, None if the config is not at hand."""
     path = _config_path(model_path)
     if path is None:
         return None
@@ -140,10 +164,7 @@ def kv_cache_bytes_per_token(model_path: str | None) -> int | None:
         heads = text["num_attention_heads"]
         head_size = text.get("head_dim") or text["hidden_size"] // heads
         kv_heads = text.get("num_key_value_heads") or heads
-        names = (c.get(key) for c in (text, config) for key in ("dtype", "torch_dtype"))
-        dtype = next((name for name in names if name), "bfloat16")
-        width = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
-        return int(2 * text["num_hidden_layers"] * kv_heads * head_size * width)
+        return int(2 * text["num_hidden_layers"] * kv_heads * head_size)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -173,6 +194,10 @@ class Snapshot:
     """By name, with ``{cache="..."}`` where there is one."""
     num_kv_cache_tokens: int | None
     """What the KV cache holds."""
+    kv_cache_bytes: int | None = None
+    """What it takes in each worker, if the server tells."""
+    kv_cache_dtype: str | None = None
+    """As ``--kv-cache-dtype``."""
 
 
 def parse_metrics(text: str) -> Snapshot:
@@ -181,7 +206,8 @@ def parse_metrics(text: str) -> Snapshot:
 
     histograms: dict[str, tuple[float, float]] = {}
     counters: dict[str, float] = {}
-    capacity: int | None = None
+    capacity = cache_bytes = 0
+    cache_dtype: str | None = None
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             name, value = sample.name, sample.value
@@ -199,13 +225,16 @@ def parse_metrics(text: str) -> Snapshot:
                 key = name.removesuffix("_total") + label
                 counters[key] = counters.get(key, 0.0) + value
             elif name == "vllm:cache_config_info":
-                capacity = (capacity or 0) + _capacity(sample.labels)
-    return Snapshot(histograms, counters, capacity or None)
+                capacity += _product(sample.labels, "num_gpu_blocks", "block_size")
+                cache_bytes += _product(sample.labels, "kv_cache_memory_bytes")
+                cache_dtype = sample.labels.get("cache_dtype")
+    return Snapshot(histograms, counters, capacity or None, cache_bytes or None, cache_dtype)
 
 
-def _capacity(labels: dict[str, str]) -> int:
+def _product(labels: dict[str, str], *names: str) -> int:
+    """Return the product of numbers in labels, 0 if one is missing or none."""
     try:
-        return int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+        return math.prod(int(labels[name]) for name in names)
     except (KeyError, ValueError):
         return 0
 
