@@ -1,9 +1,10 @@
 """A LLaVA-OneVision model's folder without weights: config, processor, chat template, tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -62,7 +63,9 @@ def save_processor(tokenizer: Any, config: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_tokenizer() -> Any:
+def build_tokenizer(
+    special_tokens: Sequence[str] = _SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE
+) -> Any:
     """Return a tokenizer of bytes: 256 of them and the special tokens, no merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -75,6 +78,6 @@ def build_tokenizer() -> Any:
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=_SPECIAL_TOKENS,
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(special_tokens),
+        chat_template=chat_template,
     )

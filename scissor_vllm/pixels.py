@@ -283,9 +283,11 @@ class VideoPixels:
         return normalized(pixels, self.normalization, self.dtype)
 
 
-def stacked(videos: list[VideoPixels]) -> torch.Tensor:
-    """Return all pixels of equally long videos, (B, T, C, H, W)."""
+def batched_pixels(videos: list[VideoPixels]) -> torch.Tensor | list[torch.Tensor]:
+    """Return all pixels as vLLM batches them: (B, T, C, H, W), a list where lengths differ."""
     whole = [video.whole() for video in videos]
+    if len({len(pixels) for pixels in whole}) > 1:
+        return whole
     return whole[0][None] if len(whole) == 1 else torch.stack(whole)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from scissor_vllm.demo.model import demo_model_path
 from tests.clips import make_clip
+from tests.families import Family, tiny_families
 from tests.serving import SCISSOR, STOCK, OneServer, Server
 
 DEMO_FLAGS = (
@@ -81,6 +82,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneServer]:
 def server(servers: OneServer) -> Server:
     """``scissor-vllm serve demo``."""
     return servers.get(*SCISSOR, "demo")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    """A tiny model of each family but the demo's."""
+    return tiny_families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from scissor_vllm.patches import PatchShape, sending_frames, sends_frames
-from tests.qwen_vl import build_tokenizer
+from tests.families import build_qwen_tokenizer
 
 UNSAMPLED = {"do_sample_frames": False, "return_tensors": "pt"}
 
@@ -23,7 +23,7 @@ UNSAMPLED = {"do_sample_frames": False, "return_tensors": "pt"}
 @pytest.fixture(scope="module", params=["qwen2.5", "qwen3"])
 def processor(request: pytest.FixtureRequest) -> Any:
     """A family's processor as vLLM loads it."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_qwen_tokenizer()
     if request.param == "qwen3":
         size = {"shortest_edge": 32 * 32 * 8, "longest_edge": 32 * 32 * 400}
         video = Qwen3VLVideoProcessor(size=size)

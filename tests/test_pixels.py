@@ -32,9 +32,9 @@ from scissor_vllm.pixels import (
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
     VideoPixels,
+    batched_pixels,
     get_normalization,
     normalized,
-    stacked,
     take_video_pixels,
 )
 from scissor_vllm.plugin import register
@@ -273,7 +273,7 @@ def test_frames_and_stocks_pixels_never_share_a_batch(demo: Processors) -> None:
     assert [count for count, _ in batches] == [2, 1, 1]
     pixels = [take_video_pixels(fields, torch.float32) for _, fields in batches]
     assert list(map(len, pixels)) == [2, 0, 1]
-    assert torch.equal(stacked(pixels[0])[1], pixels[2][0].whole())
+    assert torch.equal(batched_pixels(pixels[0])[1], pixels[2][0].whole())
 
 
 # Recognized again.

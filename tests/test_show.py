@@ -37,7 +37,7 @@ from scissor_vllm.show.picture import (
 )
 from scissor_vllm.show.png import draw, drawn_cells
 from tests.browser import Page, open_page
-from tests.qwen_vl import Media, build_qwen2_5_vl, build_qwen3_vl
+from tests.families import Media, build_qwen2_5_vl, build_qwen3_vl
 
 CLIP = Path(__file__).parent.parent / "scissor_vllm" / "demo" / "clip.mp4"
 RATIOS = (0.05, 0.25, 1.0)

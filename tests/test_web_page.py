@@ -29,7 +29,7 @@ from scissor_vllm.show.picture import Picture
 from scissor_vllm.show.web import PICTURE_PATH, POLICY, read_body
 from scissor_vllm.show.worker import PictureWorker
 from tests.browser import Page, open_page
-from tests.qwen_vl import build_qwen3_vl
+from tests.families import build_qwen3_vl
 from tests.serving import SCISSOR, OneServer, Server, message, same_answer
 
 KEY = "x"

@@ -1,10 +1,14 @@
 """Models whose video tokens are compressed, one file a family.
 
-A file says what its family changes against vLLM's class; what all share is in
-``scissor_vllm.processor`` and ``scissor_vllm.tower``.
+A file says what its family changes against vLLM's class; what several share is in ``frames`` (their
+tower takes frames one by one) and ``patch_grid`` (a grid of patches of any size, M-RoPE), what all
+share in ``scissor_vllm.processor`` and ``scissor_vllm.tower``.
 """
 
 MODELS = {
+    "LlavaNextVideoForConditionalGeneration": (
+        "scissor_vllm.models.llava_next_video:LlavaNextVideoForConditionalGeneration"
+    ),
     "LlavaOnevisionForConditionalGeneration": (
         "scissor_vllm.models.llava_onevision:LlavaOnevisionForConditionalGeneration"
     ),

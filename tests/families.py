@@ -1,13 +1,15 @@
-"""Tiny Qwen-VL models with random weights, media, and an engine that answers about them."""
+"""Tiny models of the families with random weights, media, and an engine that answers about them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
+
+from bench.llava_onevision import build_tokenizer
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -155,7 +159,7 @@ def observe(
         "rounds": [[asdict(question) for question in questions] for questions in rounds],
     }
     run = subprocess.run(
-        [sys.executable, "-m", "tests.qwen_vl"],
+        [sys.executable, "-m", "tests.families"],
         input=json.dumps(plan),
         capture_output=True,
         text=True,
@@ -225,22 +229,9 @@ def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
     return {"answers": results, "counters": counters}
 
 
-def build_tokenizer() -> Any:
-    """Return a byte-level tokenizer with Qwen-VL's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL_TOKENS,
-        chat_template="{{ messages }}",
-    )
+def build_qwen_tokenizer() -> Any:
+    """Return a byte-level tokenizer with Qwen-VL's special tokens, of use to all families."""
+    return build_tokenizer(SPECIAL_TOKENS, "{{ messages }}")
 
 
 TEXT = {
@@ -311,7 +302,7 @@ def build_qwen2_5_vl(folder: Path) -> Any:
         Qwen2VLVideoProcessor,
     )
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_qwen_tokenizer()
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": 2,
@@ -348,7 +339,7 @@ def build_qwen3_vl(folder: Path, *, moe: bool = False) -> Any:
         Qwen3VLVideoProcessor,
     )
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_qwen_tokenizer()
     text = text_config(tokenizer, mrope_section=[6, 5, 5], mrope_interleaved=True)
     text |= {"num_hidden_layers": 3, "head_dim": 32}
     if moe:
@@ -383,6 +374,52 @@ def build_qwen3_vl(folder: Path, *, moe: bool = False) -> Any:
     model = write(folder, make, config, processor)
     if moe:
         _store_experts_as_the_hub_does(folder / "model.safetensors")
+    return model
+
+
+def build_llava_next_video(folder: Path) -> Any:
+    """Write a checkpoint of LLaVA-NeXT-Video, 16 tokens a frame, and return its model."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextImageProcessor,
+        LlavaNextVideoConfig,
+        LlavaNextVideoForConditionalGeneration,
+        LlavaNextVideoProcessor,
+        LlavaNextVideoVideoProcessor,
+    )
+
+    tokenizer = build_qwen_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    side, patch_size = 56, 7
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=side,
+            patch_size=patch_size,
+        ),
+        text_config=LlamaConfig(**text_config(tokenizer)),
+        image_token_index=token("<|image_pad|>"),
+        video_token_index=token("<|video_pad|>"),
+        tie_word_embeddings=False,
+    )
+    processor = LlavaNextVideoProcessor(
+        image_processor=LlavaNextImageProcessor(),
+        video_processor=LlavaNextVideoVideoProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        patch_size=patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        video_token="<|video_pad|>",
+        image_token="<|image_pad|>",
+    )
+    model = write(folder, LlavaNextVideoForConditionalGeneration, config, processor)
+    _name_tower_as_the_hub_does(folder / "model.safetensors")
     return model
 
 
@@ -445,6 +482,133 @@ def _store_experts_as_the_hub_does(path: Path) -> None:
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             weights[name] = weight.transpose(1, 2).contiguous()
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def _name_tower_as_the_hub_does(path: Path) -> None:
+    """Give the tower's weights the level that transformers 5 leaves out, as vLLM wants them."""
+    tower = re.compile(r"vision_tower\.(?!vision_model\.)")
+    weights = {
+        tower.sub("vision_tower.vision_model.", name): weight
+        for name, weight in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+WIDE, TALL, SHORT = Media(320, 200, 12, 1), Media(120, 400, 7, 2), Media(160, 160, 2, 3)
+PICTURE = Media(200, 120, 0, 4)
+RATIOS = (1.0, 0.5, 0.25, 0.1, 0.01)
+
+
+@dataclass(eq=False)
+class Family:
+    """A tiny model of a family, what is asked of it, and what engines answered, each when needed.
+
+    Attributes:
+        build: writes the checkpoint and returns transformers' model.
+        num_tokens: N of each of the three videos.
+        place: where the checkpoint is to be.
+        takes_several: whether a prompt may have several videos, and images.
+    """
+
+    build: Callable[[Path], Any]
+    num_tokens: Mapping[Media, int]
+    place: Path
+    takes_several: bool = True
+
+    @cached_property
+    def model(self) -> Any:
+        """transformers' model."""
+        return self.build(self.place)
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's, written if it was not."""
+        assert self.model is not None
+        return self.place
+
+    @property
+    def single(self) -> list[Question]:
+        """Each video alone at each ratio."""
+        return [Question((media,), ratio) for media in self.num_tokens for ratio in RATIOS]
+
+    @property
+    def several(self) -> list[Question]:
+        """All three and an image in one prompt."""
+        media = (WIDE, PICTURE, SHORT, TALL)
+        ratios = (1.0, 0.25, 0.05) if self.takes_several else ()
+        return [Question(media, ratio) for ratio in ratios]
+
+    @property
+    def plain(self) -> list[Question]:
+        """No video."""
+        return [Question((PICTURE,)), Question(())] if self.takes_several else [Question(())]
+
+    @property
+    def other(self) -> Question:
+        """Asks otherwise about a video of the others."""
+        return Question((WIDE,), 0.5, "Who is it?")
+
+    @cached_property
+    def stock(self) -> dict[Question, Answer]:
+        """What vLLM answers without any plugin."""
+        with_video = [*self.single, *self.several]
+        questions = [Question(each.media) for each in with_video if each.ratio == 1.0]
+        return self._alone([*questions, *self.plain], plugins="")
+
+    @cached_property
+    def whole(self) -> dict[Question, Answer]:
+        """What ours answers to each question alone, in one step and without a prefix cache."""
+        questions = [*self.single, *self.several, *self.plain, self.other]
+        return self._alone(questions, plugins="scissor_vllm", max_num_batched_tokens=8192)
+
+    @cached_property
+    def chunked(self) -> list[list[Answer]]:
+        """What ours answers in steps of 64 tokens with a prefix cache: all together, again in
+        another order, those of several videos again alone, and ``other``.
+        """
+        all_of_them = [*self.single, *self.several]
+        return ask(
+            self.folder,
+            [all_of_them, all_of_them[::-1], self.several, [self.other]],
+            plugins="scissor_vllm",
+            max_model_len=4096,
+            enable_prefix_caching=True,
+            block_size=32,
+            max_num_batched_tokens=64,
+            max_num_seqs=16,
+        )
+
+    def _alone(self, questions: list[Question], **options: Any) -> dict[Question, Answer]:
+        rounds = ask(
+            self.folder,
+            [[question] for question in questions],
+            max_model_len=4096,
+            enable_prefix_caching=False,
+            **options,
+        )
+        return {question: answer for question, (answer,) in zip(questions, rounds, strict=True)}
+
+
+def tiny_families(folder: Path) -> dict[str, Family]:
+    """Return a model of each family, to be written below a folder.
+
+    With Qwen-VL a temporal patch holds two frames; the seventh of TALL is doubled. Their sizes in
+    tokens are 10 x 6, 4 x 14 and 6 x 6 with Qwen2.5-VL, 10 x 6, 4 x 12 and 5 x 5 with Qwen3-VL.
+    """
+    return {
+        "llava_next_video": Family(
+            build_llava_next_video,
+            {WIDE: 12 * 16, TALL: 7 * 16, SHORT: 2 * 16},
+            folder / "llava_next_video",
+            takes_several=False,
+        ),
+        "qwen2_5_vl": Family(
+            build_qwen2_5_vl, {WIDE: 6 * 60, TALL: 4 * 56, SHORT: 36}, folder / "qwen2_5_vl"
+        ),
+        "qwen3_vl": Family(
+            build_qwen3_vl, {WIDE: 6 * 60, TALL: 4 * 48, SHORT: 25}, folder / "qwen3_vl"
+        ),
+    }
 
 
 if __name__ == "__main__":

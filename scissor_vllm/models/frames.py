@@ -1,0 +1,144 @@
+"""What the families share whose tower takes a video's frames one by one, all of one size.
+
+Their tokens are N = T*P in one run of placeholders, with 1-D positions. Changed against vLLM's
+classes:
+- a video of N tokens has K placeholders in place of N; what the model puts behind a video stays;
+- videos of a batch with any ratio below 1.0 go through the vision tower one by one;
+- checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import regex as re
+import torch
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.utils import WeightsMapper
+
+from scissor_vllm.pixels import (
+    FRAME_OF,
+    VIDEO_FRAMES,
+    VideoPixels,
+    batched_pixels,
+    take_video_pixels,
+)
+from scissor_vllm.processor import (
+    NUM_RETAINED,
+    NUM_VIDEO_TOKENS,
+    RetentionProcessingInfo,
+    RetentionProcessor,
+)
+from scissor_vllm.tower import VideoCompression
+
+_TOWER_PARTS = "embeddings|encoder|post_layernorm|pre_layrnorm|head"
+
+WITH_TOWER_LEVEL = WeightsMapper(
+    orig_to_new_regex={
+        re.compile(rf"^(model\.)?vision_tower\.(?={_TOWER_PARTS})"): r"\1vision_tower.vision_model."
+    }
+)
+"""Names the tower's weights as the hub does, before a class's own mapper."""
+
+
+class FramesProcessingInfo(RetentionProcessingInfo):
+    """Mixin of a family's processing info: a video's tokens by its number of frames."""
+
+    def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
+        """Return T*P."""
+        num_tokens = self.get_num_video_tokens(  # type: ignore[attr-defined]
+            image_width=width, image_height=height, num_frames=num_frames
+        )
+        return int(num_tokens) - self.get_num_fixed_tokens()
+
+    def get_num_fixed_tokens(self) -> int:
+        """Return 0: nothing stands behind a video."""
+        return 0
+
+
+class FramesProcessor(RetentionProcessor):
+    """Mixin of a family's processor."""
+
+    def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
+        if VIDEO_FRAMES in processed:
+            num_frames, height, width, _ = processed[VIDEO_FRAMES][index].shape
+            if FRAME_OF in processed:
+                num_frames = len(processed[FRAME_OF][index])
+        else:
+            num_frames, _, height, width = processed["pixel_values_videos"][index].shape
+        side = self.info.get_hf_config().vision_config.image_size
+        if (height, width) != (side, side):
+            raise VLLMValidationError(
+                f"the vision tower takes frames of {side}x{side}, but video {index} was resized to "
+                f"{width}x{height}: leave size and crop_size out of mm_processor_kwargs",
+                parameter="mm_processor_kwargs",
+            )
+        return int(
+            self.info.get_num_compressible_tokens(width=width, height=height, num_frames=num_frames)
+        )
+
+
+class FramesModel:
+    """Mixin of a family's model, placed before vLLM's class."""
+
+    config: Any
+    multi_modal_projector: Any
+    vision_tower: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.video_dtype = vllm_config.model_config.dtype
+        self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """P."""
+        raise NotImplementedError
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load as vLLM does, also while serving."""
+        self.video_compression.forget_features()
+        return super().load_weights(weights)  # type: ignore[misc]
+
+    # What a family may do otherwise.
+
+    def _rows_behind(self) -> torch.Tensor:
+        """Return what the model puts behind a video's tokens, (n, D)."""
+        weight = self.multi_modal_projector.linear_2.weight
+        return weight.new_empty(0, len(weight))
+
+    def _is_for_vllm(self, videos: list[VideoPixels]) -> bool:
+        """Return whether vLLM's class can encode these, all kept whole."""
+        return True
+
+    # Rows.
+
+    def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
+        """Return for each video K rows and what stands behind it; images, and videos that are all
+        kept whole, as vLLM does.
+        """
+        behind = self._rows_behind()
+        self.video_compression.warm_up(behind.shape[1], behind.dtype, behind.device)
+        stock = super().embed_multimodal  # type: ignore[misc]
+        num_retained = kwargs.pop(NUM_RETAINED, None)
+        kwargs.pop(NUM_VIDEO_TOKENS, None)
+        if not isinstance(num_retained, torch.Tensor):
+            rows: MultiModalEmbeddings = stock(**kwargs)
+            return rows
+        counts = num_retained.flatten().tolist()
+        videos = take_video_pixels(kwargs, self.video_dtype)
+        if not videos:
+            inputs = self._parse_and_validate_video_input(**kwargs)  # type: ignore[attr-defined]
+            assert inputs is not None
+            videos = [VideoPixels(pixels) for pixels in inputs["pixel_values_videos"]]
+        if self._is_for_vllm(videos) and self.video_compression.keeps_all(videos, counts):
+            with self.video_compression.stage("tower", behind.device):
+                whole: MultiModalEmbeddings = stock(pixel_values_videos=batched_pixels(videos))
+                return whole
+        encode = partial(self._video_pixels_to_features, self.vision_tower)  # type: ignore[attr-defined]
+        return tuple(
+            torch.cat([kept, behind]) for kept in self.video_compression(videos, counts, encode)
+        )

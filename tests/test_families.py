@@ -1,0 +1,127 @@
+"""Each family on a real engine beside stock vLLM: exactly K tokens, and positions right whatever
+vLLM does with a prompt. (LLaVA-OneVision is the demo's: ``test_server.py``, ``test_plugin.py``.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scissor_vllm import num_retained_tokens
+from tests.families import Family, Question, build_draft, largest_difference, observe
+
+NUM_BEHIND = 24
+"""Tokens of the prompt of ``Family.other`` behind its video."""
+WITH_POSITIONS = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+"""Families whose rows carry their own positions."""
+
+
+@pytest.fixture(params=["llava_next_video", "qwen2_5_vl", "qwen3_vl"])
+def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
+    return families[request.param]
+
+
+@pytest.mark.server
+def test_ratio_one_answers_as_vllm_without_the_plugin(family: Family) -> None:
+    for question, expected in family.stock.items():
+        ratio = 1.0 if any(each.num_frames for each in question.media) else None
+        answer = family.whole[Question(question.media, ratio)]
+        assert largest_difference(answer, expected) < 1e-5, question
+
+
+@pytest.mark.server
+def test_exactly_k_tokens_of_each_video_reach_the_model(family: Family) -> None:
+    num_tokens, whole = family.num_tokens, family.whole
+    for question in [*family.single, *family.several]:
+        text_and_pictures = whole[Question(question.media, 1.0)].num_prompt_tokens - sum(
+            num_tokens.get(media, 0) for media in question.media
+        )
+        kept = [
+            num_retained_tokens(num_tokens[media], question.ratio or 1.0)
+            for media in question.media
+            if media.num_frames
+        ]
+        assert whole[question].num_prompt_tokens == text_and_pictures + sum(kept), question
+
+
+@pytest.mark.server
+def test_chunked_prefill_and_mixed_ratios_at_once_answer_as_one_step_alone(
+    family: Family,
+) -> None:
+    questions = [*family.single, *family.several]
+    for question, answer in zip(questions, family.chunked[0], strict=True):
+        assert largest_difference(answer, family.whole[question]) < 1e-4, question
+
+
+@pytest.mark.server
+def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(family: Family) -> None:
+    again = [*family.single, *family.several][::-1]
+    for questions, answers in ((again, family.chunked[1]), (family.several, family.chunked[2])):
+        for question, answer in zip(questions, answers, strict=True):
+            assert largest_difference(answer, family.whole[question]) < 1e-4, question
+        assert not questions or sum(answer.num_cached_tokens for answer in answers) > 0
+
+
+@pytest.mark.server
+def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family) -> None:
+    (answer,) = family.chunked[3]
+    assert 64 < answer.num_cached_tokens < answer.num_prompt_tokens - NUM_BEHIND
+    assert largest_difference(answer, family.whole[family.other]) < 1e-4
+
+
+@pytest.mark.server
+@WITH_POSITIONS
+def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Family) -> None:
+    # 23 blocks of 32 tokens hold a few of them at a time; guesses come from the prompt.
+    questions = [each for each in [*family.single, *family.several] if each.ratio != 1.0]
+    observed = observe(
+        family.folder,
+        [questions],
+        plugins="scissor_vllm",
+        max_model_len=704,
+        enable_prefix_caching=False,
+        block_size=32,
+        num_gpu_blocks_override=24,
+        max_num_batched_tokens=256,
+        scheduler_reserve_full_isl=False,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 2,
+        },
+        disable_log_stats=False,
+    )
+    assert observed.counters["num_preemptions"] > 0
+    assert observed.counters["spec_decode_num_accepted_tokens"] > 0
+    for question, answer in zip(questions, observed.answers[0], strict=True):
+        assert largest_difference(answer, family.whole[question]) < 1e-4, question
+
+
+@pytest.mark.server
+@WITH_POSITIONS
+def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
+    family: Family, tmp_path: Path
+) -> None:
+    build_draft(tmp_path / "draft", family.folder)
+    questions = [each for each in [*family.single, *family.several] if each.ratio != 1.0]
+    observed = observe(
+        family.folder,
+        [questions],
+        plugins="scissor_vllm",
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        block_size=32,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        speculative_config={
+            "method": "eagle3",
+            "model": str(tmp_path / "draft"),
+            "num_speculative_tokens": 2,
+        },
+        disable_log_stats=False,
+    )
+    assert observed.counters["spec_decode_num_draft_tokens"] > 0
+    for question, answer in zip(questions, observed.answers[0], strict=True):
+        assert largest_difference(answer, family.whole[question]) < 1e-4, question

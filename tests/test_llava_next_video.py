@@ -1,0 +1,87 @@
+"""LLaVA-NeXT-Video beside transformers, fed the same rows."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scissor_vllm import compress
+from scissor_vllm.show.encoder import Encoder
+from tests.families import TALL, WIDE, Family, Media, Question, ask, largest_difference
+
+
+def video_tokens(family: Family, media: Media) -> torch.Tensor:
+    """Return a video's tokens (T, P, D) as transformers makes them."""
+    from transformers import AutoVideoProcessor
+
+    frames = torch.from_numpy(media.pixels()).permute(0, 3, 1, 2)
+    processor = AutoVideoProcessor.from_pretrained(family.folder)
+    pixels = processor(videos=[frames], return_tensors="pt")["pixel_values_videos"]
+    with torch.no_grad():
+        rows: torch.Tensor = family.model.model.get_video_features(pixels).pooler_output[0]
+    return rows.view(media.num_frames, -1, rows.shape[-1])
+
+
+def logprobs_by_transformers(family: Family, question: Question) -> torch.Tensor:
+    """Return the first step's log probabilities for a question about one video."""
+    from transformers import AutoTokenizer
+
+    model = family.model
+    (media,) = question.media
+    rows = video_tokens(family, media)
+    if question.ratio != 1.0:
+        rows = compress(rows, retention_ratio=question.ratio).tokens
+    before, behind = question.prompt().split("<|video_pad|>")
+    encode = AutoTokenizer.from_pretrained(family.folder).encode
+    with torch.no_grad():
+        embed = model.get_input_embeddings()
+        text = [embed(torch.tensor(encode(each))) for each in (before, behind)]
+        embeddings = torch.cat([text[0], rows.flatten(0, -2), text[1]])[None]
+        hidden = model.model.language_model(inputs_embeds=embeddings).last_hidden_state
+        return torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
+
+
+@pytest.mark.server
+def test_transformers_fed_the_same_rows_agrees(families: dict[str, Family]) -> None:
+    family = families["llava_next_video"]
+    for question in family.single:
+        expected = logprobs_by_transformers(family, question)
+        for token, logprob in family.whole[question].first.items():
+            assert logprob == pytest.approx(float(expected[token]), abs=1e-2), question
+
+
+@pytest.mark.server
+def test_the_ratio_is_seen_in_an_answer(families: dict[str, Family]) -> None:
+    family = families["llava_next_video"]
+    other = logprobs_by_transformers(family, Question((WIDE,), 0.5))
+    answer = family.whole[Question((WIDE,), 0.1)].first
+    assert max(abs(value - float(other[token])) for token, value in answer.items()) > 2e-2
+
+
+@pytest.mark.server
+def test_weights_named_as_transformers_saves_them_give_the_same_answers(
+    families: dict[str, Family], tmp_path: Path
+) -> None:
+    family = families["llava_next_video"]
+    question = Question((WIDE,), 0.25)
+    expected = family.whole[question]
+    resaved = tmp_path / "resaved"
+    shutil.copytree(family.folder, resaved)
+    weights = load_file(family.folder / "model.safetensors")
+    assert any("vision_tower.vision_model." in name for name in weights)
+    renamed = {name.replace(".vision_model.", "."): weight for name, weight in weights.items()}
+    save_file(renamed, resaved / "model.safetensors", metadata={"format": "pt"})
+    ((answer,),) = ask(resaved, [[question]], plugins="scissor_vllm", max_model_len=4096)
+    assert largest_difference(answer, expected) < 1e-4
+
+
+def test_show_draws_the_tokens_that_transformers_gives_a_video(families: dict[str, Family]) -> None:
+    family = families["llava_next_video"]
+    expected = video_tokens(family, TALL)
+    made = Encoder(str(family.folder)).encode(TALL.pixels())
+    assert made.tokens.shape[:2] == (7, made.rows * made.columns) == (7, 16)
+    torch.testing.assert_close(made.tokens, expected, atol=1e-4, rtol=1e-4)
