@@ -280,11 +280,15 @@ def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(services: dict
         (False, ["serve", model["modelURL"], *model["vllmConfig"]["extraArgs"]]),
     ]
     names = [*SAFE, "mm_processor_kwargs", "ec_manager_config", "min_retention_ratio"]
+    names += ["max_num_batched_tokens"]
     printed = run(sys.executable, "-c", PARSE, json.dumps(commands), json.dumps(names)).stdout
     parsed = json.loads(printed.splitlines()[-1])
     for args in parsed:
         assert {name: args[name] for name in SAFE} == SAFE
     assert [args["min_retention_ratio"] for args in parsed[:3]] == [0.01] * 3
+    for args in parsed:
+        # 32 frames of LLaVA-OneVision and their newline, kept whole: vLLM takes no larger video.
+        assert args["max_num_batched_tokens"] >= 32 * 196 + 1
     # What `scissor-vllm serve` does by itself, the chart's values say.
     from scissor_vllm.encoder_budget import CACHE_MANAGER
     from scissor_vllm.retention import RetentionPolicy
@@ -1024,16 +1028,20 @@ def check_served(server_port: int, proxy_port: int) -> None:
     base_url = f"http://127.0.0.1:{proxy_port}/v1"
     with openai.OpenAI(base_url=base_url, api_key=KEY, max_retries=0, timeout=120) as client:
 
-        def chat(*content: dict[str, Any]) -> Any:
+        def chat(*content: dict[str, Any], logprobs: bool = False) -> Any:
             return client.chat.completions.create(
                 model="demo",
                 messages=[{"role": "user", "content": list(content)}],  # type: ignore[list-item, misc]
                 max_completion_tokens=4,
+                logprobs=logprobs,
                 extra_body={"retention_ratio": 0.25},
             )
 
         clip = message(CLIP)["content"][0]
-        told = chat(clip, {"type": "text", "text": "What happens?"}).video_compression
+        # vLLM compiles what counts log probabilities: not here.
+        answer = chat(clip, {"type": "text", "text": "What happens?"}, logprobs=True)
+        assert answer.choices[0].logprobs.content
+        told = answer.video_compression
         assert told["num_retained_video_tokens"] == num_retained_tokens(DEMO_CLIP_TOKENS, 0.25)
         for url, refusal in (
             ("https://example.com/clip.mp4", "must be from one of the allowed domains"),
