@@ -1,7 +1,8 @@
 """What becomes of a chat with a video: counted, and in vLLM's trace where tracing is on.
 
-Counted are chats alone: no other route of vLLM takes a video and answers it, and `/tokenize`, which
-does not answer, saves nothing.
+Counted are chats of ``/v1/chat/completions`` alone: vLLM's other routes for chats with a video
+(``/v1/chat/completions/batch``, ``/invocations``) know no ratio and serve them at the server's, and
+``/tokenize``, which does not answer, saves nothing.
 """
 
 import asyncio

@@ -19,7 +19,7 @@ class Reason(StrEnum):
     VIDEO_TOO_LARGE = "video_too_large"
     """In bytes, decoded."""
     VIDEO_TOO_LONG = "video_too_long"
-    """In tokens, before compression."""
+    """In tokens: for compression, or what is kept of it for a step of the engine."""
     PROMPT_TOO_LONG = "prompt_too_long"
     """For the model, after compression."""
     OTHER = "other"
@@ -34,8 +34,11 @@ class RefusedVideoError(ValueError):
         self.reason = reason
 
 
-_PROMPT_TOO_LONG = re.compile(r"maximum (context|model) length")
-"""In vLLM's messages about a prompt's length, which have no type or parameter in common."""
+_IN_MESSAGES = {
+    re.compile(r"maximum (context|model) length"): Reason.PROMPT_TOO_LONG,
+    re.compile(r"video item .* exceeds the pre-allocated encoder cache"): Reason.VIDEO_TOO_LONG,
+}
+"""vLLM's own about lengths, which have no type or parameter in common."""
 
 
 def reason_of(error: BaseException | None) -> Reason:
@@ -44,7 +47,8 @@ def reason_of(error: BaseException | None) -> Reason:
         reason = getattr(error, "reason", None)
         if isinstance(reason, Reason):
             return reason
-        if _PROMPT_TOO_LONG.search(str(error)):
-            return Reason.PROMPT_TOO_LONG
+        for pattern, found in _IN_MESSAGES.items():
+            if pattern.search(str(error)):
+                return found
         error = error.__cause__
     return Reason.OTHER

@@ -25,6 +25,11 @@ from scissor_vllm.refusal import Reason, RefusedVideoError
 from scissor_vllm.retention import RetentionReport
 
 METHOD = "method-of-this-test"
+NO_ROOM = (
+    "The decoder prompt contains a(n) {} item with 3873 embedding tokens, which exceeds the "
+    "pre-allocated encoder cache size 2048."
+)
+"""vLLM's words for media that no step of the engine takes."""
 VIDEO = {"type": "video_url", "video_url": {"url": "data:"}}
 
 
@@ -150,6 +155,8 @@ def caused_by(error: Exception) -> Exception:
         (RefusedRequestError("long", reason=Reason.VIDEO_TOO_LONG), "video_too_long"),
         (caused_by(RefusedVideoError("no video")), "unreadable_video"),
         (ValueError("Input exceeds model's maximum context length (8)."), "prompt_too_long"),
+        (VLLMValidationError(NO_ROOM.format("video")), "video_too_long"),
+        (VLLMValidationError(NO_ROOM.format("image")), "other"),
         (VLLMValidationError("vLLM's own", parameter="temperature"), "other"),
     ],
 )
