@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from transformers import AutoVideoProcessor
 from scissor_vllm import compress, num_retained_tokens
 from scissor_vllm.cli import main
 from scissor_vllm.demo.model import demo_model_path
+from scissor_vllm.show import command
 from scissor_vllm.show.encoder import Encoder, EncoderError
 from scissor_vllm.show.html import as_html
 from scissor_vllm.show.picture import (
@@ -262,6 +264,55 @@ def test_a_wrong_argument_is_named(
         main(["show", str(CLIP), *arguments])
     assert stop.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "complaint"),
+    [
+        ("file", "--output must be a folder, got the file"),
+        ("folder.png", "--output must be a file, got the folder"),
+        ("file/x.png", "file is no folder that you may write to"),
+        # Nothing can be made there, and nothing tells so before.
+        ("/proc/show", "--output must be where files can be written, got /proc/show"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named(
+    output: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.png").mkdir()
+    arguments = ["--num-frames", "1", "--output", str(tmp_path / output)]
+    assert main(["show", str(CLIP), *arguments]) == 1
+    assert complaint in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_tower_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "look", lambda *_: pytest.fail("the video was looked at"))
+    (tmp_path / "file").touch()
+    assert main(["show", str(CLIP), "--output", str(tmp_path / "file")]) == 1
+
+
+def test_a_pictures_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    assert main(["show", str(CLIP), "--num-frames", "1", "--output", str(tmp_path / "x.PNG")]) == 0
+    assert (tmp_path / "x.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_that_are_damaged_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_model_path(), model)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:100_000])
+    arguments = ["--model", str(model), "--num-frames", "1", "--output", str(tmp_path / "out")]
+    assert main(["show", str(CLIP), *arguments]) == 1
+    complaint = capsys.readouterr().err
+    assert "--model must be a folder or a name on the hub that transformers loads" in complaint
+    assert f"got '{model}': Error while deserializing" in complaint
 
 
 def test_more_frames_than_can_be_drawn_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

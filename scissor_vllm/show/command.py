@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     from scissor_vllm.show.encoder import EncoderError
 
     try:
+        check_output(args.output)
         picture = look(args.video, args.model, args.retention_ratio, args.method, args.num_frames)
         written = save(picture, args.output)
     except (EncoderError, ImportError, OSError, ValueError) as error:
@@ -75,7 +77,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.video.is_file():
         parser.error(f"VIDEO must be a file, got {args.video}: check the path")
-    if args.output.suffix == ".png" and len(set(args.retention_ratio)) > 1:
+    if _form(args.output) == ".png" and len(set(args.retention_ratio)) > 1:
         parser.error(
             f"a PNG shows one ratio, got {len(set(args.retention_ratio))} for {args.output}: give "
             "one, or name a folder or an .html file"
@@ -163,14 +165,49 @@ def _model_path(model: str) -> str:
     return str(demo_model_path()) if model == DEMO_MODEL else model
 
 
+def check_output(output: Path) -> None:
+    """Raise OSError if the output cannot be written; nothing is made."""
+    is_folder = _form(output) is None
+    if output.exists() and output.is_dir() != is_folder:
+        wanted, found = ("folder", "file") if is_folder else ("file", "folder")
+        raise OSError(f"--output must be a {wanted}, got the {found} {output}: name another")
+    folder = output if is_folder else output.parent
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(
+            f"--output must be where files can be written, got {output}: {existing} is no folder "
+            "that you may write to; name another"
+        )
+
+
+def _form(output: Path) -> str | None:
+    """Return ".html" or ".png" if the output is one file, None if it is a folder."""
+    suffix = output.suffix.lower()
+    return suffix if suffix in (".html", ".png") else None
+
+
 def save(picture: Picture, output: Path) -> list[Path]:
-    """Write what the output's name asks for and return the files."""
+    """Write what the output's name asks for and return the files.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        return _save(picture, output)
+    except OSError as error:
+        raise OSError(
+            f"--output must be where files can be written, got {output}: {error}; name another"
+        ) from error
+
+
+def _save(picture: Picture, output: Path) -> list[Path]:
     from scissor_vllm.show.html import save_html
     from scissor_vllm.show.png import save_png
 
-    if output.suffix in (".html", ".png"):
+    form = _form(output)
+    if form is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".html":
+        if form == ".html":
             save_html(picture, output)
         else:
             save_png(picture, picture.groupings[0], output)

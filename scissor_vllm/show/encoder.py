@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoVideoProcessor
 from transformers.utils import logging
@@ -51,7 +52,8 @@ class Encoder:
         self._name = model
         with _loading(model):
             self._config = AutoConfig.from_pretrained(model)
-            self._check(model, self._config)
+        self._check(model, self._config)
+        with _loading(model):
             self._processor = AutoVideoProcessor.from_pretrained(model)
 
     @property
@@ -131,10 +133,10 @@ def _loading(model: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise EncoderError(
-            f"--model must be a folder or a name on the hub that transformers loads, got "
-            f"{model!r}: {error}"
+            "--model must be a folder or a name on the hub that transformers loads (`scissor-vllm "
+            f"convert` makes one of LLaVA's original checkpoints), got {model!r}: {error}"
         ) from error
     finally:
         logging.set_verbosity(before)

@@ -66,7 +66,7 @@ class Picture:
     columns: int
     groupings: tuple[Grouping, ...]
     times: tuple[float, ...] | None = None
-    """Seconds at which the frames are shown, if known."""
+    """Seconds at which the frames are shown, if known (see `times_of`)."""
 
     def __post_init__(self) -> None:
         check_size(len(self.frames), self.num_tokens)
@@ -118,11 +118,14 @@ class Picture:
 
 def check_size(num_frames: int, num_tokens: int) -> None:
     """Raise ValueError if a video is too long to be drawn."""
-    if num_frames > MAX_FRAMES or num_tokens > MAX_TOKENS:
-        raise ValueError(
-            f"a video of at most {MAX_FRAMES} frames and {MAX_TOKENS} tokens is drawn, got "
-            f"{num_frames} and {num_tokens}: sample fewer frames"
-        )
+    for number, most, unit in (
+        (num_frames, MAX_FRAMES, "frames"),
+        (num_tokens, MAX_TOKENS, "tokens"),
+    ):
+        if number > most:
+            raise ValueError(
+                f"a video of at most {most} {unit} is drawn, got {number}: sample fewer frames"
+            )
 
 
 def grouping_of(
@@ -162,7 +165,11 @@ def drawn_frames(frames: Any, num_positions: int) -> npt.NDArray[np.uint8]:
 
 
 def times_of(metadata: Mapping[str, Any], num_positions: int) -> tuple[float, ...] | None:
-    """Return the second at which each position begins, by a loader's metadata, None if unknown."""
+    """Return the second at which each position begins, by a loader's metadata, None if unknown.
+
+    It is the time that models are told: a frame's number over the file's mean rate, which for a
+    variable rate is not when it is shown.
+    """
     fps, indices = metadata.get("fps"), metadata.get("frames_indices")
     if not fps or indices is None or len(indices) == 0:
         return None
