@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from scissor_vllm.refusal import Reason
@@ -103,9 +104,10 @@ _MAX_UNREAD = 256
 def metrics_directory(environment: MutableMapping[str, str]) -> Iterator[None]:
     """Let the processes that are started inside share their metrics, and clean up after them.
 
-    A directory that the operator named stays as it is.
+    A directory that the operator named is made if there is none, and stays as it is.
     """
-    if environment.get(DIRECTORY_VARIABLE):
+    if named := environment.get(DIRECTORY_VARIABLE):
+        Path(named).mkdir(parents=True, exist_ok=True)
         yield
         return
     with tempfile.TemporaryDirectory(

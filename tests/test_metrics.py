@@ -255,9 +255,11 @@ def test_processes_add_up_and_leave_nothing_behind() -> None:
     assert environment == {}
 
 
-def test_a_directory_that_the_operator_named_stays(tmp_path: Path) -> None:
-    environment = {DIRECTORY_VARIABLE: str(tmp_path)}
-    with metrics_directory(environment):
-        assert environment == {DIRECTORY_VARIABLE: str(tmp_path)}
-    assert tmp_path.exists()
-    assert environment == {DIRECTORY_VARIABLE: str(tmp_path)}
+def test_a_directory_that_the_operator_named_is_made_and_stays(tmp_path: Path) -> None:
+    named = tmp_path / "new" / "metrics"
+    environment = {DIRECTORY_VARIABLE: str(named)}
+    for _ in range(2):
+        with metrics_directory(environment):
+            assert environment == {DIRECTORY_VARIABLE: str(named)}
+        assert named.is_dir()
+    assert environment == {DIRECTORY_VARIABLE: str(named)}
