@@ -8,6 +8,7 @@ import base64
 import json
 import pkgutil
 import re
+import shutil
 import socket
 import time
 import urllib.error
@@ -286,7 +287,7 @@ def ask(page: Page, ratio: str, num_rows: int) -> None:
 
 @pytest.mark.server
 def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
-    browser: Page, page_server: Server, shown: Picture
+    browser: Page, page_server: Server, shown: Picture, tmp_path: Path
 ) -> None:
     browser.goto(f"http://127.0.0.1:{page_server.port}/scissor")
     browser.wait("!document.getElementById('key-field').hidden")
@@ -313,7 +314,8 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
         assert row[1] == f"{num_tokens} → {num_retained_tokens(num_tokens, ratio)}"
         assert int(row[2]) > num_retained_tokens(num_tokens, ratio)
         assert all(re.fullmatch(r"\d+ ms|\W", time) for time in row[3:5])
-        assert row[5]
+        assert row[5] == QUESTION
+        assert row[6]
     about = browser.text("#picture [role=status]")
     assert f"K = {num_retained_tokens(num_tokens, 0.1)} kept" in about
     assert browser.evaluate("document.querySelectorAll('#picture canvas').length") == (
@@ -323,6 +325,30 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
     assert [each for each in browser.complaints if "401" not in each] == []
     SCREENSHOT.parent.mkdir(exist_ok=True)
     browser.screenshot(SCREENSHOT)
+    # What was asked about one video is not shown beside another.
+    browser.choose_file("#video", Path(shutil.copy(CLIP, tmp_path / "another.mp4")))
+    browser.wait("find('answers').hidden && find('what-was-kept').hidden")
+    assert browser.evaluate("document.querySelectorAll('#table tr, #picture canvas').length") == 0
+
+
+@pytest.mark.server
+def test_in_a_browser_an_answer_and_its_picture_can_be_stopped(
+    browser: Page, page_server: Server
+) -> None:
+    browser.goto(f"http://127.0.0.1:{page_server.port}/scissor")
+    browser.wait("!document.getElementById('key-field').hidden")
+    browser.focus("#key")
+    browser.type(KEY)
+    browser.choose_file("#video", CLIP)
+    for shown, told in (("find('state')", "#error"), ("find('picture-state')", "#picture-state")):
+        # Stopped as soon as it is shown, so that nothing can have come.
+        browser.evaluate(
+            "(async () => { const stop = new MutationObserver(() => find('stop').click());"
+            f"stop.observe({shown}, {{childList: true}}); form.requestSubmit();"
+            "while (running) await new Promise((resolve) => setTimeout(resolve, 10));"
+            "stop.disconnect(); })()"
+        )
+        assert "topped." in browser.text(told)
 
 
 @pytest.mark.server

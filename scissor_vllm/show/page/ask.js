@@ -52,6 +52,13 @@ function choose(file) {
     return;
   }
   video = { file, url: null };
+  // What was asked about another video is no longer meant.
+  running?.abort();
+  find("table").replaceChildren();
+  find("picture").replaceChildren();
+  find("state").textContent = "";
+  find("answers").hidden = true;
+  find("what-was-kept").hidden = true;
   const preview = find("preview");
   if (preview.src) URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(file);
@@ -112,7 +119,7 @@ function cell(text, isNumber = true) {
   return make("td", { className: isNumber ? "number" : "text", textContent: text });
 }
 
-function addRow(answer) {
+function addRow(question, answer) {
   const { compression, usage } = answer;
   const milliseconds = (value) => value === null ? "–" : `${Math.round(value)} ms`;
   find("table").prepend(make("tr", {},
@@ -120,7 +127,7 @@ function addRow(answer) {
     cell(compression ?
       `${compression.num_video_tokens} → ${compression.num_retained_video_tokens}` : "–"),
     cell(usage ? usage.prompt_tokens : "–"), cell(milliseconds(answer.first)),
-    cell(milliseconds(answer.whole)), cell(answer.text, false)));
+    cell(milliseconds(answer.whole)), cell(question, false), cell(answer.text, false)));
 }
 
 async function drawPicture(body, signal) {
@@ -136,7 +143,8 @@ async function drawPicture(body, signal) {
     } catch (error) {
       if (error.status !== 429 || tries === PICTURE_TRIES) {
         find("picture").replaceChildren();
-        state.textContent = `No picture: ${error.message}`;
+        state.textContent =
+          `No picture: ${error.name === "AbortError" ? "stopped." : error.message}`;
         return;
       }
       await new Promise((resolve) => setTimeout(resolve, 1000 * tries));
@@ -163,17 +171,18 @@ form.addEventListener("submit", async (event) => {
   setBusy(true);
   find("state").textContent = "Asking …";
   try {
+    const question = find("question").value;
     const body = {
       model: await findModel(),
       retention_ratio: Number(ratio.value),
       messages: [{ role: "user", content: [
         { type: "video_url", video_url: { url: await readVideo() } },
-        { type: "text", text: find("question").value },
+        { type: "text", text: question },
       ] }],
     };
     find("answers").hidden = false;
     find("answer").textContent = "";
-    addRow(await ask(body, running.signal));
+    addRow(question, await ask(body, running.signal));
     find("state").textContent = "Answered.";
     await drawPicture(body, running.signal);
   } catch (error) {
