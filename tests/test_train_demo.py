@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from bench.demo_training import validation
 from bench.demo_training.batches import EXERCISE, BatchMaker, BatchPlan, Curriculum, casual
 from bench.demo_training.card import card
 from bench.demo_training.forward import PackedModel
-from bench.demo_training.lessons import PlaceReader, WordReader, length_penalty, note
+from bench.demo_training.lessons import PlaceReader, WordReader, length_penalty, note, ways
 from bench.demo_training.model import ModelSize, build_model, build_tokenizer, load, save
 from bench.demo_training.packing import (
     IGNORED,
@@ -38,7 +39,7 @@ from bench.demo_training.places import (
     usual_places,
 )
 from bench.world.questions import SKILLS, VOCABULARY, Question, ask
-from bench.world.render import NUM_CLASSES, render
+from bench.world.render import NUM_CLASSES, class_of, cover, render
 from bench.world.render import pack as pack_scenes
 from bench.world.scene import sample_scene
 
@@ -352,6 +353,33 @@ def test_notes_of_unlike_questions_stay_unlike(encoder: Encoder) -> None:
                 tokens = note(encoder, question, 0)
                 asked = tokens.tokens[: -tokens.num_answer_tokens]
                 assert answers.setdefault(asked, question.answer) == question.answer
+
+
+def test_the_way_between_two_things_is_the_one_that_is_painted(
+    tokenizer: Any, encoder: Encoder
+) -> None:
+    """By where their tokens lie in the picture."""
+    grid, told = 22, Counter[str]()
+    for seed in range(40):
+        scene = sample_scene(seed, num_frames=1)
+        shown = cover([scene], grid, CPU)[0, 0]
+        middle = {
+            f"{thing.colour} {thing.figure}": torch.nonzero(shown == class_of(thing))
+            .float()
+            .mean(0)
+            for thing in scene.things
+        }
+        for way in ways(encoder, scene, EXERCISE):
+            start, *names, answer = tokenizer.decode(way.tokens).split()
+            assert start == "way"
+            one, other = (middle[" ".join(pair)] for pair in (names[:2], names[2:]))
+            down, across = (other - one).tolist()
+            sides = {"left": -across, "right": across, "up": -down, "down": down}
+            assert answer == max(sides, key=sides.__getitem__)
+            told[answer] += 1
+    assert set(told) == {"left", "right", "up", "down"}
+    assert min(told.values()) > 10
+    assert not list(ways(encoder, sample_scene(0, num_frames=4), EXERCISE))
 
 
 def test_tokens_that_lie_near_their_words_are_read_rightly(encoder: Encoder) -> None:

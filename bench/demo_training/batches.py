@@ -6,11 +6,12 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
-from bench.demo_training.lessons import note
+from bench.demo_training.lessons import note, ways
 from bench.demo_training.packing import EncodedQuestion, Encoder, PackedQuestions, pack
 from bench.world.questions import SKILLS, Question, ask
 from bench.world.render import PackedScenes
@@ -25,7 +26,9 @@ OTHER_LENGTHS: Mapping[int, float] = {8: 0.08, 4: 0.05, 1: 0.02}
 LESSONS_END = 0.7
 """The part of the training after which there are questions alone."""
 MAX_NUM_NOTES = 12
-"""Exercises for each clip at the start; they become fewer."""
+"""Exercises of what things are, for each clip at the start; they become fewer."""
+MAX_NUM_WAYS = 4
+"""Exercises of where they are, likewise."""
 EXERCISE = len(SKILLS)
 """Stands for the skill of what is no question."""
 GENERAL_SHARE = 0.35
@@ -128,17 +131,21 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             scene = sample_scene(seed, skill, plan.num_frames)
             asked = _in_random_order(rng, ask(scene, seed), scene, plan.skill_weights)
             scenes.append(scene)
-            exercises = self._exercises(asked, plan.lessons)
+            exercises = self._exercises(scene, asked, plan.lessons)
             rows.append([*exercises, *(self._encode(question, rng) for question in asked)])
         questions, _ = pack(rows, self._row_length, self._encoder.padding)
         return Batch(pack_scenes(scenes), questions)
 
-    def _exercises(self, asked: Sequence[Question], lessons: float) -> list[EncodedQuestion]:
-        """Return notes of the first questions without choices."""
+    def _exercises(
+        self, scene: Scene, asked: Sequence[Question], lessons: float
+    ) -> list[EncodedQuestion]:
+        """Return notes of the first questions without choices, and ways between things."""
         free = [question for question in asked if not question.choices]
-        return [
+        notes = [
             note(self._encoder, each, EXERCISE) for each in free[: round(lessons * MAX_NUM_NOTES)]
         ]
+        between = ways(self._encoder, scene, EXERCISE)
+        return [*notes, *islice(between, round(lessons * MAX_NUM_WAYS))]
 
     def _encode(self, question: Question, rng: random.Random) -> EncodedQuestion:
         text = question.text

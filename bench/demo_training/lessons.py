@@ -7,13 +7,16 @@ no step pays before the others are there, and training stands still for long.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import permutations
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from bench.demo_training.packing import EncodedQuestion, Encoder
 from bench.world.questions import Question
-from bench.world.scene import COLOURS, GLYPHS, PLACES, SHAPES
+from bench.world.scene import COLOURS, GLYPHS, PLACES, SHAPES, Scene
 
 _FUNCTION_WORDS = (
     *("a", "are", "can", "do", "does", "for", "have", "in", "is", "it", "of", "on", "or", "see"),
@@ -28,6 +31,35 @@ def note(encoder: Encoder, question: Question, skill: int) -> EncodedQuestion:
     """
     words = [word for word in question.text.split() if word not in _FUNCTION_WORDS]
     return encoder.continued("".join(f" {word}" for word in words), f" {question.answer}", skill)
+
+
+CLEARLY = 2.0
+"""How many times as far it is along one axis as along the other, to be one of four ways."""
+
+
+def ways(encoder: Encoder, scene: Scene, skill: int) -> Iterator[EncodedQuestion]:
+    """Yield which way it is between any two things of a picture: "way red star blue ring left".
+
+    To tell motion is to tell places apart, and one frame can ask for that at a tenth of the price
+    of a clip. Things that are neither clearly beside nor clearly above each other are left out.
+
+    Args:
+        encoder: of the words.
+        scene: of one frame; of others there is nothing.
+        skill: that the exercises count as.
+    """
+    if scene.num_frames > 1:
+        return
+    for one, other in permutations(scene.things, 2):
+        across, down = (b - a for a, b in zip(one.centre(0), other.centre(0), strict=True))
+        if abs(across) >= CLEARLY * abs(down):
+            way = "right" if across > 0 else "left"
+        elif abs(down) >= CLEARLY * abs(across):
+            way = "down" if down > 0 else "up"
+        else:
+            continue
+        text = f" way {one.colour} {one.figure} {other.colour} {other.figure}"
+        yield encoder.continued(text, f" {way}", skill)
 
 
 class WordReader(nn.Module):
