@@ -282,7 +282,8 @@ def draw(url: str, span: Span, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, panel: dict[str, Any], lines: list[Line], span: Span) -> None:
-    unit = panel["fieldConfig"]["defaults"]["unit"]
+    settings = panel["fieldConfig"]["defaults"]
+    unit = settings["unit"]
     if panel["type"] == "stat":
         axes.axis("off")
         value = lines[0].values[-1] if lines else float("nan")
@@ -298,9 +299,13 @@ def _draw_panel(axes: Any, panel: dict[str, Any], lines: list[Line], span: Span)
     for line in lines:
         axes.plot([when - span.start for when in line.times], line.values, label=line.legend)
     axes.set_xlim(0, span.end - span.start)
-    axes.set_ylim(bottom=0)
+    if "min" in settings:
+        axes.set_ylim(bottom=settings["min"])
+    # Of a dozen reasons most never came: a legend of all would hide the lines.
+    pairs = zip(lines, axes.lines, strict=True)
+    seen = [drawn for line, drawn in pairs if any(value > 0 for value in line.values)]
     if lines:
-        axes.legend(fontsize=6, loc="best", framealpha=0.5)
+        axes.legend(handles=seen or axes.lines, fontsize=6, loc="best", framealpha=0.5)
 
 
 def buckets(lines: list[Line]) -> tuple[list[str], list[float]]:

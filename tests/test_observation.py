@@ -24,6 +24,7 @@ from bench.dashboard import (
     DEPLOY,
     PrometheusError,
     Span,
+    ask,
     ask_target,
     buckets,
     draw,
@@ -184,6 +185,11 @@ def test_every_panel_has_data_and_the_counters_are_the_requests_that_were_sent(
         for panel in PANELS:
             for target in panel["targets"]:
                 assert has_data(url, target, span), (panel["title"], target["expr"])
+        (both,) = [panel for panel in PANELS if panel["title"] == "Encoder or language model"]
+        parts = {line.legend: line.values for line in ask(url, both, span)}
+        assert set(parts) == {"decode", "preprocess", "tower", "compress", "language model"}
+        # One engine's second; no number before there is an engine.
+        assert 0 < max(filter(math.isfinite, parts["language model"])) <= 1
         (asked,) = [panel for panel in PANELS if panel["title"] == "Ratios asked for"]
         lines = ask_target(url, asked["targets"][0], span)
         assert buckets(lines)[0] == ["0.01", "0.1", "0.25", "0.5", "1.0"]
