@@ -84,7 +84,11 @@ def test_random_weights_fill_a_models_shapes_and_follow_the_seed(tmp_path: Path)
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_kept_result_names_its_hardware_and_its_commit(path: Path) -> None:
-    environment = json.loads(path.read_text())["environment"]
-    assert environment["cpu"]
-    assert len(environment["commit"]) == 40
-    assert environment["versions"]
+    result = json.loads(path.read_text())
+    runs = result["runs"] if "questions" in result else [result]
+    assert runs
+    for run in runs:
+        environment = run["environment"]
+        assert environment["cpu"]
+        assert len(environment["commit"]) == 40
+        assert environment["versions"]
