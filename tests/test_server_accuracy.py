@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from bench.accuracy.command import main
@@ -41,4 +44,13 @@ def test_the_demos_clip_is_held_out_and_answers_its_question(tmp_path: Path) -> 
     scene = sample_scene(SEED, SKILL)
     assert (QUESTION, ANSWER) in {(each.text, each.answer) for each in ask(scene, SEED)}
     write_clip(scene, tmp_path / "clip.mp4")
-    assert (tmp_path / "clip.mp4").read_bytes() == CLIP.read_bytes()
+    written, shipped = decoded(tmp_path / "clip.mp4"), decoded(CLIP)
+    assert written.shape == shipped.shape
+    # Processors round a few drawn pixels otherwise, and the encoder then chooses otherwise.
+    assert np.abs(written - shipped).mean() < 2
+
+
+def decoded(path: Path) -> npt.NDArray[np.int16]:
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames).astype(np.int16)

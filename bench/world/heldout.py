@@ -81,7 +81,7 @@ def _sample_question(seed: int, skill: str, has_choices: bool) -> Question:
 
 
 def write_clip(scene: Scene, path: Path) -> None:
-    """Write the scene as H.264 in mp4, at FRAMES_PER_SECOND; equal scenes give equal files."""
+    """Write the scene as H.264 in mp4, at FRAMES_PER_SECOND; one machine writes the same bytes."""
     frames = render([scene], "cpu")[0].numpy()
     temporary = path.with_suffix(".tmp.mp4")
     _encode(frames, temporary)
