@@ -24,15 +24,29 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_config(tokenizer: Any, vision: Any, text: Any, pinpoints: list[list[int]]) -> Any:
-    """Return LLaVA-OneVision's config around a vision and a text config."""
+def build_config(
+    tokenizer: Any,
+    vision: Any,
+    text: Any,
+    pinpoints: list[list[int]],
+    tokens: tuple[str, str] = ("<image>", "<video>"),
+) -> Any:
+    """Return LLaVA-OneVision's config around a vision and a text config.
+
+    Args:
+        tokenizer: that knows ``tokens``.
+        vision: config of the tower.
+        text: config of the language model.
+        pinpoints: heights and widths that an image may be resized to.
+        tokens: that stand for an image and for a video.
+    """
     from transformers import LlavaOnevisionConfig
 
     return LlavaOnevisionConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_token_index=tokenizer.convert_tokens_to_ids(tokens[0]),
+        video_token_index=tokenizer.convert_tokens_to_ids(tokens[1]),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",

@@ -11,6 +11,7 @@ from scissor_vllm.retention import (
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
     DEFAULT_VIDEO_COMPRESSION,
+    KEEP_VIDEO_POSITIONS,
     MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
     RETENTION_RATIO,
@@ -102,6 +103,7 @@ def _serve(argv: list[str]) -> int:
         if args.model_tag == DEMO_MODEL:
             use_demo_model(args)
     apply_retention_options(args)
+    apply_position_options(args)
     bound_encoder_steps(args)
     apply_page_options(args)
     configure_logging_from_args(args)
@@ -160,6 +162,13 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         help="scc: Semantic Connected Components; the others are for comparison: selections of "
         "tokens, with +merge those with SCC's last step, and SCC without one of its steps "
         f"(default {DEFAULT_VIDEO_COMPRESSION})",
+    )
+    group.add_argument(
+        "--keep-video-positions",
+        action="store_true",
+        help="give a kept token the position that it, or of a merged one its last member, has in "
+        "the uncompressed prompt, and the text behind a video likewise; models with M-RoPE always "
+        "keep positions (default: tokens follow each other, as in the paper)",
     )
     group.add_argument(
         "--video-frame-cache-gb",
@@ -223,6 +232,30 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         raise SystemExit(f"scissor-vllm serve: {error}") from error
     if merged:
         args.mm_processor_kwargs = merged
+
+
+def apply_position_options(args: argparse.Namespace) -> None:
+    """Have the model keep the positions of a video's tokens, if the operator asks for it.
+
+    Raises:
+        SystemExit: videos of such a model are not compressed.
+    """
+    if not args.keep_video_positions:
+        return
+    from vllm.transformers_utils.config import get_config
+
+    from scissor_vllm.models import MODELS
+
+    config = get_config(
+        args.model_tag or args.model, args.trust_remote_code, args.revision, args.code_revision
+    )
+    architectures = config.architectures or []
+    if not MODELS.keys() & set(architectures):
+        raise SystemExit(
+            "scissor-vllm serve: --keep-video-positions needs a model whose videos are compressed "
+            f"({', '.join(MODELS)}), got {', '.join(architectures)}: leave it out"
+        )
+    args.hf_overrides = {**(args.hf_overrides or {}), **KEEP_VIDEO_POSITIONS}
 
 
 def bound_encoder_steps(args: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
-"""M-RoPE positions of a compressed video's tokens, shared by all models that have them.
+"""Positions of a compressed video's tokens in the uncompressed prompt, for models that keep them:
+those with M-RoPE, and others where the operator asks for it (three equal rows then).
 
 A merged token stands at the (t, h, w) of one of the video's own tokens, which is known only once
 the video was encoded. Everything else in a prompt stands where it does in the uncompressed prompt:

@@ -42,6 +42,7 @@ from scissor_vllm.retention import (
     RETENTION_REPORT,
     RetentionPolicy,
     RetentionReport,
+    keeps_video_positions,
     num_retained_tokens,
     without_own_keys,
 )
@@ -205,8 +206,10 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if RETENTION_RATIO not in kwargs:
             return super()._get_mm_hashes(inputs)
         plain = {key: value for key, value in kwargs.items() if key != RETENTION_RATIO}
-        # Two servers with different methods may share a cache that outlives them.
+        # Two servers with different methods or positions may share a cache that outlives them.
         of_video = {**kwargs, "video_compression": self.info.retention_policy.method}
+        if keeps_video_positions(self.info.get_hf_config()):
+            of_video["video_positions"] = "kept"
         hashes: dict[str, Any] = {}
         for modality, items in inputs.mm_data_items.items():
             only = replace(

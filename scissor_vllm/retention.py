@@ -19,6 +19,9 @@ VIDEO_COMPRESSION = "video_compression"
 MAX_VIDEO_TOKENS = "max_video_tokens"
 VIDEO_FRAME_CACHE_GB = "video_frame_cache_gb"
 VIDEO_FEATURE_CACHE_GB = "video_feature_cache_gb"
+KEEP_VIDEO_POSITIONS = {"mrope_section": [1, 1, 1]}
+"""vLLM's ``hf_overrides`` with which a model of 1-D positions keeps those of a video's tokens; see
+``scissor_vllm.models.frames``."""
 RETENTION = "retention"
 """Our key in vLLM's ``media_io_kwargs``: a mapping with the two below, of one HTTP request."""
 RETENTION_REPORT = "retention_report"
@@ -174,6 +177,13 @@ class RetentionReport:
             "num_video_tokens": sum(self.num_tokens),
             "num_retained_video_tokens": sum(self.num_retained),
         }
+
+
+def keeps_video_positions(hf_config: object) -> bool:
+    """Return whether a model's config was overridden with ``KEEP_VIDEO_POSITIONS``."""
+    return all(
+        getattr(hf_config, name, None) == value for name, value in KEEP_VIDEO_POSITIONS.items()
+    )
 
 
 def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.llava_onevision import build_tokenizer
+from bench.llava_onevision import build_config, build_tokenizer
+from scissor_vllm.retention import KEEP_VIDEO_POSITIONS
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -423,6 +424,48 @@ def build_llava_next_video(folder: Path) -> Any:
     return model
 
 
+def build_llava_onevision(folder: Path) -> Any:
+    """Write a checkpoint of LLaVA-OneVision, 16 tokens a frame, and return its model."""
+    from transformers import (
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    tokenizer = build_qwen_tokenizer()
+    side, patch_size = 56, 7
+    vision = SiglipVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=patch_size,
+        vision_use_head=False,
+    )
+    pinpoints = [[side, side], [side, 2 * side]]
+    text = Qwen2Config(**text_config(tokenizer))
+    tokens = ("<|image_pad|>", "<|video_pad|>")
+    config = build_config(tokenizer, vision, text, pinpoints, tokens)
+    size = {"height": side, "width": side}
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        tokenizer=tokenizer,
+        num_image_tokens=(side // patch_size) ** 2,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=tokenizer.chat_template,
+        video_token="<|video_pad|>",
+        image_token="<|image_pad|>",
+    )
+    model = write(folder, LlavaOnevisionForConditionalGeneration, config, processor)
+    _name_tower_as_the_hub_does(folder / "model.safetensors")
+    return model
+
+
 def build_draft(folder: Path, target: Path) -> None:
     """Write an EAGLE-3 draft model with random weights for a checkpoint of this module.
 
@@ -496,6 +539,8 @@ def _name_tower_as_the_hub_does(path: Path) -> None:
 
 WIDE, TALL, SHORT = Media(320, 200, 12, 1), Media(120, 400, 7, 2), Media(160, 160, 2, 3)
 PICTURE = Media(200, 120, 0, 4)
+KEEPING = {"hf_overrides": KEEP_VIDEO_POSITIONS}
+"""Options with which models of 1-D positions keep those of a video's tokens."""
 RATIOS = (1.0, 0.5, 0.25, 0.1, 0.01)
 
 
@@ -508,12 +553,16 @@ class Family:
         num_tokens: N of each of the three videos.
         place: where the checkpoint is to be.
         takes_several: whether a prompt may have several videos, and images.
+        stock_takes_several: whether stock vLLM's engine outlives videos of unlike length.
+        options: of our engines.
     """
 
     build: Callable[[Path], Any]
     num_tokens: Mapping[Media, int]
     place: Path
     takes_several: bool = True
+    stock_takes_several: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> Any:
@@ -551,7 +600,7 @@ class Family:
     @cached_property
     def stock(self) -> dict[Question, Answer]:
         """What vLLM answers without any plugin."""
-        with_video = [*self.single, *self.several]
+        with_video = [*self.single, *(self.several if self.stock_takes_several else ())]
         questions = [Question(each.media) for each in with_video if each.ratio == 1.0]
         return self._alone([*questions, *self.plain], plugins="")
 
@@ -559,7 +608,9 @@ class Family:
     def whole(self) -> dict[Question, Answer]:
         """What ours answers to each question alone, in one step and without a prefix cache."""
         questions = [*self.single, *self.several, *self.plain, self.other]
-        return self._alone(questions, plugins="scissor_vllm", max_num_batched_tokens=8192)
+        return self._alone(
+            questions, plugins="scissor_vllm", max_num_batched_tokens=8192, **self.options
+        )
 
     @cached_property
     def chunked(self) -> list[list[Answer]]:
@@ -576,6 +627,7 @@ class Family:
             block_size=32,
             max_num_batched_tokens=64,
             max_num_seqs=16,
+            **self.options,
         )
 
     def _alone(self, questions: list[Question], **options: Any) -> dict[Question, Answer]:
@@ -595,12 +647,27 @@ def tiny_families(folder: Path) -> dict[str, Family]:
     With Qwen-VL a temporal patch holds two frames; the seventh of TALL is doubled. Their sizes in
     tokens are 10 x 6, 4 x 14 and 6 x 6 with Qwen2.5-VL, 10 x 6, 4 x 12 and 5 x 5 with Qwen3-VL.
     """
+    of_llava = {media: media.num_frames * 16 for media in (WIDE, TALL, SHORT)}
     return {
         "llava_next_video": Family(
             build_llava_next_video,
-            {WIDE: 12 * 16, TALL: 7 * 16, SHORT: 2 * 16},
+            of_llava,
             folder / "llava_next_video",
             takes_several=False,
+        ),
+        "llava_next_video, positions kept": Family(
+            build_llava_next_video,
+            of_llava,
+            folder / "llava_next_video_positions",
+            takes_several=False,
+            options=KEEPING,
+        ),
+        "llava_onevision, positions kept": Family(
+            build_llava_onevision,
+            of_llava,
+            folder / "llava_onevision_positions",
+            stock_takes_several=False,
+            options=KEEPING,
         ),
         "qwen2_5_vl": Family(
             build_qwen2_5_vl, {WIDE: 6 * 60, TALL: 4 * 56, SHORT: 36}, folder / "qwen2_5_vl"

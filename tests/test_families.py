@@ -13,11 +13,12 @@ from tests.families import Family, Question, build_draft, largest_difference, ob
 
 NUM_BEHIND = 24
 """Tokens of the prompt of ``Family.other`` behind its video."""
-WITH_POSITIONS = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+M_ROPE = ["qwen2_5_vl", "qwen3_vl"]
+WITH_POSITIONS = [*M_ROPE, "llava_onevision, positions kept"]
 """Families whose rows carry their own positions."""
 
 
-@pytest.fixture(params=["llava_next_video", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["llava_next_video", *WITH_POSITIONS])
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     return families[request.param]
 
@@ -71,7 +72,7 @@ def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family)
 
 
 @pytest.mark.server
-@WITH_POSITIONS
+@pytest.mark.parametrize("family", WITH_POSITIONS, indirect=True)
 def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Family) -> None:
     # 23 blocks of 32 tokens hold a few of them at a time; guesses come from the prompt.
     questions = [each for each in [*family.single, *family.several] if each.ratio != 1.0]
@@ -92,6 +93,7 @@ def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Famil
             "prompt_lookup_max": 2,
         },
         disable_log_stats=False,
+        **family.options,
     )
     assert observed.counters["num_preemptions"] > 0
     assert observed.counters["spec_decode_num_accepted_tokens"] > 0
@@ -100,7 +102,7 @@ def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Famil
 
 
 @pytest.mark.server
-@WITH_POSITIONS
+@pytest.mark.parametrize("family", M_ROPE, indirect=True)
 def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
     family: Family, tmp_path: Path
 ) -> None:

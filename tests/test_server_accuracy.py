@@ -17,7 +17,7 @@ from bench.world.heldout import write_clip, write_split
 from bench.world.questions import ask
 from bench.world.scene import sample_scene
 from scissor_vllm.demo.client import ANSWER, CLIP, QUESTION
-from tests.serving import Server
+from tests.serving import SCISSOR, OneServer
 
 NUM_PER_SKILL = 5
 MIN_ACCURACY = {1.0: 0.85, 0.25: 0.85, 0.1: 0.80}
@@ -26,7 +26,11 @@ otherwise may turn one or two."""
 
 
 @pytest.mark.server
-def test_the_demo_model_answers_at_every_ratio(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ("--keep-video-positions",)], ids=["", "positions"])
+def test_the_demo_model_answers_at_every_ratio(
+    servers: OneServer, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    server = servers.get(*SCISSOR, "demo", *flags)
     clips, result = tmp_path / "clips", tmp_path / "result.json"
     write_split(clips, "validation", NUM_PER_SKILL)
     where = ["--base-url", f"http://127.0.0.1:{server.port}", "--questions", str(clips)]

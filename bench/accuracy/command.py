@@ -94,6 +94,11 @@ def methods(argv: Sequence[str]) -> int:
         help=f"(default: {' '.join(METHODS)})",
     )
     parser.add_argument(
+        "--suffix",
+        default="",
+        help="put behind each method's name, where the flags after -- make it another",
+    )
+    parser.add_argument(
         "--start-timeout", type=float, default=900.0, metavar="SECONDS", help="(default: 900)"
     )
     _add_asking(parser)
@@ -109,18 +114,19 @@ def methods(argv: Sequence[str]) -> int:
     command = shlex.join(["python", "-m", "bench.accuracy", "methods", *argv])
     failed = False
     for method in dict.fromkeys(args.methods):
-        there = next((run for run in results.runs if run.label == method), None)
+        label = method + args.suffix
+        there = next((run for run in results.runs if run.label == label), None)
         if there is not None and not there.missing(questions, args.retention_ratio):
-            print(f"{method}: measured before, left as it is", flush=True)
+            print(f"{label}: measured before, left as it is", flush=True)
             continue
         try:
             with server.running(method) as base_url:
                 num_missing = _ask(
-                    results, method, base_url, None, command, serve_options, questions, args
+                    results, label, base_url, None, command, serve_options, questions, args
                 )
             failed = failed or num_missing > 0
         except (HarnessError, ServerError, RuntimeError) as error:
-            print(f"{PROG}: {method}: {error}", file=sys.stderr)
+            print(f"{PROG}: {label}: {error}", file=sys.stderr)
             failed = True
     if any(run.answers for run in results.runs):
         _show(results)

@@ -1,4 +1,4 @@
-"""Which of a row's members stands for it, where a model asks for a place in the video."""
+"""Which of a row's members tells its place in the video, where a model asks for one."""
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -41,6 +41,25 @@ def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -
     first = torch.full((num_rows + 1,), len(flat), dtype=torch.int64, device=flat.device)
     first = first.scatter_reduce(0, row_of, candidate, "amin")[:num_rows]
     return _filled(first, len(flat))
+
+
+@torch.no_grad()
+def last_members(compressed: CompressedTokens, num_tokens: int) -> torch.Tensor:
+    """Return of each row the last of its members, (K,) int64 in 0..N-1.
+
+    All that a row holds was seen by there. A row that no token was merged into stands where the row
+    before it does. No look of the host.
+
+    Args:
+        compressed: what was made of N tokens.
+        num_tokens: N.
+    """
+    assignment, num_rows = compressed.assignment, len(compressed.tokens)
+    row_of = torch.where(assignment < 0, num_rows, assignment)
+    number = torch.arange(num_tokens, device=assignment.device)
+    last = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=assignment.device)
+    last = last.scatter_reduce(0, row_of, number, "amax")[:num_rows]
+    return _filled(torch.where(last < 0, num_tokens, last), num_tokens)
 
 
 @torch.no_grad()

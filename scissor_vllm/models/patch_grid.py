@@ -11,7 +11,7 @@ against vLLM's classes:
 - a video's frames travel as they are, patches are made on the device, see ``scissor_vllm.patches``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -29,18 +29,10 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import member_means, representative_members
+from scissor_vllm.models.carried import CarriedPositionsModel
 from scissor_vllm.patches import FRAME_SIZE, PatchShape, sending_frames, sends_frames
 from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_IDENTITY, VideoPixels, identity_of
-from scissor_vllm.positions import (
-    VideoPlace,
-    carried_positions,
-    placed,
-    runs_of,
-    text_and_pads,
-    uncompressed,
-    video_alone,
-    with_positions,
-)
+from scissor_vllm.positions import VideoPlace, text_and_pads, video_alone, with_positions
 from scissor_vllm.processor import (
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
@@ -159,12 +151,10 @@ class PatchGridProcessor(RetentionProcessor):
         return int(processed[_GRID][index].prod()) // merge_size**2
 
 
-class PatchGridModel:
+class PatchGridModel(CarriedPositionsModel):
     """Mixin of a family's model, placed before vLLM's class."""
 
     place_fields: ClassVar[tuple[str, ...]] = (_GRID,)
-    """Fields of a video's data that its tokens in the uncompressed prompt, and vLLM's positions of
-    them, follow from."""
 
     config: Any
     visual: Any
@@ -194,6 +184,11 @@ class PatchGridModel:
         return self.token_width
 
     @property
+    def video_token(self) -> int:
+        """The token that a video's placeholders are, but for text within it."""
+        return int(self.config.video_token_id)
+
+    @property
     def token_width(self) -> int:
         """The first of them, which the language model embeds and compression compares."""
         return int(self.config.vision_config.out_hidden_size)
@@ -215,7 +210,7 @@ class PatchGridModel:
         """Return a video's tokens in the uncompressed prompt, those of text within it included."""
         num_tokens = int(fields[_GRID].prod())
         num_tokens //= self.config.vision_config.spatial_merge_size**2
-        return [self.config.video_token_id] * num_tokens
+        return [self.video_token] * num_tokens
 
     def _embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return (n, ``row_width``) for text within a video."""
@@ -316,7 +311,7 @@ class PatchGridModel:
             fields: of the video.
         """
         full = self._full_video_tokens(fields)
-        text, pads = text_and_pads(full, self.config.video_token_id)
+        text, pads = text_and_pads(full, self.video_token)
         device = rows.device
         kept = pads.to(device)[members]
         if len(text):
@@ -325,9 +320,7 @@ class PatchGridModel:
             rows = torch.cat([embedded, rows])[order]
         if not self.carries_positions:
             return rows
-        positions, _ = super().get_mrope_input_positions(  # type: ignore[misc]
-            full, [video_alone(fields, len(full))]
-        )
+        positions, _ = self._whole_positions(full, [video_alone(fields, len(full))])
         place = VideoPlace(
             num_rows=len(rows),
             first_pad=int(pads[0]),
@@ -338,47 +331,12 @@ class PatchGridModel:
 
     # Positions.
 
-    def get_mrope_input_positions(
-        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    def _whole_positions(
+        self, tokens: list[int], features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Return vLLM's positions of the uncompressed prompt, less the tokens that are not there;
-        what a video's own are is known after it was encoded.
-        """
-        full_tokens = {
-            index: self._full_video_tokens(
-                {name: feature.data[name].data for name in self.place_fields}
-            )
-            for index, feature in enumerate(mm_features)
-            if is_compressed(feature)
-        }
-        stock: Any = super().get_mrope_input_positions  # type: ignore[misc]
-        if not full_tokens:
-            return stock(input_tokens, mm_features)
-        full = uncompressed(input_tokens, mm_features, full_tokens, self.config.video_token_id)
-        positions, _ = stock(full.tokens, full.features)
-        end = int(positions.max()) + 1
-        return positions[:, full.kept], end - len(input_tokens)
-
-    def recompute_mrope_positions(
-        self,
-        input_ids: list[int] | torch.Tensor,
-        multimodal_embeddings: Sequence[torch.Tensor],
-        mrope_positions: torch.Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
-        """Return the rows' values, the prompt's positions with those that the rows carry, and
-        vLLM's delta; called by the model runner before rows are computed.
-        """
-        rows = [each[:, : self.row_width] for each in multimodal_embeddings]
-        carried = [carried_positions(each, self.row_width) for each in multimodal_embeddings]
-        found = [each for each in carried if each is not None]
-        if not found:
-            delta = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
-            return rows, mrope_positions, delta
-        tokens = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else input_ids
-        runs = runs_of(self.config.video_token_id, tokens)
-        positions, delta = placed(mrope_positions.cpu(), found, runs, num_computed_tokens)
-        return rows, positions.to(mrope_positions.device), delta
+        stock = super(CarriedPositionsModel, self).get_mrope_input_positions  # type: ignore[misc]
+        positions: tuple[torch.Tensor, int] = stock(tokens, features)
+        return positions
 
 
 @dataclass(frozen=True)
@@ -393,14 +351,6 @@ class GridVideo:
     """``FRAME_SIZE``, None for pixels that are patches already."""
     normalization: torch.Tensor | None
     """``PIXEL_NORMALIZATION``, None for pixels that need none or that vLLM's class normalizes."""
-
-
-def is_compressed(feature: MultiModalFeatureSpec) -> bool:
-    """Return whether it is a video of which not all tokens are kept."""
-    data = feature.data
-    if data is None or NUM_RETAINED not in data or NUM_VIDEO_TOKENS not in data:
-        return False
-    return int(data[NUM_RETAINED].data) != int(data[NUM_VIDEO_TOKENS].data)
 
 
 def pad_to(rows: torch.Tensor, width: int) -> torch.Tensor:
