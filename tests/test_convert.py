@@ -30,6 +30,7 @@ from scissor_vllm import compress, num_retained_tokens
 from scissor_vllm.convert.command import REPORT, convert, main
 from scissor_vllm.convert.config import Newlines, converted_config, tower_config
 from tests import original_llava as original
+from tests.clips import decode_all
 from tests.conftest import NUM_FRAMES
 from tests.original_llava import TOKENS_PER_FRAME, TOWER, Weights
 from tests.serving import SCISSOR, STOCK, OneServer, Server, steps
@@ -546,12 +547,8 @@ def test_the_servers_logits_are_those_of_the_original_weights(
 
 def clip_pixels(clip: Path, model: Path) -> Tensor:
     """Return what the tower gets of a clip of few frames, (T, 3, H, W)."""
-    import av
-
-    with av.open(str(clip)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     processor = AutoProcessor.from_pretrained(model).video_processor
-    (pixels,) = processor(np.stack(frames), return_tensors="pt").pixel_values_videos
+    (pixels,) = processor(np.stack(decode_all(clip)), return_tensors="pt").pixel_values_videos
     return pixels
 
 

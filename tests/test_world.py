@@ -32,6 +32,7 @@ from bench.world.scene import (
     Thing,
     sample_scene,
 )
+from tests.clips import decode_all
 
 MIXED = (None, *SKILLS)
 KINDS = [(skill, NUM_FRAMES) for skill in MIXED] + [
@@ -473,7 +474,7 @@ def test_a_gpu_paints_what_a_cpu_paints() -> None:
 def decode(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         assert container.streams.video[0].average_rate == 4
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    return np.stack(decode_all(path))
 
 
 @pytest.mark.parametrize("skill", SKILLS)
