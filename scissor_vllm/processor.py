@@ -42,7 +42,6 @@ from scissor_vllm.retention import (
     RETENTION_REPORT,
     RetentionPolicy,
     RetentionReport,
-    keeps_video_positions,
     num_retained_tokens,
     without_own_keys,
 )
@@ -207,9 +206,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             return super()._get_mm_hashes(inputs)
         plain = {key: value for key, value in kwargs.items() if key != RETENTION_RATIO}
         # Two servers with different methods or positions may share a cache that outlives them.
-        of_video = {**kwargs, "video_compression": self.info.retention_policy.method}
-        if keeps_video_positions(self.info.get_hf_config()):
-            of_video["video_positions"] = "kept"
+        of_video = {
+            **kwargs,
+            "video_compression": self.info.retention_policy.method,
+            "keeps_positions": self.info.ctx.model_config.uses_mrope,
+        }
         hashes: dict[str, Any] = {}
         for modality, items in inputs.mm_data_items.items():
             only = replace(

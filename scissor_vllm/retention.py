@@ -179,13 +179,6 @@ class RetentionReport:
         }
 
 
-def keeps_video_positions(hf_config: object) -> bool:
-    """Return whether a model's config was overridden with ``KEEP_VIDEO_POSITIONS``."""
-    return all(
-        getattr(hf_config, name, None) == value for name, value in KEEP_VIDEO_POSITIONS.items()
-    )
-
-
 def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return the kwargs that belong to the Hugging Face processor, ours taken out."""
     own = {

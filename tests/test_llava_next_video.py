@@ -61,7 +61,7 @@ def logprobs_by_transformers(
     if question.ratio != 1.0:
         compressed = compress(tokens, retention_ratio=question.ratio)
         rows, places = compressed.tokens, torch.arange(len(compressed.tokens))
-        members, order = last_members(compressed, end).sort(stable=True)
+        members, order = last_members(compressed).sort(stable=True)
         if keeps_positions or in_order:
             rows = rows[order]
         if keeps_positions:

@@ -66,7 +66,7 @@ def test_a_row_without_members_stands_where_the_row_before_it_does() -> None:
 def test_the_last_member_of_a_row_is_known(method: str, num_retained: int) -> None:
     compressed = get_compressor(method)(seeded(5, 12, 16), num_retained)
     assignment = compressed.assignment.tolist()
-    last = last_members(compressed, len(assignment)).tolist()
+    last = last_members(compressed).tolist()
     for row, found in enumerate(last):
         members = [number for number, of in enumerate(assignment) if of == row]
         assert found == (members[-1] if members else last[row - 1])
@@ -74,7 +74,7 @@ def test_the_last_member_of_a_row_is_known(method: str, num_retained: int) -> No
 
 def test_a_row_without_members_ends_where_the_row_before_it_does() -> None:
     compressed = CompressedTokens(seeded(4, 8), torch.tensor([-1, 3, 1, 1]))
-    assert last_members(compressed, 4).tolist() == [0, 3, 3, 1]
+    assert last_members(compressed).tolist() == [0, 3, 3, 1]
 
 
 def test_of_equal_members_the_first_stands_for_the_row() -> None:

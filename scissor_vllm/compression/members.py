@@ -31,9 +31,8 @@ def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -
             )
         ]
     )
-    # Dropped tokens go to a row of their own, taken away at the end.
     num_rows = len(rows)
-    row_of = torch.where(assignment < 0, num_rows, assignment)
+    row_of = _row_of(assignment, num_rows)
     best = likeness.new_full((num_rows + 1,), -torch.inf)
     best = best.scatter_reduce(0, row_of, likeness, "amax")
     number = torch.arange(len(flat), device=flat.device)
@@ -44,7 +43,7 @@ def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -
 
 
 @torch.no_grad()
-def last_members(compressed: CompressedTokens, num_tokens: int) -> torch.Tensor:
+def last_members(compressed: CompressedTokens) -> torch.Tensor:
     """Return of each row the last of its members, (K,) int64 in 0..N-1.
 
     All that a row holds was seen by there. A row that no token was merged into stands where the row
@@ -52,14 +51,12 @@ def last_members(compressed: CompressedTokens, num_tokens: int) -> torch.Tensor:
 
     Args:
         compressed: what was made of N tokens.
-        num_tokens: N.
     """
     assignment, num_rows = compressed.assignment, len(compressed.tokens)
-    row_of = torch.where(assignment < 0, num_rows, assignment)
-    number = torch.arange(num_tokens, device=assignment.device)
+    number = torch.arange(len(assignment), device=assignment.device)
     last = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=assignment.device)
-    last = last.scatter_reduce(0, row_of, number, "amax")[:num_rows]
-    return _filled(torch.where(last < 0, num_tokens, last), num_tokens)
+    last = last.scatter_reduce(0, _row_of(assignment, num_rows), number, "amax")[:num_rows]
+    return _filled(last, -1)
 
 
 @torch.no_grad()
@@ -74,11 +71,16 @@ def member_means(
         members: (K,) int64, the representative member of each row: a row of no members has its.
     """
     num_rows = len(members)
-    row_of = torch.where(assignment < 0, num_rows, assignment)
+    row_of = _row_of(assignment, num_rows)
     count = sizes(row_of, num_rows + 1)
     total = sums(values, row_of, count)[:num_rows]
     mean = (total / count[:num_rows, None].clamp(min=1)).to(values.dtype)
     return torch.where(count[:num_rows, None] > 0, mean, values[members])
+
+
+def _row_of(assignment: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the row of each token, dropped ones in a row of their own behind all others."""
+    return torch.where(assignment < 0, num_rows, assignment)
 
 
 def _filled(numbers: torch.Tensor, missing: int) -> torch.Tensor:

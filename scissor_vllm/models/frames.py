@@ -30,7 +30,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from scissor_vllm.compression.members import last_members
-from scissor_vllm.models.carried import CarriedPositionsModel, delta_of
+from scissor_vllm.models.carried_positions import CarriedPositionsModel, delta_of
 from scissor_vllm.pixels import (
     FRAME_OF,
     VIDEO_FRAMES,
@@ -196,7 +196,7 @@ class FramesModel(CarriedPositionsModel):
         num_tokens = tokens.shape[0] * tokens.shape[1]
         if num_retained == num_tokens:
             return torch.cat([compressed.tokens, behind])
-        members, order = last_members(compressed, num_tokens).sort(stable=True)
+        members, order = last_members(compressed).sort(stable=True)
         rows = torch.cat([compressed.tokens[order], behind])
         end = num_tokens + len(behind)
         kept = torch.cat([members, torch.arange(num_tokens, end, device=members.device)])

@@ -29,7 +29,7 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import member_means, representative_members
-from scissor_vllm.models.carried import CarriedPositionsModel
+from scissor_vllm.models.carried_positions import CarriedPositionsModel
 from scissor_vllm.patches import FRAME_SIZE, PatchShape, sending_frames, sends_frames
 from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_IDENTITY, VideoPixels, identity_of
 from scissor_vllm.positions import VideoPlace, text_and_pads, video_alone, with_positions
