@@ -101,23 +101,6 @@ class VideoCompression:
     def _num_tokens_per_frame(self, video: VideoPixels) -> int:
         return video.tokens_per_frame or self._tokens_per_frame
 
-    def __call__(
-        self,
-        videos: Sequence[VideoPixels],
-        num_retained: list[int],
-        encode: Callable[[torch.Tensor], torch.Tensor],
-    ) -> Iterator[torch.Tensor]:
-        """Yield (K, D) for each video.
-
-        Args:
-            videos: T frames each.
-            num_retained: K of each.
-            encode: pixels (t, C, H, W) to tokens (t, P, D); called with at most
-                so many frames of one video as the encoder's budget covers.
-        """
-        for video, count in zip(videos, num_retained, strict=True):
-            yield self.compressed(video, count, encode)[1].tokens
-
     def compressed(
         self,
         video: VideoPixels,
@@ -125,13 +108,21 @@ class VideoCompression:
         encode: Callable[[torch.Tensor], torch.Tensor],
         width: int | None = None,
     ) -> tuple[torch.Tensor, CompressedTokens]:
-        """Return one video's tokens (T, P, D) and what they were compressed to.
+        """Return a video's tokens (T, P, D) and what they were compressed to.
 
-        Arguments are those of a call for several, and ``width``: how many of a token's first values
-        are compressed, if there are others behind them.
+        Args:
+            video: T frames.
+            num_retained: K.
+            encode: pixels (t, C, H, W) to tokens (t, P, D); called with at most so many frames as
+                the encoder's budget covers.
+            width: how many of a token's first values are compressed, if there are others behind
+                them.
         """
-        tokens = self._tokens(video, encode)
-        self._note_ratio(video, num_retained)
+        is_whole = self.keeps_all([video], [num_retained])
+        # Kept for other ratios is what is encoded for these.
+        tokens = self._encoded(video, encode) if is_whole else self._tokens(video, encode)
+        if not is_whole:
+            self._note_ratio(video, num_retained)
         compared = tokens if width is None else tokens[..., :width].contiguous()
         result = self._exactly(compared, num_retained)
         if self._watcher is not None:
@@ -158,12 +149,18 @@ class VideoCompression:
                 count_cache_query("features", is_hit=kept is not None)
             if kept is not None:
                 return kept
-        with self.stage("tower", device):
-            calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
-            tokens = video.repeated(torch.cat([encode(pixels) for pixels in calls]))
+        tokens = self._encoded(video, encode)
         if self._features is not None and video.identity is not None:
             self._features.put(video.identity, tokens)
         return tokens
+
+    def _encoded(
+        self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return (T, P, D), from the tower."""
+        with self.stage("tower", video.pixels.device):
+            calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
+            return video.repeated(torch.cat([encode(pixels) for pixels in calls]))
 
     def _note_ratio(self, video: VideoPixels, num_retained: int) -> None:
         if self._features is None or video.identity is None:

@@ -57,15 +57,23 @@ def make_videos(*lengths: int) -> list[VideoPixels]:
     ]
 
 
+def rows_of(
+    compression: VideoCompression, videos: list[VideoPixels], counts: list[int], encode: Any
+) -> list[torch.Tensor]:
+    """Return each video's K rows."""
+    pairs = zip(videos, counts, strict=True)
+    return [compression.compressed(video, count, encode)[1].tokens for video, count in pairs]
+
+
 def test_a_call_sees_no_more_frames_than_the_encoder_budget_covers() -> None:
     compression, tower = make_compression(budget=40), RecordingTower()
-    list(compression(make_videos(25, 3, 10), [2, 1, 40], tower))
+    rows_of(compression, make_videos(25, 3, 10), [2, 1, 40], tower)
     assert tower.calls == [10, 10, 5, 3, 10]
 
 
 def test_a_budget_below_one_frame_still_encodes_frame_by_frame() -> None:
     compression, tower = make_compression(budget=1), RecordingTower()
-    list(compression(make_videos(3), [2], tower))
+    rows_of(compression, make_videos(3), [2], tower)
     assert tower.calls == [1, 1, 1]
 
 
@@ -73,22 +81,22 @@ def test_a_budget_below_one_frame_still_encodes_frame_by_frame() -> None:
 def test_mixed_lengths_and_ratios_give_each_video_its_k_rows(method: str) -> None:
     compression = make_compression(method)
     lengths, counts = (25, 1, 7, 10), [3, 4, 28, 1]
-    rows = list(compression(make_videos(*lengths), counts, RecordingTower()))
+    rows = rows_of(compression, make_videos(*lengths), counts, RecordingTower())
     assert [tuple(each.shape) for each in rows] == [(count, WIDTH) for count in counts]
 
 
 def test_a_videos_rows_do_not_depend_on_its_batch() -> None:
     compression = make_compression()
-    together = list(compression(make_videos(12, 9, 30), [5, 7, 9], RecordingTower()))
+    together = rows_of(compression, make_videos(12, 9, 30), [5, 7, 9], RecordingTower())
     for length, count, rows in zip((12, 9, 30), (5, 7, 9), together, strict=True):
-        (alone,) = compression(make_videos(length), [count], RecordingTower())
+        (alone,) = rows_of(compression, make_videos(length), [count], RecordingTower())
         assert torch.equal(alone, rows)
 
 
 def test_more_rows_asked_than_there_are_fails_no_other_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    rows = list(make_compression()(make_videos(2, 5), [9, 3], RecordingTower()))
+    rows = rows_of(make_compression(), make_videos(2, 5), [9, 3], RecordingTower())
     assert [len(each) for each in rows] == [9, 3]
 
 
@@ -96,7 +104,7 @@ def test_a_tower_that_overflows_fails_no_other_request() -> None:
     def overflowing(frames: torch.Tensor) -> torch.Tensor:
         return torch.full((len(frames), TOKENS_PER_FRAME, WIDTH), torch.nan)
 
-    (rows,) = make_compression()(make_videos(5), [3], overflowing)
+    (rows,) = rows_of(make_compression(), make_videos(5), [3], overflowing)
     assert rows.shape == (3, WIDTH)
 
 
@@ -111,22 +119,22 @@ def test_a_video_asked_about_again_is_encoded_once_and_gives_the_same_rows(metho
     kept, plain = make_compression(method, cache_gb=0.01), make_compression(method)
     tower = RecordingTower()
     for count in (40, 9, 3, 9, 1):
-        (rows,) = kept(make_videos(25), [count], tower)
-        (expected,) = plain(make_videos(25), [count], RecordingTower())
+        (rows,) = rows_of(kept, make_videos(25), [count], tower)
+        (expected,) = rows_of(plain, make_videos(25), [count], RecordingTower())
         assert torch.equal(rows, expected)
     assert tower.calls == [10, 10, 5]
     kept.forget_features()
-    list(kept(make_videos(25), [9], tower))
+    list(rows_of(kept, make_videos(25), [9], tower))
     assert tower.calls == [10, 10, 5] * 2
 
 
 def test_only_the_same_content_is_recognized() -> None:
     compression, tower = make_compression(cache_gb=0.01), RecordingTower()
     (video,) = make_videos(5)
-    list(compression([video, replace(video, identity=b"another")], [2, 2], tower))
+    rows_of(compression, [video, replace(video, identity=b"another")], [2, 2], tower)
     # Pixels that came stock's way carry no identity.
     for _ in range(2):
-        list(compression([replace(video, identity=None)], [2], tower))
+        rows_of(compression, [replace(video, identity=None)], [2], tower)
     assert tower.calls == [5, 5, 5, 5]
 
 
@@ -139,8 +147,8 @@ def test_a_frame_that_repeats_is_encoded_once(method: str) -> None:
     everything = replace(few, pixels=few.pixels[frame_of])
     for count in (1, 7, 30, 36):
         tower.calls.clear()
-        (rows,) = compression([video], [count], tower)
-        (expected,) = compression([everything], [count], RecordingTower())
+        (rows,) = rows_of(compression, [video], [count], tower)
+        (expected,) = rows_of(compression, [everything], [count], RecordingTower())
         assert tower.calls == [5]
         assert torch.allclose(rows, expected, atol=1e-5)
     assert compression.keeps_all([video], [36])
@@ -151,7 +159,7 @@ def test_with_an_adapter_in_the_tower_nothing_is_kept() -> None:
         lora = SimpleNamespace(enable_tower_connector_lora=in_tower)
         compression, tower = make_compression(cache_gb=0.01, lora=lora), RecordingTower()
         for _ in range(2):
-            list(compression(make_videos(5), [2], tower))
+            rows_of(compression, make_videos(5), [2], tower)
         assert tower.calls == calls
 
 
@@ -171,7 +179,7 @@ def test_of_workers_that_share_a_model_the_first_alone_counts(
         compression = make_compression(cache_gb=0.01)
         before = counted()
         for num_retained in (5, 5, 3):
-            list(compression(make_videos(9), [num_retained], RecordingTower()))
+            rows_of(compression, make_videos(9), [num_retained], RecordingTower())
         added = {name: value - before[name] for name, value in counted().items()}
     finally:
         VideoCompression._is_recording.cache_clear()

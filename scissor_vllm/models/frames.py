@@ -15,8 +15,7 @@ models then, with three equal rows of positions, of which the language model get
 what it does without.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import regex as re
@@ -150,7 +149,25 @@ class FramesModel(CarriedPositionsModel):
         """Return whether vLLM's class can encode these, all kept whole."""
         return True
 
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the tokens (t, P, D) of frames (t, C, H, W)."""
+        tokens: torch.Tensor = self._video_pixels_to_features(self.vision_tower, pixels)  # type: ignore[attr-defined]
+        return tokens
+
     # Rows.
+
+    def _encode_as_vllm(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the tokens (t, P, D) of frames (t, C, H, W) to the bit as vLLM's class does."""
+        return FramesModel._features(self, pixels)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the same but for rounding, and faster on a GPU."""
+        if not pixels.is_cuda:
+            return self._features(pixels)
+        from scissor_vllm.siglip import fused_encoder
+
+        with fused_encoder(self.vision_tower):
+            return self._features(pixels)
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
         """Return for each video K rows and what stands behind it; images, and videos that are all
@@ -174,28 +191,18 @@ class FramesModel(CarriedPositionsModel):
             with self.video_compression.stage("tower", behind.device):
                 whole: MultiModalEmbeddings = stock(pixel_values_videos=batched_pixels(videos))
                 return whole
-        encode = partial(self._video_pixels_to_features, self.vision_tower)  # type: ignore[attr-defined]
-        if self.keeps_positions:
-            return tuple(
-                self._positioned(video, count, encode, behind)
-                for video, count in zip(videos, counts, strict=True)
-            )
         return tuple(
-            torch.cat([kept, behind]) for kept in self.video_compression(videos, counts, encode)
+            self._rows(video, count, behind) for video, count in zip(videos, counts, strict=True)
         )
 
-    def _positioned(
-        self,
-        video: VideoPixels,
-        num_retained: int,
-        encode: Callable[[torch.Tensor], torch.Tensor],
-        behind: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return a video's rows and what stands behind it, with positions if it is compressed."""
+    def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
+        """Return a video's rows and what stands behind it, with positions where they are kept."""
+        is_whole = self.video_compression.keeps_all([video], [num_retained])
+        encode = self._encode_as_vllm if is_whole else self._encode
         tokens, compressed = self.video_compression.compressed(video, num_retained, encode)
-        num_tokens = tokens.shape[0] * tokens.shape[1]
-        if num_retained == num_tokens:
+        if is_whole or not self.keeps_positions:
             return torch.cat([compressed.tokens, behind])
+        num_tokens = tokens.shape[0] * tokens.shape[1]
         members, order = last_members(compressed).sort(stable=True)
         rows = torch.cat([compressed.tokens[order], behind])
         end = num_tokens + len(behind)

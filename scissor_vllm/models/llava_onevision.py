@@ -87,6 +87,17 @@ class LlavaOnevisionForConditionalGeneration(
         side = math.ceil(vision.image_size // vision.patch_size / _POOLING_STRIDE)
         return int(side * side)
 
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        # Pooling is a mean with weights that sum to 1, so it may come before the projector's last
+        # layer, which then sees a quarter of the tokens.
+        shown = self.vision_tower(
+            pixels, feature_select_strategy=self.config.vision_feature_select_strategy
+        )
+        projector = self.multi_modal_projector
+        pooled = self.apply_pooling(projector.act(projector.linear_1(shown)))
+        tokens: torch.Tensor = projector.linear_2(pooled)
+        return tokens
+
     def _rows_behind(self) -> torch.Tensor:
         """Return the newline (1, D), or (0, D) where none ends a video."""
         if not num_video_newlines(self.config):

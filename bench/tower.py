@@ -1,0 +1,123 @@
+"""Prints how long SigLIP's encoder takes as vLLM runs it and with fewer passes over memory.
+
+    python bench/tower.py [--frames 32] [--repeats 20] [--json FILE]
+
+LLaVA-OneVision-7B's tower (SigLIP so400m, 384 pixels) with random weights on a GPU, in bfloat16.
+Both take turns, so that a clock that changes is the same for both; times are those of CUDA events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import SiglipVisionConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.record import environment, write_json  # noqa: E402
+
+SO400M = SiglipVisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=26,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    hidden_act="gelu_pytorch_tanh",
+    vision_use_head=False,
+)
+
+
+def make_tower(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """Return vLLM's tower with matrices of deviation 0.02, as ``random_weights.py`` draws them."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+        model_parallel_is_initialized,
+    )
+    from vllm.model_executor.models.siglip import SiglipVisionModel
+    from vllm.utils.network_utils import get_open_port
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with set_current_vllm_config(VllmConfig()), device:
+            if not model_parallel_is_initialized():
+                address = f"tcp://127.0.0.1:{get_open_port()}"
+                init_distributed_environment(1, 0, address, 0, backend="gloo")
+                ensure_model_parallel_initialized(1, 1)
+            tower = SiglipVisionModel(config, use_head=False)
+    finally:
+        torch.set_default_dtype(default)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in tower.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.02, generator=generator)
+            else:
+                weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return tower.eval()
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Return how long a run took on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def main() -> None:
+    """Measure what the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--frames", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    from scissor_vllm.siglip import fused_encoder
+
+    device = torch.device("cuda")
+    tower = make_tower(SO400M, device, torch.bfloat16)
+    record: dict[str, Any] = {"environment": environment(), "dtype": "bfloat16", "cases": []}
+
+    def fused(pixels: torch.Tensor) -> torch.Tensor:
+        with fused_encoder(tower) as is_on:
+            assert is_on, "vLLM's layers are not as siglip.py knows them"
+            tokens: torch.Tensor = tower(pixels)
+            return tokens
+
+    print("frames      vLLM     fused   ratio   largest difference")
+    for num_frames in args.frames:
+        generator = torch.Generator(device).manual_seed(1)
+        shape = (num_frames, 3, SO400M.image_size, SO400M.image_size)
+        pixels = torch.randn(shape, device=device, generator=generator).to(torch.bfloat16)
+        with torch.inference_mode():
+            difference = (tower(pixels).float() - fused(pixels).float()).abs().max().item()
+            times: dict[str, list[float]] = {"vllm": [], "fused": []}
+            for _ in range(args.repeats):
+                times["vllm"].append(milliseconds(lambda pixels=pixels: tower(pixels)))  # type: ignore[misc]
+                times["fused"].append(milliseconds(lambda pixels=pixels: fused(pixels)))  # type: ignore[misc]
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        ratio = medians["fused"] / medians["vllm"]
+        print(
+            f"{num_frames:6} {medians['vllm']:6.2f} ms {medians['fused']:6.2f} ms {ratio:7.3f}"
+            f"   {difference:.3g}"
+        )
+        case = {"num_frames": num_frames, "milliseconds": times, "largest_difference": difference}
+        record["cases"].append(case)
+    if args.json:
+        write_json(args.json, record)
+
+
+if __name__ == "__main__":
+    main()

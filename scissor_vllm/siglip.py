@@ -1,0 +1,132 @@
+"""SigLIP's encoder with fewer passes over memory, for videos that are compressed.
+
+At a low ratio the vision tower is most of what a video costs, and a tenth of its time on a GPU goes
+into reading and writing what could have stayed in registers. Of vLLM's encoder layer
+- a sum and the norm of it become one kernel;
+- GELU becomes part of the matrix product before it, applied to its 32-bit sums: vLLM's rounds them
+  first, so values differ by that rounding. Videos that are kept whole are therefore vLLM's own to
+  encode.
+
+It knows the inside of vLLM 0.32's and 0.33's ``siglip.py``, and steps aside for any layer that is
+not as there (quantized, with adapters, another activation). It can go when vLLM fuses these.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton
+from torch import nn
+from vllm.model_executor.layers.layernorm import LayerNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
+
+from scissor_vllm.siglip_kernels import add_norm
+
+_MAX_WIDTH = 1 << 14
+"""A kernel holds a row in registers."""
+
+
+@contextmanager
+def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
+    """Have a vision tower encode by fewer passes meanwhile; yields whether it does.
+
+    Towers that are not SigLIP's, or whose layers are not as vLLM makes them, stay as they are.
+    """
+    encoder = (
+        vision_tower.vision_model.encoder if isinstance(vision_tower, SiglipVisionModel) else None
+    )
+    if not isinstance(encoder, SiglipEncoder) or not all(map(_is_plain, encoder.layers)):
+        yield False
+        return
+
+    def encode(
+        inputs_embeds: torch.Tensor, return_all_hidden_states: bool
+    ) -> torch.Tensor | list[torch.Tensor]:
+        if return_all_hidden_states:
+            every: list[torch.Tensor] = SiglipEncoder.forward(encoder, inputs_embeds, True)
+            return every
+        return _encode(list(encoder.layers), inputs_embeds)
+
+    encoder.forward = encode
+    try:
+        yield True
+    finally:
+        del encoder.forward
+
+
+def _is_plain(layer: Any) -> bool:
+    if type(layer) is not SiglipEncoderLayer:
+        return False
+    first, activation = layer.mlp.fc1, layer.mlp.activation_fn
+    norms = (layer.layer_norm1, layer.layer_norm2)
+    return (
+        type(first) is ColumnParallelLinear
+        and type(first.quant_method) is UnquantizedLinearMethod
+        and first.bias is not None
+        and not (first.gather_output or first.skip_bias_add)
+        and type(activation) is nn.GELU
+        and activation.approximate == "tanh"
+        and all(type(norm) is LayerNorm and norm.bias is not None for norm in norms)
+        and all(norm.weight.dtype == first.weight.dtype for norm in norms)
+        and first.input_size <= _MAX_WIDTH
+    )
+
+
+def _encode(layers: list[Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Return what the layers make of (B, P, C)."""
+    # Sums are written in place, and not into what the caller holds.
+    hidden = inputs_embeds.clone(memory_format=torch.contiguous_format)
+    normed = layers[0].layer_norm1(hidden)
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        attended, _ = layer.self_attn(normed)
+        normed = add_and_norm(hidden, attended, layer.layer_norm2)
+        widened = linear_gelu(normed, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
+        narrowed, _ = layer.mlp.fc2(widened)
+        if following is None:
+            hidden += narrowed
+        else:
+            normed = add_and_norm(hidden, narrowed, following.layer_norm1)
+    return hidden
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return GELU, by tanh, of a linear layer.
+
+    Args:
+        x: (..., C).
+        weight: (D, C).
+        bias: (D,).
+
+    Returns:
+        (..., D), of x's dtype.
+    """
+    if not x.is_cuda:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    # cuBLASLt's epilogue; torch itself applies the activation where it cannot.
+    flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return flat.view(*x.shape[:-1], len(weight))
+
+
+def add_and_norm(hidden: torch.Tensor, added: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    """Add to ``hidden``, in place, and return the norm of the sum.
+
+    Args:
+        hidden: (..., C), contiguous.
+        added: of the same shape and dtype, contiguous.
+        norm: with weight and bias, over C.
+
+    Returns:
+        like ``hidden``, computed in float32.
+    """
+    assert hidden.is_contiguous()
+    assert added.is_contiguous()
+    normed = torch.empty_like(hidden)
+    width = hidden.shape[-1]
+    block = triton.next_power_of_2(width)
+    add_norm[(hidden.numel() // width,)](
+        hidden, added, normed, norm.weight, norm.bias, norm.eps, width, block, num_warps=4
+    )
+    return normed

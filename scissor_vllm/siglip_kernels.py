@@ -1,0 +1,24 @@
+"""Triton kernel of ``siglip.py``."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_norm(hidden, added, normed, weight, bias, eps, width: tl.constexpr, block: tl.constexpr):
+    """Do a row, whose sum is rounded to its dtype before it is normed, as two kernels would."""
+    columns = tl.arange(0, block)
+    inside = columns < width
+    places = tl.program_id(0).to(tl.int64) * width + columns
+    one = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(added + places, mask=inside, other=0.0).to(tl.float32)
+    rounded = (one + other).to(hidden.dtype.element_ty)
+    tl.store(hidden + places, rounded, mask=inside)
+    total = rounded.to(tl.float32)
+    mean = tl.sum(total, 0) / width
+    centred = tl.where(inside, total - mean, 0.0)
+    deviation = tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    result = centred / deviation * scale + shift
+    tl.store(normed + places, result.to(hidden.dtype.element_ty), mask=inside)
