@@ -75,14 +75,14 @@ class VideoCompression:
     def _is_recording() -> bool:
         return not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
 
-    def warm_up(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Compress made-up tokens, once, on a GPU.
+    def warm_up(self, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Compress made-up tokens, once, on a GPU; return whether that was now.
 
         vLLM's first call profiles memory, uncompressed: this lets it see what compression takes at
         most, and compiles kernels before a request waits for them.
         """
         if self._is_warm or device.type != "cuda":
-            return
+            return False
         self._is_warm = True
         generator = torch.Generator(device).manual_seed(0)
         for num_tokens, ratio in [*costliest_calls(device), (self._max_tokens, 0.1)]:
@@ -90,6 +90,7 @@ class VideoCompression:
             shape = (num_frames, self._tokens_per_frame, width)
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
             self._compress(tokens, max(1, int(num_frames * self._tokens_per_frame * ratio)))
+        return True
 
     def keeps_all(self, videos: Sequence[VideoPixels], num_retained: list[int]) -> bool:
         """Return whether no video is to be compressed."""

@@ -174,7 +174,9 @@ class FramesModel(CarriedPositionsModel):
         kept whole, as vLLM does.
         """
         behind = self._rows_behind()
-        self.video_compression.warm_up(behind.shape[1], behind.dtype, behind.device)
+        if self.video_compression.warm_up(behind.shape[1], behind.dtype, behind.device):
+            side = self.config.vision_config.image_size
+            self._encode(behind.new_zeros(1, 3, side, side))
         stock = super().embed_multimodal  # type: ignore[misc]
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
