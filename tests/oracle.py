@@ -125,24 +125,33 @@ def merge(tokens: Floats, representatives: Floats) -> tuple[Floats, NDArray[np.i
     return np.array(rows), assignment, margin
 
 
-def scc(tokens: ArrayLike, tau: float) -> Result:
+def scc(tokens: ArrayLike, tau: float, window: int | None = None) -> Result:
     """The paper's form: how many rows there are follows from the threshold."""
-    return two_steps(tokens, tau, None)
+    return two_steps(tokens, tau, None, window)
 
 
-def scc_budget(tokens: ArrayLike, k: int, tau: float | None = None) -> Result:
+def scc_budget(
+    tokens: ArrayLike, k: int, tau: float | None = None, window: int | None = None
+) -> Result:
     """Exactly k rows: the smallest threshold that leaves k or more, then the strongest merges.
 
     A caller who knows the threshold passes it as tau.
     """
-    return two_steps(tokens, smallest_threshold(tokens, k) if tau is None else tau, k)
+    return two_steps(tokens, smallest_threshold(tokens, k) if tau is None else tau, k, window)
 
 
-def two_steps(frames: ArrayLike, tau: float, k: int | None) -> Result:
-    """Both steps at tau; with a k, temporal merges go on until k components are left."""
+def two_steps(frames: ArrayLike, tau: float, k: int | None, window: int | None = None) -> Result:
+    """Both steps at tau; with a k, temporal merges go on until k components are left.
+
+    The temporal step joins nothing of two windows of so many frames.
+    """
     tokens = np.asarray(frames, dtype=np.float64)
     x, margin = spatial_step(tokens, tau)
     cosine = cosines(x, x)
+    if window is not None:
+        in_frames = [len(spatial_step(frame[None], tau)[0]) for frame in tokens]
+        windows = np.repeat(np.arange(len(tokens)) // window, in_frames)
+        cosine[windows[:, None] != windows] = -2
     partition = components(cosine, tau)
     margin = min(margin, edge_margin(cosine, tau))
     if k is not None:

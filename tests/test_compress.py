@@ -548,6 +548,50 @@ def test_a_budgets_rows_are_the_oracles(clip: np.ndarray, data: st.DataObject) -
     assert_is(out, expected, clip)
 
 
+@laws(150)
+@given(
+    clip=st.one_of(
+        clips(GENERIC, max_frames=10, max_size=8, min_width=2),
+        clips(GENERIC, max_frames=7, max_size=30, max_width=16, min_width=2),
+    ),
+    window=st.integers(1, 8), data=st.data(),
+)  # fmt: skip
+def test_with_windows_the_rows_are_the_oracles(
+    clip: np.ndarray, window: int, data: st.DataObject
+) -> None:
+    num_frames = len(clip)
+    k = data.draw(st.integers(1, num_frames * clip.shape[1]))
+    out = compress(torch.from_numpy(clip), num_retained=k, temporal_window=window)
+    tau, used = found_threshold(out), max(window, -(-num_frames // k))
+    by_threshold = oracle.scc(clip, tau, used)
+    assume(by_threshold.margin > UNDECIDED)
+    assert len(by_threshold.tokens) >= k
+    expected = oracle.scc_budget(clip, k, tau, used)
+    assume(expected.margin > UNDECIDED)
+    assert_is(out, expected, clip)
+    paper = compress(torch.from_numpy(clip), similarity_threshold=tau, temporal_window=used)
+    assert_is(paper, by_threshold, clip)
+
+
+@pytest.mark.parametrize("num_retained", [3, 24, 200])
+def test_windows_as_long_as_the_video_change_nothing(num_retained: int) -> None:
+    tokens = torch.from_numpy(make_clip("clustered", 8, 30, 16, seed=2))
+    whole = compress(tokens, num_retained=num_retained)
+    for window in (8, 100):
+        assert_same(whole, compress(tokens, num_retained=num_retained, temporal_window=window))
+    batch = compress_batch(tokens[None], num_retained=num_retained, temporal_window=2)
+    assert_same(batch[0], compress(tokens, num_retained=num_retained, temporal_window=2))
+    assert not torch.equal(batch[0].assignment, whole.assignment)
+
+
+def test_a_window_is_a_number_of_frames() -> None:
+    tokens = torch.randn(4, 5, 6)
+    with pytest.raises(ValueError, match="temporal_window must be 1 frame or more, got 0"):
+        compress(tokens, num_retained=3, temporal_window=0)
+    with pytest.raises(TypeError, match=r"temporal_window must be an int, got 2\.5"):
+        compress(tokens, num_retained=3, temporal_window=2.5)  # type: ignore[arg-type]
+
+
 @laws(60)
 @given(clip=clips([*GENERIC, *DEGENERATE]), ratio=st.sampled_from([0.01, 0.1, 0.35, 0.5, 0.99, 1]))
 def test_a_ratio_is_the_budget_that_num_retained_tokens_gives(

@@ -65,6 +65,16 @@ def test_a_video_of_any_shape_gives_what_the_cpu_gives(num_frames: int, per_fram
     check_same(tokens, similarity_threshold=0.3)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.3, 0.7])
+@gpu
+def test_with_windows_they_give_what_the_cpu_gives(noise: float) -> None:
+    tokens = make_video(60, noise, 9)
+    for window in (1, 2, 4, 5, 11):
+        for kept in (1, 3, 12, 120, 600, 1199):
+            check_same(tokens, num_retained=kept, temporal_window=window)
+        check_same(tokens, similarity_threshold=0.5, temporal_window=window)
+
+
 @gpu
 def test_equal_merges_at_the_cut_are_those_of_the_cpu() -> None:
     # 60 things, each many times: below 60 kept nothing is tied, above it all weights are 1.
@@ -226,13 +236,14 @@ from scissor_vllm import compress
 from scissor_vllm.compression import gpu, scc
 
 scc.EXHAUSTIVE_TOKENS = 0
-settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN)
 compared = []
 
 
-def on_kernels(tokens, num_retained=None, similarity_threshold=None):
+def on_kernels(tokens, num_retained=None, similarity_threshold=None, temporal_window=None):
+    window = scc._window(len(tokens), temporal_window, num_retained)
+    settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN, window)
     if num_retained is None:
-        video = gpu.Video(tokens)
+        video = gpu.Video(tokens, window)
         parts = gpu.at_threshold(video, similarity_threshold)
     else:
         num_tokens = tokens.shape[0] * tokens.shape[1]
@@ -268,6 +279,8 @@ for tokens, kept in (
     (torch.ones(3, 5, 8), (1, 4, 13)),
 ):
     budgets = [{"num_retained": k} for k in kept] + [{"similarity_threshold": 0.3}]
+    budgets += [{**budgets[-2], "temporal_window": 2}, {**budgets[-1], "temporal_window": 1}]
+    budgets += [{**budgets[0], "temporal_window": 2}]
     for budget in budgets:
         expected = compress(tokens, **budget)
         threshold, merged, assignment = on_kernels(tokens, **budget)
@@ -278,6 +291,7 @@ for tokens, kept in (
 assert len(compared) >= 10, compared
 broken = make(9, 0.6, (5, 9), torch.float32)
 broken[1, 2, 3], broken[0, 4], broken[3, 3] = torch.nan, torch.inf, 3e38
+settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN, len(broken))
 search = gpu.Search(broken, 45, settings)
 search.retained.fill_(20)
 search.start()
@@ -296,9 +310,12 @@ for video in (tokens, torch.ones(3, 9, 8)):
 
 gpu.captures.MAX_TOKENS = 10
 budget = {"num_retained": 4}
-assert torch.equal(on_kernels(tokens, **budget)[2], compress(tokens, **budget).assignment)
+in_windows = {"num_retained": 7, "temporal_window": 2}
+for each in (budget, in_windows):
+    assert torch.equal(on_kernels(tokens, **each)[2], compress(tokens, **each).assignment)
 gpu.MAX_PRODUCTS, gpu.BLOCK_PRODUCTS = 0, 2 * 9 * 45
-assert torch.equal(on_kernels(tokens, **budget)[2], compress(tokens, **budget).assignment)
+for each in (budget, in_windows):
+    assert torch.equal(on_kernels(tokens, **each)[2], compress(tokens, **each).assignment)
 for video in (tokens, torch.ones(3, 9, 8)):
     expected = compress(video, **budget)
     assert torch.equal(on_kernels(video, **budget)[2], expected.assignment)

@@ -32,7 +32,7 @@ from tests.test_compress import (
 )
 
 SELECTORS = ["uniform", "random", "l2norm", "evs", "vidcom2"]
-MERGERS = ["scc", "scc-no-merge", "scc-spatial", "scc-temporal"]
+MERGERS = ["scc", "scc-no-merge", "scc-spatial", "scc-temporal", "scc-windows"]
 WITH_MERGE = [f"{name}+merge" for name in SELECTORS]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -17,7 +17,7 @@ from scissor_vllm.compression.merge import merged
 from scissor_vllm.compression.result import CompressedTokens
 from scissor_vllm.compression.similarity import Similarity
 from scissor_vllm.compression.sums import means
-from scissor_vllm.compression.validation import check_finite, check_num_retained, check_tokens
+from scissor_vllm.compression.validation import checked_frames
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def compress_in_frames(tokens: torch.Tensor, num_retained: int) -> CompressedTok
     Raises:
         TypeError, ValueError: as :func:`scissor_vllm.compress`.
     """
-    frames = _checked(tokens, num_retained)
+    frames = checked_frames(tokens, num_retained)
     num_frames, per_frame, _ = frames.shape
     if num_retained >= num_frames:
         return _linked(frames, tokens.dtype, num_retained)
@@ -58,16 +58,8 @@ def compress_across_frames(tokens: torch.Tensor, num_retained: int) -> Compresse
     Raises:
         TypeError, ValueError: as :func:`scissor_vllm.compress`.
     """
-    frames = _checked(tokens, num_retained)
+    frames = checked_frames(tokens, num_retained)
     return _linked(frames.reshape(1, -1, frames.shape[-1]), tokens.dtype, num_retained)
-
-
-def _checked(tokens: torch.Tensor, num_retained: int) -> torch.Tensor:
-    """Return the tokens in float32."""
-    check_num_retained(num_retained, check_tokens(tokens))
-    frames = tokens.float()
-    check_finite(frames)
-    return frames
 
 
 def _linked(sets: torch.Tensor, dtype: torch.dtype, num_retained: int) -> CompressedTokens:

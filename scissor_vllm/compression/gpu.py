@@ -68,6 +68,8 @@ class SearchSettings:
 
     line_steps: int
     threshold_margin: float
+    window: int
+    """Frames that the temporal step joins across."""
 
 
 def compress(
@@ -93,7 +95,8 @@ def compress(
     dtype = tokens.dtype
     if num_retained is None:
         assert threshold is not None
-        video = Video((tokens.float() if dtype == torch.float64 else tokens).contiguous())
+        tokens = (tokens.float() if dtype == torch.float64 else tokens).contiguous()
+        video = Video(tokens, settings.window)
         parts = at_threshold(video, float(threshold))
         return _compressed(video, parts, dtype)
     with _search(tokens, num_retained, settings) as search:
@@ -228,9 +231,10 @@ class Video:
         grid: of a kernel with a lane for each token.
     """
 
-    def __init__(self, tokens: torch.Tensor) -> None:
-        """Take tokens (T, P, D) float32, bfloat16 or float16."""
+    def __init__(self, tokens: torch.Tensor, window: int) -> None:
+        """Take tokens (T, P, D) float32, bfloat16 or float16, and the frames of a window."""
         self.num_frames, self.per_frame, self.width = tokens.shape
+        self._window = window
         self.num_tokens = self.num_frames * self.per_frame
         self.device = tokens.device
         rows = tokens.reshape(self.num_tokens, self.width)
@@ -361,7 +365,7 @@ class Video:
         num_parts: torch.Tensor | None = None,
     ) -> None:
         for block in self._blocks():
-            kernels.pairs_kernel[self.num_frames, block.num_frames, self._chunks](
+            kernels.pairs_kernel[self._window, block.num_frames, self._chunks](
                 block.products,
                 self.link,
                 self._unit,
@@ -377,6 +381,7 @@ class Video:
                 self._block_rows,
                 block.base,
                 block.first_frame,
+                self._window,
                 self.always if num_parts is None else num_parts,
                 block=self._lanes,
                 rows=_ROWS,
@@ -577,7 +582,7 @@ class Search:
 
     def start(self) -> None:
         """Search, cut, and note what the host is to look at."""
-        self.video = video = Video(self._tokens)
+        self.video = video = Video(self._tokens, self._settings.window)
         self._sorted_link = _sorted(video.link)[0]
         self._balance = video.new(2, torch.float64)
         self._tau = video.new(1, torch.float32)

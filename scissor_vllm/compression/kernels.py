@@ -257,7 +257,9 @@ def lengths_kernel(
             tl.store(run_of + first + lane, tl.zeros_like(lane) + node, mask=member)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "per_frame", "block_rows", "base", "first_frame"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "per_frame", "block_rows", "base", "first_frame", "window"]
+)
 def pairs_kernel(
     store,
     link,
@@ -274,6 +276,7 @@ def pairs_kernel(
     block_rows,
     base,
     first_frame,
+    window,
     num_parts_at,
     block: tl.constexpr,
     rows: tl.constexpr,
@@ -281,11 +284,12 @@ def pairs_kernel(
     aligned: tl.constexpr,
 ):
     """Go through the cosines of all pairs of runs, those that begin in some rows of a frame with
-    those of one frame that is not before it.
+    those of one frame of the same window that is not before it.
     """
     row_frame = first_frame + tl.program_id(1)
-    column_frame = tl.program_id(0)
-    if (tl.load(go) != 0) & (column_frame >= row_frame):
+    column_frame = row_frame // window * window + tl.program_id(0)
+    exists = column_frame * per_frame < num_tokens
+    if (tl.load(go) != 0) & (column_frame >= row_frame) & exists:
         tau = tl.load(tau_at)
         first_row = row_frame * per_frame
         lane = tl.arange(0, block)

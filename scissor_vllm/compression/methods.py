@@ -2,6 +2,7 @@
 
 import pkgutil
 from collections.abc import Mapping
+from functools import partial
 
 from scissor_vllm.compression.ablations import compress_across_frames, compress_in_frames
 from scissor_vllm.compression.baselines import select_longest, select_randomly
@@ -25,6 +26,7 @@ MERGE = "+merge"
 
 MERGERS: Mapping[str, Compressor] = {
     "scc": compress_for_serving,
+    "scc-windows": partial(compress_for_serving, temporal_window=4),
     "scc-no-merge": represent,
     "scc-spatial": compress_in_frames,
     "scc-temporal": compress_across_frames,

@@ -16,6 +16,7 @@ import math
 import operator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from numbers import Rational
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,7 @@ def compress(
     similarity_threshold: float | None = None,
     retention_ratio: float | Decimal | Rational | None = None,
     num_retained: int | None = None,
+    temporal_window: int | None = None,
 ) -> CompressedTokens:
     """Return one video's tokens merged by Semantic Connected Components.
 
@@ -86,6 +88,9 @@ def compress(
         retention_ratio: fraction of the T*P tokens to keep, in (0, 1];
             K is :func:`scissor_vllm.num_retained_tokens` of it.
         num_retained: K itself, 1..T*P.
+        temporal_window: frames; the temporal step joins only what is of the same so many frames,
+            counted from the first. With a budget of fewer rows than windows, they are as long as
+            gives K. By default, as in the paper, it joins across the whole video.
 
     Raises:
         TypeError: tokens are not a floating tensor, or the chosen argument is not a number.
@@ -96,13 +101,14 @@ def compress(
     """
     num_tokens = check_tokens(tokens)
     num_retained = _num_retained(num_tokens, similarity_threshold, retention_ratio, num_retained)
+    window = _window(len(tokens), temporal_window, num_retained)
     if num_tokens > EXHAUSTIVE_TOKENS:
-        compressed = _on_gpu(tokens, similarity_threshold, num_retained)
+        compressed = _on_gpu(tokens, similarity_threshold, num_retained, window)
         if compressed is not None:
             return compressed
     frames = tokens.float()
     check_finite(frames)
-    video = _Video(frames)
+    video = _Video(frames, window)
     if num_retained is not None:
         threshold, kept, _ = _within_budget(video, num_retained)
     else:
@@ -119,6 +125,7 @@ def compress_batch(
     *,
     retention_ratio: float | Decimal | Rational | None = None,
     num_retained: int | None = None,
+    temporal_window: int | None = None,
 ) -> list[CompressedTokens]:
     """Return what ``compress`` does for each of several equally long videos; a GPU does 8 at once.
 
@@ -126,6 +133,7 @@ def compress_batch(
         videos: (B, T, P, D) floating.
         retention_ratio: fraction of each video's tokens to keep, or
         num_retained: K itself.
+        temporal_window: as for ``compress``.
 
     Raises:
         TypeError, ValueError: as :func:`compress`, or videos of another shape.
@@ -139,14 +147,13 @@ def compress_batch(
     num_tokens = check_tokens(videos[0])
     wanted = _num_retained(num_tokens, None, retention_ratio, num_retained)
     assert wanted is not None
+    alone = partial(compress, num_retained=wanted, temporal_window=temporal_window)
     gpu = _gpu_kernels(videos.device) if num_tokens > EXHAUSTIVE_TOKENS else None
     if gpu is None:
-        return [compress(tokens, num_retained=wanted) for tokens in videos]
-    compressed = gpu.compress_batch(videos, wanted, _settings(gpu))
-    return [
-        result or compress(tokens, num_retained=wanted)
-        for tokens, result in zip(videos, compressed, strict=True)
-    ]
+        return [alone(tokens) for tokens in videos]
+    window = _window(videos.shape[1], temporal_window, wanted)
+    compressed = gpu.compress_batch(videos, wanted, _settings(gpu, window))
+    return [result or alone(tokens) for tokens, result in zip(videos, compressed, strict=True)]
 
 
 def _num_retained(
@@ -171,8 +178,21 @@ def _num_retained(
     return num_retained
 
 
+def _window(num_frames: int, asked: int | None, num_retained: int | None) -> int:
+    """Return the frames of a window, at most T."""
+    if asked is None:
+        return num_frames
+    if isinstance(asked, bool) or not isinstance(asked, int):
+        raise TypeError(f"temporal_window must be an int, got {asked!r}")
+    if asked < 1:
+        raise ValueError(f"temporal_window must be 1 frame or more, got {asked}")
+    return min(num_frames, max(asked, -(-num_frames // (num_retained or num_frames))))
+
+
 @torch.no_grad()
-def compress_for_serving(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+def compress_for_serving(
+    tokens: torch.Tensor, num_retained: int, temporal_window: int | None = None
+) -> CompressedTokens:
     """Return what ``compress`` does, on a GPU without waiting for it: the threshold stays there.
 
     A server's host then prepares the language model's step while the GPU still compresses. This
@@ -183,15 +203,19 @@ def compress_for_serving(tokens: torch.Tensor, num_retained: int) -> CompressedT
     Args:
         tokens: (T, P, D) floating, one video; N = T*P.
         num_retained: K, 1 <= K <= N.
+        temporal_window: as for ``compress``.
 
     Raises:
         TypeError, ValueError: as :func:`compress`.
     """
     num_tokens = check_tokens(tokens)
     check_num_retained(num_retained, num_tokens)
+    window = _window(len(tokens), temporal_window, num_retained)
     gpu = _gpu_kernels(tokens.device) if num_tokens > EXHAUSTIVE_TOKENS else None
-    compressed = gpu.compress_unseen(tokens, num_retained, _settings(gpu)) if gpu else None
-    return compressed or compress(tokens, num_retained=num_retained)
+    compressed = gpu.compress_unseen(tokens, num_retained, _settings(gpu, window)) if gpu else None
+    return compressed or compress(
+        tokens, num_retained=num_retained, temporal_window=temporal_window
+    )
 
 
 @torch.no_grad()
@@ -211,24 +235,24 @@ def represent(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
     check_num_retained(num_retained, check_tokens(tokens))
     frames = tokens.float()
     check_finite(frames)
-    threshold, kept, assignment = _within_budget(_Video(frames), num_retained)
+    threshold, kept, assignment = _within_budget(_Video(frames, len(frames)), num_retained)
     return CompressedTokens(kept.to(tokens.dtype), assignment, threshold)
 
 
 def _on_gpu(
-    tokens: torch.Tensor, threshold: float | None, num_retained: int | None
+    tokens: torch.Tensor, threshold: float | None, num_retained: int | None, window: int
 ) -> CompressedTokens | None:
     """Return the result by the GPU's kernels, None where they are not for these tokens."""
     gpu = _gpu_kernels(tokens.device)
     if gpu is None:
         return None
-    settings = _settings(gpu)
+    settings = _settings(gpu, window)
     compressed: CompressedTokens | None = gpu.compress(tokens, threshold, num_retained, settings)
     return compressed
 
 
-def _settings(gpu: ModuleType) -> Any:
-    return gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN)
+def _settings(gpu: ModuleType, window: int) -> Any:
+    return gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN, window)
 
 
 def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
@@ -253,14 +277,31 @@ def _gpu_kernels(device: torch.device) -> ModuleType | None:
 class _Video:
     """A video's tokens and their similarities."""
 
-    def __init__(self, frames: torch.Tensor) -> None:
-        """Take frames (T, P, D) float32."""
+    def __init__(self, frames: torch.Tensor, window: int) -> None:
+        """Take frames (T, P, D) float32, and how many the temporal step joins across."""
         self.flat = frames.reshape(-1, frames.shape[-1])
         self.spatial = Similarity(frames)
+        number = torch.arange(len(self.flat), device=frames.device)
+        self._window = number // (frames.shape[1] * window) if window < len(frames) else None
 
     def means(self, spatial: Components) -> torch.Tensor:
         """Return the representatives of spatial components, (S, D) float32."""
         return means(self.flat, spatial.part, spatial.num_parts)
+
+    def across(
+        self, spatial: Components, representatives: torch.Tensor | None, products: Products | None
+    ) -> Similarity:
+        """Return the similarities of spatial components, by products or by representatives."""
+        if products is not None:
+            temporal = products.similarity()
+        else:
+            assert representatives is not None
+            temporal = Similarity(representatives[None])
+        if self._window is not None:
+            # All of a component's tokens are of one frame.
+            windows = torch.zeros_like(spatial.part[: spatial.num_parts])
+            temporal.apart_by = windows.scatter(0, spatial.part, self._window)
+        return temporal
 
 
 def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
@@ -269,7 +310,7 @@ def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
     num_spatial = count_components(labels)
     in_frames = in_order(labels, degrees(video.spatial, threshold), num_spatial)
     representatives = video.means(in_frames)
-    temporal = Similarity(representatives[None])
+    temporal = video.across(in_frames, representatives, None)
     labels = threshold_labels(temporal, threshold)
     across_frames = in_order(labels, degrees(temporal, threshold), count_components(labels))
     return means(representatives, across_frames.part, across_frames.num_parts)
@@ -295,7 +336,7 @@ def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tenso
     num_merges = num_spatial - num_retained
     if found.tied:
         # Which of several equal merges come first is decided by the paper's order.
-        trees = maximum_spanning_trees(Similarity(representatives[None]))
+        trees = maximum_spanning_trees(video.across(in_frames, representatives, None))
         left, right = trees.left, trees.right
     labels = forest_labels(num_spatial, left[:num_merges], right[:num_merges])
     part = in_order(labels, degree, num_retained).part
@@ -366,12 +407,9 @@ class _Search:
             share = below / (below + above) if step < LINE_STEPS else 0.5
             middle = min(low + int(share * (high - low)), high - 1)
             tokens = self._spatial(middle)
-            if products is None:
-                joined = None
-                temporal = Similarity(self._video.means(tokens)[None])
-            else:
-                joined = products.joined(tokens)
-                temporal = joined.similarity()
+            joined = products.joined(tokens) if products is not None else None
+            kept = self._video.means(tokens) if products is None else None
+            temporal = self._video.across(tokens, kept, joined)
             below_end = _float32_below(self._end(middle))
             count = count_components(threshold_labels(temporal, below_end))
             if count >= num_retained:
@@ -406,7 +444,7 @@ class _Search:
             return None
         spatial = self._spatial(interval)
         representatives = self._video.means(spatial)
-        temporal = products.similarity() if products else Similarity(representatives[None])
+        temporal = self._video.across(spatial, representatives, products)
         trees = maximum_spanning_trees(temporal)
         weights: list[float] = trees.weight.tolist()
         num_merges = len(representatives) - num_retained

@@ -67,6 +67,8 @@ class Similarity:
         self.products: tuple[torch.Tensor, torch.Tensor] | None = None
         """Of one set, where known: dot products (n, n) float32, and what makes cosines of them,
         (n,) float32, multiplied by row and by column."""
+        self.apart_by: torch.Tensor | None = None
+        """Of one set, where some are never neighbours: (n,) int64, unlike for two that are not."""
 
     @classmethod
     def of_products(cls, products: torch.Tensor, unit: torch.Tensor) -> "Similarity":
@@ -82,8 +84,10 @@ class Similarity:
             if self._whole is None and self.products is not None:
                 product, unit = self.products
                 self._whole = _symmetric((product * (unit[:, None] * unit))[None])
+                self._part(self._whole, every_row)
             elif self._whole is None:
                 self._whole = self._square(slice(0, self.num_sets))
+                self._part(self._whole, every_row)
             assert self._whole is not None
             yield slice(0, self.num_sets), every_row, self._whole
         elif self.size**2 <= BLOCK_ELEMENTS:
@@ -96,7 +100,14 @@ class Similarity:
             for index in range(self.num_sets):
                 for start in range(0, self.size, step):
                     rows = slice(start, min(start + step, self.size))
-                    yield slice(index, index + 1), rows, self._rows(index, rows, step)
+                    cosines = self._rows(index, rows, step)
+                    self._part(cosines, rows)
+                    yield slice(index, index + 1), rows, cosines
+
+    def _part(self, cosines: torch.Tensor, rows: slice) -> None:
+        """Take out, in place, what are never neighbours."""
+        if self.apart_by is not None:
+            cosines.masked_fill_(self.apart_by[rows, None] != self.apart_by, NO_EDGE)
 
     def _square(self, sets: slice) -> torch.Tensor:
         unit = self._unit[sets]

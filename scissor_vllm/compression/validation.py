@@ -47,3 +47,11 @@ def check_similarity_threshold(threshold: float) -> None:
         raise TypeError(f"similarity_threshold must be a number, got {threshold!r}")
     if not -1 <= threshold <= 1:
         raise ValueError(f"similarity_threshold must be a cosine in [-1, 1], got {threshold}")
+
+
+def checked_frames(tokens: torch.Tensor, num_retained: int) -> torch.Tensor:
+    """Return finite tokens (T, P, D) in float32, of which K can be kept; raises as above."""
+    check_num_retained(num_retained, check_tokens(tokens))
+    frames = tokens.float()
+    check_finite(frames)
+    return frames
