@@ -40,6 +40,7 @@ FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
     "budget 0.05": lambda tokens: compress(tokens, retention_ratio=0.05),
     "budget 0.1": lambda tokens: compress(tokens, retention_ratio=0.1),
     "budget 0.5": lambda tokens: compress(tokens, retention_ratio=0.5),
+    "windows 0.1": lambda tokens: compress(tokens, retention_ratio=0.1, temporal_window=4),
     "threshold 0.8": lambda tokens: compress(tokens, similarity_threshold=0.8),
     "uniform 0.1": lambda tokens: get_compressor("uniform")(
         tokens, num_retained_tokens(tokens.shape[0] * tokens.shape[1], 0.1)
