@@ -90,7 +90,8 @@ def compress(
         num_retained: K itself, 1..T*P.
         temporal_window: frames; the temporal step joins only what is of the same so many frames,
             counted from the first. With a budget of fewer rows than windows, they are as long as
-            gives K. By default, as in the paper, it joins across the whole video.
+            gives K. Where windows show the same, last bits decide in which of them a cut is. By
+            default, as in the paper, it joins across the whole video.
 
     Raises:
         TypeError: tokens are not a floating tensor, or the chosen argument is not a number.
