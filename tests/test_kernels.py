@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from scissor_vllm import CompressedTokens, compress, compress_batch
+from tests.interpreter import run_interpreted
 
 gpu = pytest.mark.gpu
 
@@ -339,14 +335,5 @@ print("the same")
 
 
 def test_interpreted_on_the_cpu_they_give_what_torch_gives() -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
+    run = run_interpreted(INTERPRETED)
     assert run.stdout.strip() == "the same", run.stderr

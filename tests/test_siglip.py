@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+
+from tests.interpreter import run_interpreted
 
 INTERPRETED = """
 import torch
@@ -79,16 +76,7 @@ print("the same")
 
 
 def test_interpreted_on_the_cpu_it_gives_what_vllm_gives() -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
+    run = run_interpreted(INTERPRETED)
     assert run.stdout.strip().splitlines()[-1:] == ["the same"], run.stderr
 
 

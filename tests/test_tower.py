@@ -124,7 +124,7 @@ def test_a_video_asked_about_again_is_encoded_once_and_gives_the_same_rows(metho
         assert torch.equal(rows, expected)
     assert tower.calls == [10, 10, 5]
     kept.forget_features()
-    list(rows_of(kept, make_videos(25), [9], tower))
+    rows_of(kept, make_videos(25), [9], tower)
     assert tower.calls == [10, 10, 5] * 2
 
 

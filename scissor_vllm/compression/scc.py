@@ -45,6 +45,7 @@ from scissor_vllm.compression.validation import (
     check_num_retained,
     check_similarity_threshold,
     check_tokens,
+    checked_frames,
 )
 from scissor_vllm.retention import num_retained_tokens
 
@@ -233,9 +234,7 @@ def represent(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
     Raises:
         TypeError, ValueError: as :func:`compress`.
     """
-    check_num_retained(num_retained, check_tokens(tokens))
-    frames = tokens.float()
-    check_finite(frames)
+    frames = checked_frames(tokens, num_retained)
     threshold, kept, assignment = _within_budget(_Video(frames, len(frames)), num_retained)
     return CompressedTokens(kept.to(tokens.dtype), assignment, threshold)
 
@@ -290,14 +289,17 @@ class _Video:
         return means(self.flat, spatial.part, spatial.num_parts)
 
     def across(
-        self, spatial: Components, representatives: torch.Tensor | None, products: Products | None
+        self,
+        spatial: Components,
+        representatives: torch.Tensor | None = None,
+        products: Products | None = None,
     ) -> Similarity:
-        """Return the similarities of spatial components, by products or by representatives."""
+        """Return the similarities of spatial components, by what is known of these."""
         if products is not None:
             temporal = products.similarity()
         else:
-            assert representatives is not None
-            temporal = Similarity(representatives[None])
+            known = self.means(spatial) if representatives is None else representatives
+            temporal = Similarity(known[None])
         if self._window is not None:
             # All of a component's tokens are of one frame.
             windows = torch.zeros_like(spatial.part[: spatial.num_parts])
@@ -311,7 +313,7 @@ def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
     num_spatial = count_components(labels)
     in_frames = in_order(labels, degrees(video.spatial, threshold), num_spatial)
     representatives = video.means(in_frames)
-    temporal = video.across(in_frames, representatives, None)
+    temporal = video.across(in_frames, representatives)
     labels = threshold_labels(temporal, threshold)
     across_frames = in_order(labels, degrees(temporal, threshold), count_components(labels))
     return means(representatives, across_frames.part, across_frames.num_parts)
@@ -337,7 +339,7 @@ def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tenso
     num_merges = num_spatial - num_retained
     if found.tied:
         # Which of several equal merges come first is decided by the paper's order.
-        trees = maximum_spanning_trees(video.across(in_frames, representatives, None))
+        trees = maximum_spanning_trees(video.across(in_frames, representatives))
         left, right = trees.left, trees.right
     labels = forest_labels(num_spatial, left[:num_merges], right[:num_merges])
     part = in_order(labels, degree, num_retained).part
@@ -408,9 +410,8 @@ class _Search:
             share = below / (below + above) if step < LINE_STEPS else 0.5
             middle = min(low + int(share * (high - low)), high - 1)
             tokens = self._spatial(middle)
-            joined = products.joined(tokens) if products is not None else None
-            kept = self._video.means(tokens) if products is None else None
-            temporal = self._video.across(tokens, kept, joined)
+            joined = products.joined(tokens) if products else None
+            temporal = self._video.across(tokens, products=joined)
             below_end = _float32_below(self._end(middle))
             count = count_components(threshold_labels(temporal, below_end))
             if count >= num_retained:

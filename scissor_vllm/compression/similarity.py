@@ -81,14 +81,13 @@ class Similarity:
         """Yield (sets, rows, cosines (sets, rows, n) float32) until all rows were covered."""
         every_row = slice(0, self.size)
         if self.num_sets * self.size**2 <= BLOCK_ELEMENTS:
-            if self._whole is None and self.products is not None:
-                product, unit = self.products
-                self._whole = _symmetric((product * (unit[:, None] * unit))[None])
+            if self._whole is None:
+                if self.products is not None:
+                    product, unit = self.products
+                    self._whole = _symmetric((product * (unit[:, None] * unit))[None])
+                else:
+                    self._whole = self._square(slice(0, self.num_sets))
                 self._part(self._whole, every_row)
-            elif self._whole is None:
-                self._whole = self._square(slice(0, self.num_sets))
-                self._part(self._whole, every_row)
-            assert self._whole is not None
             yield slice(0, self.num_sets), every_row, self._whole
         elif self.size**2 <= BLOCK_ELEMENTS:
             step = BLOCK_ELEMENTS // self.size**2

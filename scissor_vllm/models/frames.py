@@ -150,15 +150,15 @@ class FramesModel(CarriedPositionsModel):
         return True
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the tokens (t, P, D) of frames (t, C, H, W)."""
-        tokens: torch.Tensor = self._video_pixels_to_features(self.vision_tower, pixels)  # type: ignore[attr-defined]
-        return tokens
+        """Return what ``_encode_as_vllm`` does, but for rounding."""
+        return self._encode_as_vllm(pixels)
 
     # Rows.
 
     def _encode_as_vllm(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the tokens (t, P, D) of frames (t, C, H, W) to the bit as vLLM's class does."""
-        return FramesModel._features(self, pixels)
+        tokens: torch.Tensor = self._video_pixels_to_features(self.vision_tower, pixels)  # type: ignore[attr-defined]
+        return tokens
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the same but for rounding, and faster on a GPU."""

@@ -1,0 +1,24 @@
+"""Triton's kernels on the CPU: a process has Triton's interpreter from its start or not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run_interpreted(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in which Triton interprets kernels; skip the test without Triton."""
+    pytest.importorskip("triton", reason="needs Triton")
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
