@@ -85,7 +85,7 @@ class VideoCompression:
             return False
         self._is_warm = True
         generator = torch.Generator(device).manual_seed(0)
-        for num_tokens, ratio in [*costliest_calls(device), (self._max_tokens, 0.1)]:
+        for num_tokens, ratio in [*costliest_calls(device), (self._max_tokens, 0.4)]:
             num_frames = max(1, min(num_tokens, self._max_tokens) // self._tokens_per_frame)
             shape = (num_frames, self._tokens_per_frame, width)
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)

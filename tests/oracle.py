@@ -98,20 +98,28 @@ def means(x: Floats, sets: list[list[int]]) -> Floats:
     return np.array([x[members].mean(axis=0) for members in sets])
 
 
-def spatial_step(tokens: Floats, tau: float) -> tuple[Floats, float]:
-    """The representatives of all frames, in order, and the margin of the step."""
-    representatives, margin = [], np.inf
-    for frame in tokens:
+def spatial_step(tokens: Floats, tau: float) -> tuple[Floats, NDArray[np.int64], float]:
+    """The representatives of all frames, in order, the frame of each, and the step's margin."""
+    representatives, frame_of, margin = [], [], np.inf
+    for number, frame in enumerate(tokens):
         cosine = cosines(frame, frame)
         sets = in_order(components(cosine, tau).sets(), cosine, tau)
         representatives.append(means(frame, sets))
+        frame_of += [number] * len(sets)
         margin = min(margin, edge_margin(cosine, tau) * mean_margin(frame, sets))
-    return np.concatenate(representatives), margin
+    return np.concatenate(representatives), np.array(frame_of), margin
 
 
-def merge(tokens: Floats, representatives: Floats) -> tuple[Floats, NDArray[np.int64], float]:
-    """Rows, assignment and margin after every token joined the representative of highest cosine."""
+def merge(
+    tokens: Floats, representatives: Floats, window_of: tuple[ArrayLike, ArrayLike] | None = None
+) -> tuple[Floats, NDArray[np.int64], float]:
+    """Rows, assignment and margin after every token joined the representative of highest cosine.
+
+    Where the windows of tokens and representatives are given, that of its own window.
+    """
     cosine = cosines(tokens, representatives)
+    if window_of is not None:
+        cosine[np.not_equal.outer(*map(np.asarray, window_of))] = -2
     assignment = cosine.argmax(axis=1)  # the first of equals
     rows = []
     for k, representative in enumerate(representatives):
@@ -143,15 +151,13 @@ def scc_budget(
 def two_steps(frames: ArrayLike, tau: float, k: int | None, window: int | None = None) -> Result:
     """Both steps at tau; with a k, temporal merges go on until k components are left.
 
-    The temporal step joins nothing of two windows of so many frames.
+    Nothing of two windows of so many frames is joined, or merged into one row.
     """
     tokens = np.asarray(frames, dtype=np.float64)
-    x, margin = spatial_step(tokens, tau)
+    x, frame_of, margin = spatial_step(tokens, tau)
     cosine = cosines(x, x)
-    if window is not None:
-        in_frames = [len(spatial_step(frame[None], tau)[0]) for frame in tokens]
-        windows = np.repeat(np.arange(len(tokens)) // window, in_frames)
-        cosine[windows[:, None] != windows] = -2
+    windows = frame_of // (window or len(tokens))
+    cosine[windows[:, None] != windows] = -2
     partition = components(cosine, tau)
     margin = min(margin, edge_margin(cosine, tau))
     if k is not None:
@@ -168,14 +174,18 @@ def two_steps(frames: ArrayLike, tau: float, k: int | None, window: int | None =
             partition.union(i, j)
     sets = in_order(partition.sets(), cosine, tau)
     flat = tokens.reshape(-1, tokens.shape[-1])
-    rows, assignment, merge_margin = merge(flat, means(x, sets))
+    window_of = (
+        np.repeat(np.arange(len(tokens)) // (window or len(tokens)), tokens.shape[1]),
+        [windows[members[0]] for members in sets],
+    )
+    rows, assignment, merge_margin = merge(flat, means(x, sets), window_of)
     margin = min(margin, merge_margin) * mean_margin(x, sets)
     return Result(rows, assignment, tau, margin)
 
 
 def count(tokens: ArrayLike, tau: float) -> int:
     """How many components the two steps leave at tau."""
-    x, _ = spatial_step(np.asarray(tokens, dtype=np.float64), tau)
+    x, _, _ = spatial_step(np.asarray(tokens, dtype=np.float64), tau)
     return components(cosines(x, x), tau).num_sets
 
 
@@ -204,7 +214,7 @@ def count_by_threshold(frames: ArrayLike) -> list[tuple[float, int]]:
     breaks = sorted(breaks_found)
     pieces = []
     for start, end in zip(breaks, [*breaks[1:], np.inf], strict=True):
-        x, _ = spatial_step(tokens, start)
+        x, _, _ = spatial_step(tokens, start)
         weights = spanning_weights(x)
         for tau in [start, *sorted({w for w in weights if start < w < end})]:
             pieces.append((float(tau), 1 + sum(w <= tau for w in weights)))

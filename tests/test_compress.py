@@ -737,7 +737,7 @@ def test_just_below_a_larger_clips_threshold_fewer_are_left(
     found = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
     # The breakpoint that it was reported from is the nearest of those below.
     frames = clip.astype(np.float64)
-    representatives, _ = oracle.spatial_step(frames, found)
+    representatives, _, _ = oracle.spatial_step(frames, found)
     breaks = oracle.spanning_weights(representatives)
     for frame in frames:
         breaks += oracle.spanning_weights(frame)

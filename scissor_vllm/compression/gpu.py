@@ -173,6 +173,8 @@ class Parts:
     tokens: "_Grouped"
     weight: torch.Tensor
     """(N,) float64: the token's share in the mean of its part's spatial components' means."""
+    number: torch.Tensor
+    """(N,) int64: how many parts have their lead token at or before the token."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +230,14 @@ class Video:
         state: of a search on the device, and flags; see ``kernels``.
         tau: (1,) float32, the threshold that was asked for or found.
         always: (1,) int32, 1.
+        window: frames that are compressed together, at most T.
         grid: of a kernel with a lane for each token.
     """
 
     def __init__(self, tokens: torch.Tensor, window: int) -> None:
         """Take tokens (T, P, D) float32, bfloat16 or float16, and the frames of a window."""
         self.num_frames, self.per_frame, self.width = tokens.shape
-        self._window = window
+        self.window = min(window, self.num_frames)
         self.num_tokens = self.num_frames * self.per_frame
         self.device = tokens.device
         rows = tokens.reshape(self.num_tokens, self.width)
@@ -287,17 +290,33 @@ class Video:
         return max(1, min(8, self._lanes // (32 * per_warp)))
 
     def _hold_products(self) -> None:
-        """Compute all products, or none if they are too many to be held."""
-        self._block_rows = math.ceil(self.num_frames / ROW_BLOCKS) * self.per_frame
+        """Compute all products, or none if they are too many to be held.
+
+        Of windows, only those of two tokens of the same one.
+        """
+        self._apart = self.window < self.num_frames
+        frames = self.window if self._apart else math.ceil(self.num_frames / ROW_BLOCKS)
+        self._block_rows = frames * self.per_frame
         self._held: torch.Tensor | None = None
         size = self._num_products_before(self.num_tokens)
         if size > _limit(self.device, MAX_PRODUCTS, HELD_SHARE):
+            self._apart = False
             rows = _limit(self.device, BLOCK_PRODUCTS, BLOCK_SHARE) // self.num_tokens
             self._block_rows = max(1, rows // self.per_frame) * self.per_frame
             return
         self._held = self.new(size, torch.float32)
-        for start in range(0, self.num_tokens, self._block_rows):
-            self._multiply(start, self._held[self._num_products_before(start) :])
+        start = self._multiply_windows(self._held) if self._apart else 0
+        for row in range(start, self.num_tokens, self._block_rows):
+            self._multiply(row, self._held[self._num_products_before(row) :])
+
+    def _multiply_windows(self, out: torch.Tensor) -> int:
+        """Compute the products of all windows that are whole, and return the first token after."""
+        rows = self._block_rows
+        count = self.num_tokens // rows
+        windows = self._ordered[: count * rows].view(count, rows, self.width)
+        products = out[: count * rows**2].view(count, rows, rows)
+        _multiplied(windows, windows.transpose(1, 2), products)
+        return count * rows
 
     @property
     def holds_products(self) -> bool:
@@ -305,10 +324,12 @@ class Video:
 
     def _num_products_before(self, row: int) -> int:
         """Return how many products the blocks have that begin before a row."""
-        return sum(
-            min(self._block_rows, self.num_tokens - start) * (self.num_tokens - start)
-            for start in range(0, row, self._block_rows)
-        )
+        total = 0
+        for start in range(0, row, self._block_rows):
+            left = self.num_tokens - start
+            rows = min(self._block_rows, left)
+            total += rows * (rows if self._apart else left)
+        return total
 
     def _multiply(self, start: int, out: torch.Tensor) -> torch.Tensor:
         """Compute the block of products that begins with a row."""
@@ -365,7 +386,7 @@ class Video:
         num_parts: torch.Tensor | None = None,
     ) -> None:
         for block in self._blocks():
-            kernels.pairs_kernel[self._window, block.num_frames, self._chunks](
+            kernels.pairs_kernel[self.window, block.num_frames, self._chunks](
                 block.products,
                 self.link,
                 self._unit,
@@ -381,11 +402,12 @@ class Video:
                 self._block_rows,
                 block.base,
                 block.first_frame,
-                self._window,
+                self.window,
                 self.always if num_parts is None else num_parts,
                 block=self._lanes,
                 rows=_ROWS,
                 use=use,
+                apart=self._apart,
                 aligned=self.per_frame % 4 == 0,
                 num_warps=self._warps(8),
             )
@@ -476,7 +498,8 @@ class Video:
             lead: what ``order_of_runs`` returned.
 
         Returns:
-            The part of each token (N,) int32, its weight (N,) float64, and the number of parts.
+            The part of each token (N,) int32, its weight (N,) float64, and how many parts have
+            their lead token at or before it (N,) int64.
         """
         degree = self.new(self.num_tokens, torch.int32, 0)
         self._pairs(kernels.DEGREE, self.tau, self.always, degree, degree, degree, degree)
@@ -513,7 +536,7 @@ class Video:
             self.num_tokens,
             block=_WIDE,
         )
-        return part, weight, number[-1]
+        return part, weight, number
 
 
 def at_threshold(video: Video, threshold: float) -> Parts | None:
@@ -524,14 +547,14 @@ def at_threshold(video: Video, threshold: float) -> Parts | None:
     video.tau.fill_(threshold)
     video.unite(video.tau, video.always)
     lead, _ = video.order_of_runs()
-    part, weight, num_parts = video.parts(video.labels(), lead)
+    part, weight, number = video.parts(video.labels(), lead)
     tokens = _Grouped.of(part, video.num_tokens)
-    seen = torch.stack([video.state[kernels.FLAGS], num_parts, tokens.joined()[-1]])
+    seen = torch.stack([video.state[kernels.FLAGS], number[-1], tokens.joined()[-1]])
     flags, count, num_joined = seen.tolist()
     if flags:
         return None
     tokens = _Grouped(tokens.order, tokens.begin[: count + 1])
-    return Parts(threshold, count, num_joined, tokens, weight)
+    return Parts(threshold, count, num_joined, tokens, weight, number)
 
 
 @dataclass(frozen=True)
@@ -553,6 +576,8 @@ class _Cut:
     tokens: _Grouped
     weight: torch.Tensor
     """(N,) float64."""
+    number: torch.Tensor
+    """(N,) int64, as of ``Parts``."""
     seen: torch.Tensor
     """(3,) float64 for the host: flags, the threshold, and the parts of more than one token."""
 
@@ -612,7 +637,7 @@ class Search:
 
     def _parts(self, cut: _Cut, num_retained: int, threshold: float, num_joined: int) -> Parts:
         tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])
-        return Parts(threshold, num_retained, num_joined, tokens, cut.weight)
+        return Parts(threshold, num_retained, num_joined, tokens, cut.weight, cut.number)
 
     def finish(self, num_retained: int) -> Parts | None:
         """Return parts for a threshold whose two steps leave at least K, cut to K.
@@ -688,10 +713,10 @@ class Search:
             ordered = _Tree(self._spanning_tree(label, rank, node_of, self._tied), node_of)
             self._merge_strongest(ordered, tied=True)
         self._merge_strongest(tree, tied=False)
-        part, weight, _ = video.parts(video.labels(), lead)
+        part, weight, number = video.parts(video.labels(), lead)
         tokens = _Grouped.of(part, video.num_tokens)
         seen = [video.state[kernels.FLAGS :], video.tau, tokens.joined()[-1:]]
-        return _Cut(tokens, weight, torch.cat([each.double() for each in seen]))
+        return _Cut(tokens, weight, number, torch.cat([each.double() for each in seen]))
 
     def _merge_strongest(self, tree: _Tree, tied: bool) -> None:
         """Merge until K components are left, where weights are tied at the cut or where not."""
@@ -896,8 +921,12 @@ def merge(video: Video, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
             low_at,
             video.length[start:],
             assignment[start:],
+            parts.number,
+            start,
+            video.num_tokens,
             num_parts,
             len(factors),
+            video.window * video.per_frame,
             halves=is_short,
             block=_WIDE,
         )

@@ -203,12 +203,17 @@ def prim_kernel(cosine, order, link, per_frame, block: tl.constexpr):
 
 
 @triton.jit
-def _product_row(row, num_tokens, block_rows, base):
-    """Return where a row's product with column 0 is, which need not exist."""
+def _product_row(row, num_tokens, block_rows, base, apart: tl.constexpr):
+    """Return where a row's product with column 0 is, which need not exist, and the row's length."""
     block = (row // block_rows).to(tl.int64)
     before = block * block_rows
-    offset = before * num_tokens - block_rows * block_rows * (block * (block - 1) // 2) - base
-    return offset + (row - before) * (num_tokens - before) - before
+    if apart:
+        length = tl.minimum(num_tokens - before, block_rows)
+        offset = before * block_rows
+    else:
+        length = num_tokens - before
+        offset = before * num_tokens - block_rows * block_rows * (block * (block - 1) // 2) - base
+    return offset + (row - before) * length - before, length
 
 
 @triton.jit(do_not_specialize=["per_frame"])
@@ -281,6 +286,7 @@ def pairs_kernel(
     block: tl.constexpr,
     rows: tl.constexpr,
     use: tl.constexpr,
+    apart: tl.constexpr,
     aligned: tl.constexpr,
 ):
     """Go through the cosines of all pairs of runs, those that begin in some rows of a frame with
@@ -314,9 +320,8 @@ def pairs_kernel(
         last = tl.minimum(place + rows, per_frame)
         while tl.load(link + first_row + place, mask=place < last, other=-float("inf")) > tau:
             place += 1
-        offset = _product_row(first_row + place, num_tokens, block_rows, base)
+        offset, stride = _product_row(first_row + place, num_tokens, block_rows, base, apart)
         offset += column_frame * per_frame
-        stride = num_tokens - (first_row // block_rows) * block_rows
         if aligned:
             # So that four are read at once.
             offset = offset // 4 * 4
@@ -963,30 +968,43 @@ def sums_kernel(
             tl.store(low + at, rest, mask=inside & (at >= 0))
 
 
-@triton.jit(do_not_specialize=["num_kept", "stride"])
+@triton.jit(do_not_specialize=["first_row", "num_tokens", "num_kept", "stride", "window_tokens"])
 def nearest_kernel(
     product,
     kept_length,
     low_at,
     row_length,
     nearest,
+    number_of_token,
+    first_row,
+    num_tokens,
     num_kept,
     stride,
+    window_tokens,
     halves: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Find each row's first representative whose cosine is within the resolution of the highest."""
+    """Find each row's first representative whose cosine is within the resolution of the highest.
+
+    Among those of its window: they are numbered in the order of their lead tokens.
+    """
     row = tl.program_id(0).to(tl.int64)
+    window = (first_row + row) // window_tokens * window_tokens
+    window_end = tl.minimum(window + window_tokens, num_tokens)
+    begin = tl.load(number_of_token + window - 1, mask=window > 0, other=0).to(tl.int32)
+    end = tl.load(number_of_token + window_end - 1).to(tl.int32)
+    # Of tokens that nobody looks at the parts may be more.
+    end = tl.maximum(tl.minimum(end, num_kept), 1)
     length = tl.load(row_length + row)
     own = tl.where(length > 0, 1 / length, 0.0)
     at = product + row * stride
     top = tl.full((), -2.0, tl.float32)
-    first = num_kept
+    first = end
     for turn in tl.static_range(2):
         limit = top - _RESOLUTION
-        for start in range(0, num_kept, block):
+        for start in range(begin, end, block):
             column = start + tl.arange(0, block)
-            inside = column < num_kept
+            inside = column < end
             value = tl.load(at + column, mask=inside, other=0.0)
             if halves:
                 place = tl.load(low_at + column, mask=inside, other=-1)
@@ -997,6 +1015,6 @@ def nearest_kernel(
             if turn == 0:
                 top = tl.maximum(top, tl.max(cosine, 0))
             else:
-                near = tl.where(inside & (cosine >= limit), column, num_kept)
+                near = tl.where(inside & (cosine >= limit), column, end)
                 first = tl.minimum(first, tl.min(near, 0))
-    tl.store(nearest + row, tl.minimum(first, num_kept - 1).to(tl.int64))
+    tl.store(nearest + row, tl.minimum(first, end - 1).to(tl.int64))

@@ -89,10 +89,11 @@ def compress(
         retention_ratio: fraction of the T*P tokens to keep, in (0, 1];
             K is :func:`scissor_vllm.num_retained_tokens` of it.
         num_retained: K itself, 1..T*P.
-        temporal_window: frames; the temporal step joins only what is of the same so many frames,
-            counted from the first. With a budget of fewer rows than windows, they are as long as
+        temporal_window: frames; the temporal step joins, and the merge that follows goes to, only
+            what is of the same so many frames, counted from the first. All windows share the
+            threshold and the budget. With a budget of fewer rows than windows, they are as long as
             gives K. Where windows show the same, last bits decide in which of them a cut is. By
-            default, as in the paper, it joins across the whole video.
+            default, as in the paper, the whole video is one.
 
     Raises:
         TypeError: tokens are not a floating tensor, or the chosen argument is not a number.
@@ -112,12 +113,12 @@ def compress(
     check_finite(frames)
     video = _Video(frames, window)
     if num_retained is not None:
-        threshold, kept, _ = _within_budget(video, num_retained)
+        threshold, kept, part = _within_budget(video, num_retained)
     else:
         assert similarity_threshold is not None
         threshold = float(similarity_threshold)
-        kept = _above_threshold(video, threshold)
-    rows, assignment = merged(video.flat, kept)
+        kept, part = _above_threshold(video, threshold)
+    rows, assignment = video.merged(kept, part)
     return CompressedTokens(rows.to(tokens.dtype), assignment, threshold)
 
 
@@ -301,14 +302,31 @@ class _Video:
             known = self.means(spatial) if representatives is None else representatives
             temporal = Similarity(known[None])
         if self._window is not None:
-            # All of a component's tokens are of one frame.
-            windows = torch.zeros_like(spatial.part[: spatial.num_parts])
-            temporal.apart_by = windows.scatter(0, spatial.part, self._window)
+            temporal.apart_by = self._windows_of(spatial.part, spatial.num_parts)
         return temporal
 
+    def merged(self, kept: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the tokens are merged into, and where each went.
 
-def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
-    """Return the representatives that both steps leave at a threshold, (K, D) float32."""
+        Args:
+            kept: (K, D) float32, the representatives of both steps.
+            part: (N,) int64, the component of each token.
+        """
+        if self._window is None:
+            return merged(self.flat, kept)
+        return merged(self.flat, kept, (self._window, self._windows_of(part, len(kept))))
+
+    def _windows_of(self, part: torch.Tensor, num_parts: int) -> torch.Tensor:
+        """Return the window of each part, that of any of its tokens."""
+        assert self._window is not None
+        return torch.zeros_like(part[:num_parts]).scatter(0, part, self._window)
+
+
+def _above_threshold(video: _Video, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the representatives that both steps leave at a threshold and the tokens' components.
+
+    (K, D) float32 and (N,) int64.
+    """
     labels = threshold_labels(video.spatial, threshold)
     num_spatial = count_components(labels)
     in_frames = in_order(labels, degrees(video.spatial, threshold), num_spatial)
@@ -316,7 +334,8 @@ def _above_threshold(video: _Video, threshold: float) -> torch.Tensor:
     temporal = video.across(in_frames, representatives)
     labels = threshold_labels(temporal, threshold)
     across_frames = in_order(labels, degrees(temporal, threshold), count_components(labels))
-    return means(representatives, across_frames.part, across_frames.num_parts)
+    kept = means(representatives, across_frames.part, across_frames.num_parts)
+    return kept, across_frames.part[in_frames.part]
 
 
 def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tensor, torch.Tensor]:

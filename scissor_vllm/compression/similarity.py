@@ -146,16 +146,25 @@ def _finish(cosines: torch.Tensor, first_row: int) -> torch.Tensor:
     return cosines
 
 
-def most_similar(tokens: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
+def most_similar(
+    tokens: torch.Tensor,
+    representatives: torch.Tensor,
+    apart_by: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Return for each of tokens (N, D) the row of representatives (K, D) of highest cosine.
 
-    (N,) int64. Of representatives within ``RESOLUTION`` of the highest, the first.
+    (N,) int64. Of representatives within ``RESOLUTION`` of the highest, the first. Where
+    ``apart_by`` is given, (N,) and (K,) int64, only those count that have the token's value.
     """
     unit_tokens, unit_representatives = unit_rows(tokens), unit_rows(representatives)
     step = max(1, BLOCK_ELEMENTS // len(representatives))
     found = []
     for start in range(0, len(tokens), step):
-        cosines = _matmul(unit_tokens[start : start + step], unit_representatives.T)
+        rows = slice(start, start + step)
+        cosines = _matmul(unit_tokens[rows], unit_representatives.T)
+        if apart_by is not None:
+            own, theirs = apart_by
+            cosines.masked_fill_(own[rows, None] != theirs, NO_EDGE)
         near = cosines >= cosines.amax(dim=1, keepdim=True) - RESOLUTION
         found.append(near.to(torch.uint8).argmax(dim=1))
     return torch.cat(found)
