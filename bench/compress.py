@@ -3,7 +3,8 @@
     python bench/compress.py [--shape T P D] [--batch B] [--dtype bfloat16] [--device cuda]
         [--json FILE]
 
-On a GPU times are those of CUDA events, from the call to its end, host work included. Clustered
+On a GPU times are those of CUDA events, from the call to its end, host work included, and memory is
+what a form takes beside the tokens, a kept CUDA graph and the result included. Clustered
 tokens are what video looks like to the method: every frame shows the same 200 things, with noise.
 Alike are those of a still video: so many are equal that equal merges must be put in order.
 """
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,18 @@ from scissor_vllm import (  # noqa: E402
     compress_batch,
     num_retained_tokens,
 )
-from scissor_vllm.compression import get_compressor  # noqa: E402
+from scissor_vllm.compression import captures, get_compressor  # noqa: E402
 
 NUM_THINGS = 200
 NOISE = 0.5
 ALIKE_NOISE = 1e-4
 
 FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "budget 0.05": lambda tokens: compress(tokens, retention_ratio=0.05),
-    "budget 0.1": lambda tokens: compress(tokens, retention_ratio=0.1),
-    "budget 0.5": lambda tokens: compress(tokens, retention_ratio=0.5),
-    "windows 0.1": lambda tokens: compress(tokens, retention_ratio=0.1, temporal_window=4),
+    **{f"budget {ratio}": partial(compress, retention_ratio=ratio) for ratio in (0.05, 0.1, 0.5)},
+    **{
+        f"windows {ratio}": partial(compress, retention_ratio=ratio, temporal_window=4)
+        for ratio in (0.05, 0.1, 0.5)
+    },
     "threshold 0.8": lambda tokens: compress(tokens, similarity_threshold=0.8),
     "uniform 0.1": lambda tokens: get_compressor("uniform")(
         tokens, num_retained_tokens(tokens.shape[0] * tokens.shape[1], 0.1)
@@ -48,9 +51,9 @@ FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-def compress_all(videos: torch.Tensor) -> CompressedTokens:
+def compress_all(videos: torch.Tensor, temporal_window: int | None = None) -> CompressedTokens:
     """Return the first of a batch (B, T, P, D), all compressed."""
-    return compress_batch(videos, retention_ratio=0.1)[0]
+    return compress_batch(videos, retention_ratio=0.1, temporal_window=temporal_window)[0]
 
 
 def make_tokens(kind: str, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
@@ -87,6 +90,17 @@ def measure(form: Callable[[torch.Tensor], Any], tokens: torch.Tensor, repeats: 
     return times
 
 
+def memory(device: str, peak: bool = False) -> int:
+    """Return the MiB that tensors take on a GPU, or took at most since the last call without."""
+    if not device.startswith("cuda"):
+        return 0
+    if peak:
+        return torch.cuda.max_memory_allocated() >> 20
+    captures.clear()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() >> 20
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -99,21 +113,34 @@ def main() -> None:
     args = parser.parse_args()
     shape = tuple(args.shape)
     rows = []
-    print(f"{shape} {args.dtype} on {args.device}: median ms (fastest - slowest), tokens kept")
+    print(f"{shape} {args.dtype} on {args.device}: median ms (fastest - slowest), tokens kept, MiB")
     for kind in ("clustered", "random", "alike"):
         dtype = getattr(torch, args.dtype)
         videos = torch.stack(
             [make_tokens(kind, shape, seed).to(args.device, dtype) for seed in range(args.batch)]
         )
-        forms = {**FORMS, f"{args.batch} to 0.1": compress_all}
-        for name, form in forms.items():
-            tokens = videos if form is compress_all else videos[0]
+        batches: dict[str, Callable[[torch.Tensor], Any]] = {
+            f"{args.batch} to 0.1": compress_all,
+            f"{args.batch} windows": partial(compress_all, temporal_window=4),
+        }
+        for name, form in {**FORMS, **batches}.items():
+            tokens = videos if name in batches else videos[0]
+            before = memory(args.device)
             times = measure(form, tokens, args.repeats)
+            taken = memory(args.device, peak=True) - before
             kept = len(form(tokens).tokens)
             median = statistics.median(times)
             spread = f"({min(times):.1f} - {max(times):.1f})"
-            print(f"{kind:10} {name:14} {median:8.1f} {spread:18} {kept}", flush=True)
-            rows.append({"tokens": kind, "form": name, "kept": kept, "milliseconds": times})
+            print(f"{kind:10} {name:14} {median:8.1f} {spread:18} {kept:6} {taken:6}", flush=True)
+            rows.append(
+                {
+                    "tokens": kind,
+                    "form": name,
+                    "kept": kept,
+                    "milliseconds": times,
+                    "memory_mib": taken,
+                }
+            )
     if args.json:
         settings = {"shape": shape, "dtype": args.dtype, "device": args.device}
         write_json(args.json, {"environment": environment(), **settings, "runs": rows})
