@@ -70,7 +70,7 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
         plan = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise PlanError(f"{path} must be a TOML file: {error}") from error
-    known = {"serve_options", "bench_options", "servers"}
+    known = {"serve_options", "bench_options", "environment", "servers"}
     _check_keys(f"{path}", plan, known, {"servers"})
     servers = []
     for entry in plan["servers"]:
@@ -86,7 +86,7 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
             Server(
                 entry["label"],
                 COMMANDS[serve],
-                ENVIRONMENT[serve],
+                {**plan.get("environment", {}), **ENVIRONMENT[serve]},
                 [*plan.get("serve_options", []), *entry.get("options", [])],
                 [
                     Sweep(_texts(sweep["retention_ratio"]), _texts(sweep["max_concurrency"]))

@@ -159,9 +159,9 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         "--video-compression",
         choices=sorted(METHODS),
         default=None,
-        help="scc: Semantic Connected Components; scc-windows: across 4 frames at most; the others "
-        "are for comparison: selections of tokens, with +merge those with SCC's last step, and SCC "
-        "without one of its steps "
+        help="scc: Semantic Connected Components of the whole video, as in the paper; scc-windows: "
+        "of 4 frames each; the others are for comparison: selections of tokens, with +merge those "
+        "with SCC's last step, and SCC without one of its steps "
         f"(default {DEFAULT_VIDEO_COMPRESSION})",
     )
     group.add_argument(

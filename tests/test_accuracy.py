@@ -29,6 +29,7 @@ from bench.accuracy.statistics import Bootstrap, mcnemar, wilson
 from bench.accuracy.summary import OVERALL, Summary
 from bench.accuracy.table import markdown
 from scissor_vllm.bench.plot import read_accuracy
+from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
 from tests.fake_vllm import FakeServer, fake_server
 
 ROOT = Path(__file__).parent.parent
@@ -353,7 +354,7 @@ def test_one_failure_is_tried_again_and_a_second_is_told_and_counted_nowhere(
     assert measured.answers["q3", 0.5].correct
     shown = capsys.readouterr().out
     assert "1 of 12 questions have no answer" in shown
-    cell = Summary([read_results(result)]).cell("scc", 0.5, "count")
+    cell = Summary([read_results(result)]).cell(DEFAULT_VIDEO_COMPRESSION, 0.5, "count")
     assert cell is not None
     assert (cell.num_answered, cell.num_failed, cell.accuracy.value) == (5, 1, 1.0)
 
@@ -463,7 +464,7 @@ def test_the_command_line_runs(folder: Path, result: Path) -> None:
         )
     assert done.returncode == 0, done.stderr
     assert "12/12" in done.stderr
-    assert "| scc |" in done.stdout
+    assert f"| {DEFAULT_VIDEO_COMPRESSION} |" in done.stdout
 
 
 # Methods in turn
@@ -565,6 +566,30 @@ def test_relative_accuracy_is_by_the_same_labels_own_at_one(two_labels: Path) ->
     }
     assert relatives["uniform", 0.5] == relatives["scc", 0.1] == 1.0
     assert relatives["uniform", 0.1] == relatives["scc", 0.05] == 0.5
+
+
+def test_common_questions_are_those_that_all_answered_at_all_of_their_ratios(
+    two_labels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(two_labels.read_text())
+    uniform, scc = (run["answers"]["rows"] for run in content["runs"])
+    first, second = (item["id"] for item in content["questions"]["items"][:2])
+    scc.remove(next(row for row in scc if row[:2] == [first, 0.05]))
+    uniform[:] = [row for row in uniform if row[0] != second]
+    two_labels.write_text(json.dumps(content))
+    counts = {}
+    for flags in ((), ("--common",)):
+        capsys.readouterr()
+        assert main(["table", str(two_labels), "--csv", *flags]) == 0
+        rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
+        counts[flags] = {row["num_questions"] for row in rows if row["skill"] == OVERALL}
+    assert counts == {(): {"12"}, ("--common",): {"10"}}
+    scc.clear()
+    scc.append(uniform[0])
+    uniform[:] = [row for row in uniform if row[0] != first]
+    two_labels.write_text(json.dumps(content))
+    assert main(["table", str(two_labels), "--common"]) == 1
+    assert "no question was answered by all of uniform, scc" in capsys.readouterr().err
 
 
 def test_the_csv_has_every_cell(two_labels: Path, capsys: pytest.CaptureFixture[str]) -> None:

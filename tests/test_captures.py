@@ -14,7 +14,7 @@ from scissor_vllm.compression import captures
 class FakeSearch:
     def __init__(self, tokens: torch.Tensor) -> None:
         self.tokens = tokens
-        self.retained = torch.zeros(1, dtype=torch.int32)
+        self.asked = torch.zeros(1, dtype=torch.int32)
         self.num_starts = 0
 
     def start(self) -> None:
@@ -52,7 +52,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def run(tokens: torch.Tensor, num_retained: int = 5, variant: object = 0) -> FakeSearch:
     with captures.search(tokens, num_retained, variant, FakeSearch) as search:
-        assert search.retained.tolist() == [num_retained]
+        assert search.asked.tolist() == [num_retained]
         assert torch.equal(search.tokens, tokens)
         return search
 

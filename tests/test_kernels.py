@@ -129,6 +129,7 @@ def test_a_captured_search_gives_what_one_that_is_not_gives() -> None:
     for _ in range(3):
         for video, kept in cases:
             check_same(video, num_retained=kept)
+            check_same(video, similarity_threshold=kept / 250)
     other = torch.cuda.Stream()
     for video, kept in cases[:4] * 2:
         with torch.cuda.stream(other):
@@ -251,13 +252,15 @@ def on_kernels(tokens, num_retained=None, similarity_threshold=None, temporal_wi
     window = scc._window(len(tokens), temporal_window, num_retained)
     settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN, window)
     if num_retained is None:
-        video = gpu.Video(tokens, window)
-        parts = gpu.at_threshold(video, similarity_threshold)
+        found = gpu.AtThreshold(tokens, window)
+        found.asked.fill_(similarity_threshold)
+        found.start()
+        video, parts = found.video, found.finish(similarity_threshold)
     else:
         num_tokens = tokens.shape[0] * tokens.shape[1]
         size = gpu.num_components(num_tokens, num_retained, tokens.device)
         search = gpu.Search(tokens, size, settings)
-        search.retained.fill_(num_retained)
+        search.asked.fill_(num_retained)
         search.start()
         video, unseen = search.video, None
         found = search.unseen_threshold()
@@ -304,7 +307,7 @@ broken = make(9, 0.6, (5, 9), torch.float32)
 broken[1, 2, 3], broken[0, 4], broken[3, 3] = torch.nan, torch.inf, 3e38
 settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN, len(broken))
 search = gpu.Search(broken, 45, settings)
-search.retained.fill_(20)
+search.asked.fill_(20)
 search.start()
 merged, assignment = gpu.merge(search.video, search.unseen(20))
 assert search.unseen_threshold().isnan()

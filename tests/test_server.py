@@ -15,6 +15,7 @@ import pytest
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from scissor_vllm import num_retained_tokens
+from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
 from tests.clips import make_audio, make_clip
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME, stock_questions
 from tests.serving import SCISSOR, OneServer, Server, message, same_answer, steps
@@ -223,7 +224,10 @@ VALUES = (
 def chat_counts(server: Server) -> dict[str, float]:
     """Return what is counted of chats and of the videos in them."""
     name = "scissor_vllm:video_requests_total"
-    requests = {each: server.counter(name, outcome=each, method="scc") for each in OUTCOMES}
+    requests = {
+        each: server.counter(name, outcome=each, method=DEFAULT_VIDEO_COMPRESSION)
+        for each in OUTCOMES
+    }
     name = "scissor_vllm:refused_requests_total"
     reasons = {each: server.counter(name, reason=each) for each in REASONS}
     values = {each: server.counter(f"scissor_vllm:{each}") for each in VALUES}

@@ -15,6 +15,7 @@ from bench.world.heldout import write_clip, write_split
 from bench.world.questions import ask
 from bench.world.scene import sample_scene
 from scissor_vllm.demo.client import ANSWER, CLIP, QUESTION
+from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
 from tests.clips import decode_all
 from tests.serving import SCISSOR, OneServer
 
@@ -41,7 +42,7 @@ def test_the_demo_model_answers_at_every_ratio(
     assert main(["run", *where, "--output", str(result), *ratios]) == 0
     summary = Summary([read_results(result)])
     for ratio, bound in MIN_ACCURACY.items():
-        cell = summary.cell("scc", ratio)
+        cell = summary.cell(DEFAULT_VIDEO_COMPRESSION, ratio)
         assert cell is not None
         assert cell.num_failed == 0
         assert cell.accuracy.value >= bound, f"ratio {ratio}: {cell.accuracy}"

@@ -136,5 +136,5 @@ def test_the_plans_are_read_and_name_stock_first(path: Path) -> None:
     assert servers[0].label == "stock"
     assert servers[0].command == serving.COMMANDS["vllm"]
     # Without it vLLM would load our plugin, since it is installed.
-    assert servers[0].environment == {"VLLM_PLUGINS": ""}
+    assert servers[0].environment["VLLM_PLUGINS"] == ""
     assert "scc-windows" in [server.label for server in servers]

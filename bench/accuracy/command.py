@@ -256,13 +256,19 @@ def _show(results: Results) -> None:
 
 
 def _summary(args: argparse.Namespace) -> Summary:
-    return Summary([read_results(path) for path in args.results], args.label)
+    files = [read_results(path) for path in args.results]
+    return Summary(files, args.label, common=args.common)
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     parser.add_argument(
         "--label", nargs="+", metavar="LABEL", help="only these, in this order (default: all)"
+    )
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="only questions that every label answered at all of its ratios",
     )
 
 

@@ -61,12 +61,20 @@ class Comparison:
 class Summary:
     """What result files with the same questions say together."""
 
-    def __init__(self, files: Sequence[Results], labels: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Results],
+        labels: Sequence[str] | None = None,
+        *,
+        common: bool = False,
+    ) -> None:
         """Take the runs of all files, or only these labels, in this order.
 
+        With ``common``, take only the questions that each of them answered at all of its ratios.
+
         Raises:
-            HarnessError: the files are about other questions, two runs have the same label, or a
-                label is in none.
+            HarnessError: the files are about other questions, two runs have the same label, a label
+                is in none, or no question is common.
         """
         for file in files[1:]:
             for key in ("fingerprint", "num_questions"):
@@ -91,6 +99,15 @@ class Summary:
             self.runs = [by_label[label] for label in dict.fromkeys(labels)]
         self.video_bytes = {file.questions["video_bytes"] for file in files}
         self._items: list[dict[str, Any]] = files[0].questions["items"]
+        if common:
+            self._items = [
+                item for item in self._items if all(_is_answered(run, item) for run in self.runs)
+            ]
+            if not self._items:
+                raise HarnessError(
+                    f"no question was answered by all of {', '.join(self.labels)} at all of their "
+                    "ratios: leave out --common, or choose with --label"
+                )
 
     @property
     def labels(self) -> list[str]:
@@ -235,6 +252,11 @@ class Summary:
             num_only_other=only_second,
             p_value=mcnemar(only_first, only_second),
         )
+
+
+def _is_answered(run: Run, item: dict[str, Any]) -> bool:
+    answers = [run.answers.get((item["id"], ratio)) for ratio in run.ratios]
+    return all(answer is not None and answer.correct is not None for answer in answers)
 
 
 def accuracy_file(summary: Summary) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ _Key = tuple[object, ...]
 class Search(Protocol):
     """What can be captured."""
 
-    retained: torch.Tensor
-    """(1,) int32 on the device: K, the only number that a start takes besides the tokens."""
+    asked: torch.Tensor
+    """(1,) on the device: K or a threshold, the only number that a start takes besides tokens."""
 
     def start(self) -> None:
         """Launch work on the device, without waiting for it."""
@@ -53,27 +53,27 @@ class _Capture(Generic[S]):
     def __init__(self, tokens: torch.Tensor, make: Callable[[torch.Tensor], S]) -> None:
         self._tokens = tokens.clone()
         self.search = make(self._tokens)
-        self.search.retained.fill_(1)
+        self.search.asked.fill_(1)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads of a server go on using the device meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self.search.start()
 
-    def start(self, tokens: torch.Tensor, num_retained: int) -> None:
+    def start(self, tokens: torch.Tensor, asked: float) -> None:
         self._tokens.copy_(tokens)
-        self.search.retained.fill_(num_retained)
+        self.search.asked.fill_(asked)
         self._graph.replay()
 
 
 @contextmanager
 def search(
-    tokens: torch.Tensor, num_retained: int, variant: object, make: Callable[[torch.Tensor], S]
+    tokens: torch.Tensor, asked: float, variant: object, make: Callable[[torch.Tensor], S]
 ) -> Iterator[S]:
     """Yield a search that was started; its memory is the caller's until the context ends.
 
     Args:
         tokens: (T, P, D), or several videos' (B, T, P, D), contiguous, on a CUDA device.
-        num_retained: K.
+        asked: K, or a threshold.
         variant: what a search depends on besides shape and dtype.
         make: returns the search of tokens.
     """
@@ -84,11 +84,11 @@ def search(
     with _lock:
         capture = _captured(key, tokens, make)
         if capture is not None:
-            capture.start(tokens, num_retained)
+            capture.start(tokens, asked)
             yield capture.search
             return
     alone = make(tokens)
-    alone.retained.fill_(num_retained)
+    alone.asked.fill_(asked)
     alone.start()
     yield alone
 

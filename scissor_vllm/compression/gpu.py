@@ -95,10 +95,9 @@ def compress(
     dtype = tokens.dtype
     if num_retained is None:
         assert threshold is not None
-        tokens = (tokens.float() if dtype == torch.float64 else tokens).contiguous()
-        video = Video(tokens, settings.window)
-        parts = at_threshold(video, float(threshold))
-        return _compressed(video, parts, dtype)
+        make = partial(AtThreshold, window=settings.window)
+        with captures.search(_taken(tokens), threshold, ("threshold", settings), make) as found:
+            return _compressed(found.video, found.finish(threshold), dtype)
     with _search(tokens, num_retained, settings) as search:
         parts = search.finish(num_retained)
         return _compressed(search.video, parts, dtype)
@@ -132,7 +131,7 @@ def compress_batch(
     if num_frames * per_frame > captures.MAX_TOKENS or per_frame > kernels.MAX_PER_FRAME:
         return [compress(tokens, None, num_retained, settings) for tokens in videos]
     dtype = videos.dtype
-    videos = (videos.float() if dtype == torch.float64 else videos).contiguous()
+    videos = _taken(videos)
     size = num_components(num_frames * per_frame, num_retained, videos.device)
     make = partial(Searches, num_components=size, settings=settings)
     results = []
@@ -147,10 +146,15 @@ def compress_batch(
 def _search(
     tokens: torch.Tensor, num_retained: int, settings: SearchSettings
 ) -> AbstractContextManager["Search"]:
-    tokens = (tokens.float() if tokens.dtype == torch.float64 else tokens).contiguous()
+    tokens = _taken(tokens)
     size = num_components(tokens.shape[0] * tokens.shape[1], num_retained, tokens.device)
     make = partial(Search, num_components=size, settings=settings)
     return captures.search(tokens, num_retained, (size, settings), make)
+
+
+def _taken(tokens: torch.Tensor) -> torch.Tensor:
+    """Return tokens as the kernels take them."""
+    return (tokens.float() if tokens.dtype == torch.float64 else tokens).contiguous()
 
 
 def _compressed(
@@ -539,22 +543,35 @@ class Video:
         return part, weight, number
 
 
-def at_threshold(video: Video, threshold: float) -> Parts | None:
-    """Return the parts that both steps leave at a threshold. One look of the host.
+class AtThreshold:
+    """The parts that both steps leave at a threshold. ``start`` never waits for the device."""
 
-    None if these tokens are not for these kernels.
-    """
-    video.tau.fill_(threshold)
-    video.unite(video.tau, video.always)
-    lead, _ = video.order_of_runs()
-    part, weight, number = video.parts(video.labels(), lead)
-    tokens = _Grouped.of(part, video.num_tokens)
-    seen = torch.stack([video.state[kernels.FLAGS], number[-1], tokens.joined()[-1]])
-    flags, count, num_joined = seen.tolist()
-    if flags:
-        return None
-    tokens = _Grouped(tokens.order, tokens.begin[: count + 1])
-    return Parts(threshold, count, num_joined, tokens, weight, number)
+    def __init__(self, tokens: torch.Tensor, window: int) -> None:
+        """Take tokens (T, P, D), and the frames of a window."""
+        self._tokens = tokens
+        self._window = window
+        self.asked = torch.empty(1, dtype=torch.float32, device=tokens.device)
+        """The threshold."""
+
+    def start(self) -> None:
+        """Find the parts, and note what the host is to look at."""
+        self.video = video = Video(self._tokens, self._window)
+        video.tau.copy_(self.asked)
+        video.unite(video.tau, video.always)
+        lead, _ = video.order_of_runs()
+        part, self._weight, self._number = video.parts(video.labels(), lead)
+        self._grouped = _Grouped.of(part, video.num_tokens)
+        self._seen = torch.stack(
+            [video.state[kernels.FLAGS], self._number[-1], self._grouped.joined()[-1]]
+        )
+
+    def finish(self, threshold: float) -> Parts | None:
+        """Return the parts, None if these tokens are not for these kernels. The host looks once."""
+        flags, count, num_joined = self._seen.tolist()
+        if flags:
+            return None
+        tokens = _Grouped(self._grouped.order, self._grouped.begin[: count + 1])
+        return Parts(float(threshold), count, num_joined, tokens, self._weight, self._number)
 
 
 @dataclass(frozen=True)
@@ -594,15 +611,15 @@ class Search:
         tokens: torch.Tensor,
         num_components: int,
         settings: SearchSettings,
-        retained: torch.Tensor | None = None,
+        asked: torch.Tensor | None = None,
     ) -> None:
         """Take tokens (T, P, D), and how many components a tree is built between at once."""
         self._tokens = tokens
         self._num_components = num_components
         self._settings = settings
-        if retained is None:
-            retained = torch.empty(1, dtype=torch.int32, device=tokens.device)
-        self.retained = retained
+        if asked is None:
+            asked = torch.empty(1, dtype=torch.int32, device=tokens.device)
+        self.asked = asked
         """K."""
 
     def start(self) -> None:
@@ -688,7 +705,7 @@ class Search:
             video.parent,
             video.num_tokens,
             video.num_frames,
-            self.retained,
+            self.asked,
             self._settings.line_steps,
             phase=phase,
             block=_WIDE,
@@ -726,7 +743,7 @@ class Search:
             tree.node_of,
             self.video.parent,
             len(tree.keys),
-            self.retained,
+            self.asked,
             self._tied,
             tied=int(tied),
             block=128,
@@ -746,7 +763,7 @@ class Search:
             video.parent,
             video.num_tokens,
             video.num_frames,
-            self.retained,
+            self.asked,
             len(tree.keys),
             self._settings.threshold_margin,
             self._tied,
@@ -859,15 +876,13 @@ class Searches:
 
     def __init__(self, videos: torch.Tensor, num_components: int, settings: SearchSettings) -> None:
         """Take tokens (B, T, P, D); the others as ``Search`` does."""
-        self.retained = torch.empty(1, dtype=torch.int32, device=videos.device)
-        self.of_each = [
-            Search(tokens, num_components, settings, self.retained) for tokens in videos
-        ]
+        self.asked = torch.empty(1, dtype=torch.int32, device=videos.device)
+        self.of_each = [Search(tokens, num_components, settings, self.asked) for tokens in videos]
         self._streams = [torch.cuda.Stream(videos.device) for _ in self.of_each]
 
     def start(self) -> None:
         """Start all, without waiting for the device."""
-        current = torch.cuda.current_stream(self.retained.device)
+        current = torch.cuda.current_stream(self.asked.device)
         for search, stream in zip(self.of_each, self._streams, strict=True):
             # It also keeps memory of the last use from being taken before that is over.
             stream.wait_stream(current)

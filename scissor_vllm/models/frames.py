@@ -51,6 +51,10 @@ _ROOM_FOR_ANSWERS = 4096
 """Positions behind a prompt that there must be for its videos' to be kept, if answers may be so
 long. Tokens of one that is longer still, and comes to the end, share the last position."""
 
+FUSED_FRAMES = 16
+"""Fewer frames are encoded as vLLM does: a GPU is done with a tower's kernels before the host has
+launched the next, and ours take longer to launch (``bench/tower.py``)."""
+
 _TOWER_PARTS = "embeddings|encoder|post_layernorm|pre_layrnorm|head"
 
 WITH_TOWER_LEVEL = WeightsMapper(
@@ -162,7 +166,7 @@ class FramesModel(CarriedPositionsModel):
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the same but for rounding, and faster on a GPU."""
-        if not pixels.is_cuda:
+        if not pixels.is_cuda or len(pixels) < FUSED_FRAMES:
             return self._features(pixels)
         from scissor_vllm.siglip import fused_encoder
 
@@ -176,7 +180,7 @@ class FramesModel(CarriedPositionsModel):
         behind = self._rows_behind()
         if self.video_compression.warm_up(behind.shape[1], behind.dtype, behind.device):
             side = self.config.vision_config.image_size
-            self._encode(behind.new_zeros(1, 3, side, side))
+            self._encode(behind.new_zeros(FUSED_FRAMES, 3, side, side))
         stock = super().embed_multimodal  # type: ignore[misc]
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
