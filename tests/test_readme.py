@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def test_shell_blocks_are_those_that_are_run_here() -> None:
         "--output build/show",
         "make bench",
         "make accuracy",
+        ".venv/bin/python -m bench.accuracy table bench/results/accuracy-demo-h100.json --common",
     ]
     assert len(blocks("python")) == 2
     assert len(blocks("json")) == 1
@@ -157,6 +159,21 @@ def test_make_accuracy_prints_tables_and_leaves_answers_and_plots(
     (answered,) = json.loads((tmp_path / "result.json").read_text())["runs"]
     assert len(answered["answers"]["rows"]) == 2 * len(SKILLS)
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".csv", ".png"}
+
+
+def test_the_accuracies_are_what_the_command_prints() -> None:
+    command = shlex.split(blocks("sh")[-1])
+    assert command.pop(0) == ".venv/bin/python"
+    run = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    printed = re.findall(r"^\| ([a-z][\w-]*) +\|(.*)\|$", run.stdout.split("\n\n")[1], re.M)
+    expected = {label: re.findall(r"([\d.]+) \(", cells) for label, cells in printed}
+    (section,) = re.findall(r"^## Accuracy\n(.*)", README, re.M | re.S)
+    quoted = re.findall(r"^\| `([\w-]+)` \|([\d. |]+)\|$", section, re.M)
+    assert {label: re.findall(r"[\d.]+", cells) for label, cells in quoted} == expected
+    assert len(expected) == 8
 
 
 def test_the_flags_of_the_load_test_exist() -> None:

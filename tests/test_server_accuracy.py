@@ -21,7 +21,7 @@ from tests.serving import SCISSOR, OneServer
 
 MIN_ACCURACY = {1.0: 0.85, 0.25: 0.85, 0.1: 0.80}
 """Of the mean over skills, of 40 answers, or 80. What more questions gave is in
-bench/results/accuracy-demo-2-cores.json; libraries that round otherwise may turn one or two."""
+bench/results/accuracy-demo-h100.json; libraries that round otherwise may turn one or two."""
 
 
 @pytest.mark.server
