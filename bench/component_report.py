@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=["scc", "scc-spatial", "scc-temporal", "uniform+merge", "uniform"],
+        default=["scc-windows", "scc", "scc-spatial", "scc-temporal", "uniform+merge", "uniform"],
         help="whose coverage is compared",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import torch
+
+from scissor_vllm import CompressedTokens
+from scissor_vllm.compression import get_compressor
+from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
 
 START_SECONDS = 300
 
@@ -27,6 +32,11 @@ SCISSOR = (sys.executable, "-m", "scissor_vllm.cli", "serve")
 STOCK = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
 """vLLM's own server; the model follows. (The command ``vllm`` asks for a distribution of that name,
 which vLLM's CPU build does not have.)"""
+
+
+def compress_as_served(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+    """Return what a server makes of tokens (T, P, D) that is not told by which method."""
+    return get_compressor(DEFAULT_VIDEO_COMPRESSION)(tokens, num_retained)
 
 
 @dataclass(frozen=True)

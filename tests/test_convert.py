@@ -26,14 +26,14 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
 )
 
-from scissor_vllm import compress, num_retained_tokens
+from scissor_vllm import num_retained_tokens
 from scissor_vllm.convert.command import REPORT, convert, main
 from scissor_vllm.convert.config import Newlines, converted_config, tower_config
 from tests import original_llava as original
 from tests.clips import decode_all
 from tests.conftest import NUM_FRAMES
 from tests.original_llava import TOKENS_PER_FRAME, TOWER, Weights
-from tests.serving import SCISSOR, STOCK, OneServer, Server, steps
+from tests.serving import SCISSOR, STOCK, OneServer, Server, compress_as_served, steps
 
 NEWLINE = "model.image_newline"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -530,7 +530,7 @@ def test_the_servers_logits_are_those_of_the_original_weights(
     rows = original.video_rows(weights, clip_pixels(clips["short"], without_newline))
     if ratio < 1:
         by_frame = rows.unflatten(0, (-1, TOKENS_PER_FRAME))
-        rows = compress(by_frame, retention_ratio=ratio).tokens
+        rows = compress_as_served(by_frame, num_retained_tokens(len(rows), ratio)).tokens
     processor = AutoProcessor.from_pretrained(without_newline)
     content = [{"type": "video"}, {"type": "text", "text": "Why?"}]
     text = processor.apply_chat_template(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scissor_vllm import compress
+from scissor_vllm import num_retained_tokens
 from scissor_vllm.compression.members import last_members
 from scissor_vllm.models.frames import FramesModel
 from scissor_vllm.show.encoder import Encoder
@@ -26,6 +26,7 @@ from tests.families import (
     ask,
     largest_difference,
 )
+from tests.serving import compress_as_served
 
 
 def video_tokens(family: Family, media: Media) -> torch.Tensor:
@@ -59,7 +60,7 @@ def logprobs_by_transformers(
     rows, places = tokens.flatten(0, 1), torch.arange(tokens.shape[0] * tokens.shape[1])
     end = len(places)
     if question.ratio != 1.0:
-        compressed = compress(tokens, retention_ratio=question.ratio)
+        compressed = compress_as_served(tokens, num_retained_tokens(end, question.ratio or 1.0))
         rows, places = compressed.tokens, torch.arange(len(compressed.tokens))
         members, order = last_members(compressed).sort(stable=True)
         if keeps_positions or in_order:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from scissor_vllm import compress, num_retained_tokens
+from scissor_vllm import num_retained_tokens
 from tests.families import FPS, WIDE, Family, Media, Question
+from tests.serving import compress_as_served
 from tests.test_positions import nearest_member
 
 
@@ -59,7 +60,7 @@ def logprobs_by_transformers(
     tokens, grid = features_and_grid(model, folder, media)
     num_tokens = tokens.shape[0] * tokens.shape[1]
     num_retained = num_retained_tokens(num_tokens, question.ratio or 1.0)
-    compressed = compress(tokens, num_retained=num_retained)
+    compressed = compress_as_served(tokens, num_retained)
     places = [place_of(tokens, compressed, row) for row in range(num_retained)]
     for row, place in enumerate(places):
         if place is None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from scissor_vllm import compress, num_retained_tokens
+from scissor_vllm import num_retained_tokens
 from tests.families import FPS, WIDE, Family, Media, Question, ask, build_qwen3_vl
+from tests.serving import compress_as_served
 from tests.test_positions import nearest_member
 
 
@@ -81,7 +82,7 @@ def logprobs_by_transformers(
     (media,) = question.media
     tokens, deepstack, grid = features_and_grid(model, folder, media)
     num_retained = num_retained_tokens(len(tokens.flatten(0, 1)), question.ratio or 1.0)
-    compressed = compress(tokens, num_retained=num_retained)
+    compressed = compress_as_served(tokens, num_retained)
     row_at: dict[int, list[int]] = {}
     place: int | None = 0
     for row in range(num_retained):

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import AutoVideoProcessor
 
-from scissor_vllm import compress, num_retained_tokens
+from scissor_vllm import num_retained_tokens
 from scissor_vllm.cli import main
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.show import command
@@ -40,6 +40,7 @@ from scissor_vllm.show.picture import (
 from scissor_vllm.show.png import draw, drawn_cells
 from tests.browser import Page, open_page
 from tests.families import Media, build_qwen2_5_vl, build_qwen3_vl
+from tests.serving import compress_as_served
 
 CLIP = Path(__file__).parent.parent / "scissor_vllm" / "demo" / "clip.mp4"
 RATIOS = (0.05, 0.25, 1.0)
@@ -89,7 +90,7 @@ def test_a_folder_gets_the_page_and_a_picture_for_each_ratio(shown: Path) -> Non
     assert {path.name for path in shown.iterdir()} == wanted
 
 
-def test_what_is_drawn_is_what_compress_returns(shown: Path, encoder: Encoder) -> None:
+def test_what_is_drawn_is_what_a_server_would_keep(shown: Path, encoder: Encoder) -> None:
     from scissor_vllm.video import DecordVideoBackend
 
     frames, metadata = DecordVideoBackend.load_bytes(CLIP.read_bytes(), num_frames=NUM_FRAMES)
@@ -100,10 +101,11 @@ def test_what_is_drawn_is_what_compress_returns(shown: Path, encoder: Encoder) -
     assert data["times"] == [i / metadata["fps"] for i in metadata["frames_indices"]]
     assert [each["retention_ratio"] for each in data["groupings"]] == list(RATIOS)
     for each in data["groupings"][:-1]:
-        expected = compress(tokens, retention_ratio=each["retention_ratio"])
+        num_retained = num_retained_tokens(num_tokens, each["retention_ratio"])
+        expected = compress_as_served(tokens, num_retained)
         assert rows_of(each["assignment"]).tolist() == expected.assignment.tolist()
         assert each["similarity_threshold"] == expected.similarity_threshold
-        assert each["num_retained"] == num_retained_tokens(num_tokens, each["retention_ratio"])
+        assert each["num_retained"] == num_retained
     assert rows_of(data["groupings"][-1]["assignment"]).tolist() == list(range(num_tokens))
 
 
