@@ -24,6 +24,7 @@ from fastapi import HTTPException
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.cli import add_page_options, apply_page_options
 from scissor_vllm.demo.client import CLIP, QUESTION
+from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
 from scissor_vllm.show import WORKER_EXTENSION
 from scissor_vllm.show.command import look
 from scissor_vllm.show.picture import Picture
@@ -93,7 +94,7 @@ def rows_of(encoded: str) -> list[int]:
 @pytest.fixture(scope="module")
 def shown() -> Picture:
     """The clip by `scissor-vllm show`."""
-    return look(CLIP, "demo", [0.1], "scc", 32)
+    return look(CLIP, "demo", [0.1], DEFAULT_VIDEO_COMPRESSION, 32)
 
 
 @pytest.mark.server
@@ -396,7 +397,9 @@ def test_a_picture_of_a_video_of_patches_is_what_show_draws(
     )
     status, drawn = post_picture(server, body_of(CLIP, "?"))
     assert status == 200
-    shown = json.loads(json.dumps(look(CLIP, str(model), [0.1], "scc", 32).as_json()))
+    shown = json.loads(
+        json.dumps(look(CLIP, str(model), [0.1], DEFAULT_VIDEO_COMPRESSION, 32).as_json())
+    )
     (ours,), (theirs,) = drawn["groupings"], shown["groupings"]
     for name in ("rows", "columns", "times", "width", "height"):
         assert drawn[name] == shown[name]
