@@ -1,7 +1,7 @@
 """Prints how long compression of one video takes, in each form, on three kinds of tokens.
 
     python bench/compress.py [--shape T P D] [--batch B] [--dtype bfloat16] [--device cuda]
-        [--json FILE]
+        [--tokens KIND ...] [--forms NAME ...] [--json FILE]
 
 On a GPU times are those of CUDA events, from the call to its end, host work included, and memory is
 what a form takes beside the tokens, a kept CUDA graph and the result included. Clustered
@@ -37,6 +37,7 @@ from scissor_vllm.compression import captures, get_compressor  # noqa: E402
 NUM_THINGS = 200
 NOISE = 0.5
 ALIKE_NOISE = 1e-4
+KINDS = ["clustered", "random", "alike"]
 
 FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
     **{f"budget {ratio}": partial(compress, retention_ratio=ratio) for ratio in (0.05, 0.1, 0.5)},
@@ -109,21 +110,28 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=8, help="videos that are compressed at once")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tokens", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--forms", nargs="+", metavar="NAME", help="these (default: all)")
     parser.add_argument("--json", type=Path, help="also write the times of all calls to this file")
     args = parser.parse_args()
     shape = tuple(args.shape)
     rows = []
     print(f"{shape} {args.dtype} on {args.device}: median ms (fastest - slowest), tokens kept, MiB")
-    for kind in ("clustered", "random", "alike"):
+    batches: dict[str, Callable[[torch.Tensor], Any]] = {
+        f"{args.batch} to 0.1": compress_all,
+        f"{args.batch} windows": partial(compress_all, temporal_window=4),
+    }
+    forms = {**FORMS, **batches}
+    if args.forms:
+        if unknown := set(args.forms) - forms.keys():
+            parser.error(f"there is no form {', '.join(sorted(unknown))}: use {', '.join(forms)}")
+        forms = {name: forms[name] for name in args.forms}
+    for kind in args.tokens:
         dtype = getattr(torch, args.dtype)
         videos = torch.stack(
             [make_tokens(kind, shape, seed).to(args.device, dtype) for seed in range(args.batch)]
         )
-        batches: dict[str, Callable[[torch.Tensor], Any]] = {
-            f"{args.batch} to 0.1": compress_all,
-            f"{args.batch} windows": partial(compress_all, temporal_window=4),
-        }
-        for name, form in {**FORMS, **batches}.items():
+        for name, form in forms.items():
             tokens = videos if name in batches else videos[0]
             before = memory(args.device)
             times = measure(form, tokens, args.repeats)

@@ -248,6 +248,10 @@ scc.EXHAUSTIVE_TOKENS = 0
 compared = []
 
 
+def merge(video, parts):
+    return gpu.merge(video.rows[None], [video], [parts])[0]
+
+
 def on_kernels(tokens, num_retained=None, similarity_threshold=None, temporal_window=None):
     window = scc._window(len(tokens), temporal_window, num_retained)
     settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN, window)
@@ -265,14 +269,14 @@ def on_kernels(tokens, num_retained=None, similarity_threshold=None, temporal_wi
         video, unseen = search.video, None
         found = search.unseen_threshold()
         if num_tokens <= gpu.captures.MAX_TOKENS and search._first.seen[0] == 0:
-            unseen = gpu.merge(video, search.unseen(num_retained))
+            unseen = merge(video, search.unseen(num_retained))
         parts = search.finish(num_retained)
         assert found.isnan() or found == parts.threshold
         if unseen is not None:
             assert found == parts.threshold
-            assert torch.equal(unseen[1], gpu.merge(video, parts)[1])
+            assert torch.equal(unseen[1], merge(video, parts)[1])
             compared.append(num_retained)
-    return parts.threshold, *gpu.merge(video, parts)
+    return parts.threshold, *merge(video, parts)
 
 
 def make(num_things, noise, shape, dtype):
@@ -309,12 +313,28 @@ settings = gpu.SearchSettings(scc.LINE_STEPS, scc.THRESHOLD_MARGIN, len(broken))
 search = gpu.Search(broken, 45, settings)
 search.asked.fill_(20)
 search.start()
-merged, assignment = gpu.merge(search.video, search.unseen(20))
+merged, assignment = merge(search.video, search.unseen(20))
 assert search.unseen_threshold().isnan()
 zeroed = broken.clone()
 zeroed[1, 2], zeroed[0, 4], zeroed[3, 3] = 0, 0, 0
 assert torch.equal(assignment, compress(zeroed, num_retained=20).assignment)
 assert merged.isfinite().all()
+
+videos = torch.stack([make(count, 0.6, (5, 9), torch.bfloat16) for count in (2, 9, 30)])
+videos[1, 2, 3, 0] = torch.inf
+searches = [gpu.Search(tokens, 45, settings) for tokens in videos]
+for search in searches:
+    search.asked.fill_(20)
+    search.start()
+parts = [search.finish(20) for search in searches]
+assert parts[0].num_joined != parts[2].num_joined
+each = [search.video for search in searches]
+together = gpu._compressed(videos.flatten(1, 2), each, parts, torch.bfloat16)
+assert together[1] is None
+for number in (0, 2):
+    expected = compress(videos[number], num_retained=20)
+    assert torch.equal(together[number].assignment, expected.assignment)
+    torch.testing.assert_close(together[number].tokens, expected.tokens, atol=2e-2, rtol=0)
 
 gpu.MAX_COMPONENTS = 3
 tokens = make(9, 0.6, (5, 9), torch.bfloat16)

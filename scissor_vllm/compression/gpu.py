@@ -12,7 +12,7 @@ only what is below the found interval is built: what is above is one union.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -97,10 +97,11 @@ def compress(
         assert threshold is not None
         make = partial(AtThreshold, window=settings.window)
         with captures.search(_taken(tokens), threshold, ("threshold", settings), make) as found:
-            return _compressed(found.video, found.finish(threshold), dtype)
+            parts = found.finish(threshold)
+            return _compressed(found.video.rows[None], [found.video], [parts], dtype)[0]
     with _search(tokens, num_retained, settings) as search:
         parts = search.finish(num_retained)
-        return _compressed(search.video, parts, dtype)
+        return _compressed(search.video.rows[None], [search.video], [parts], dtype)[0]
 
 
 def compress_unseen(
@@ -115,7 +116,8 @@ def compress_unseen(
     if num_frames * per_frame > captures.MAX_TOKENS or per_frame > kernels.MAX_PER_FRAME:
         return None
     with _search(tokens, num_retained, settings) as search:
-        merged, assignment = merge(search.video, search.unseen(num_retained))
+        video = search.video
+        [(merged, assignment)] = merge(video.rows[None], [video], [search.unseen(num_retained)])
         threshold = search.unseen_threshold()
         return CompressedTokens(merged.to(tokens.dtype), assignment, threshold_on_device=threshold)
 
@@ -135,11 +137,11 @@ def compress_batch(
     size = num_components(num_frames * per_frame, num_retained, videos.device)
     make = partial(Searches, num_components=size, settings=settings)
     results = []
-    for part in videos.split(MAX_BATCH):
-        with captures.search(part, num_retained, (size, settings), make) as searches:
-            for search in searches.of_each:
-                parts = search.finish(num_retained)
-                results.append(_compressed(search.video, parts, dtype))
+    for some in videos.split(MAX_BATCH):
+        with captures.search(some, num_retained, (size, settings), make) as searches:
+            parts = [search.finish(num_retained) for search in searches.of_each]
+            each = [search.video for search in searches.of_each]
+            results += _compressed(some.flatten(1, 2), each, parts, dtype)
     return results
 
 
@@ -158,12 +160,22 @@ def _taken(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _compressed(
-    video: "Video", parts: "Parts | None", dtype: torch.dtype
-) -> CompressedTokens | None:
-    if parts is None:
-        return None
-    merged, assignment = merge(video, parts)
-    return CompressedTokens(merged.to(dtype), assignment, parts.threshold)
+    rows: torch.Tensor,
+    videos: "Sequence[Video]",
+    parts: "Sequence[Parts | None]",
+    dtype: torch.dtype,
+) -> list[CompressedTokens | None]:
+    """Return each video's merged tokens (B, N, D), None for one without parts."""
+    there = [number for number, own in enumerate(parts) if own is not None]
+    if len(there) < len(parts):
+        rows, videos = rows[there], [videos[number] for number in there]
+    found = [own for own in parts if own is not None]
+    results: list[CompressedTokens | None] = [None] * len(parts)
+    for number, own, (merged, assignment) in zip(
+        there, found, merge(rows, videos, found), strict=True
+    ):
+        results[number] = CompressedTokens(merged.to(dtype), assignment, own.threshold)
+    return results
 
 
 @dataclass(frozen=True)
@@ -183,18 +195,20 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Grouped:
-    """Tokens by their part."""
+    """Tokens of a video, or of several (B, ...), by their part."""
 
     order: torch.Tensor
-    """(N,) int32 or int64: the tokens of part 0, of part 1, ..., each in order of their number."""
+    """(..., N) int32 or int64: the tokens of part 0, of part 1, ..., each in order of their
+    number."""
     begin: torch.Tensor
-    """(parts + 1,) int32: where each part begins among them."""
+    """(..., parts + 1) int32: where each part begins among them."""
 
     @classmethod
     def of(cls, part: torch.Tensor, num_parts: int) -> "_Grouped":
-        """Group by part (N,) int32."""
+        """Group by part (..., N) int32."""
         by_part, order = _sorted(part)
         bounds = torch.arange(num_parts + 1, dtype=torch.int32, device=part.device)
+        bounds = bounds.expand(*part.shape[:-1], -1).contiguous()
         return cls(order, torch.searchsorted(by_part, bounds, out_int32=True))
 
     def joined(self) -> torch.Tensor:
@@ -203,7 +217,10 @@ class _Grouped:
         The last, for a part that is not there, is the number of those.
         """
         low_at = torch.empty_like(self.begin)
-        kernels.joined_parts_kernel[1,](self.begin, low_at, len(low_at) - 1, block=_WIDE)
+        size = low_at.shape[-1]
+        kernels.joined_parts_kernel[low_at.numel() // size,](
+            self.begin, low_at, size - 1, block=_WIDE
+        )
         return low_at
 
 
@@ -892,76 +909,110 @@ class Searches:
             current.wait_stream(stream)
 
 
-def merge(video: Video, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the tokens are merged into, and where each went.
+def merge(
+    rows: torch.Tensor, videos: Sequence[Video], parts: Sequence[Parts]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what each video's tokens are merged into, and where each went.
+
+    Args:
+        rows: (B, N, D), those of the videos.
+        videos: equally long.
+        parts: theirs, equally many of each.
 
     Returns:
-        (K, D) of the tokens' dtype, and (N,) int64.
+        Of each video (K, D) of the tokens' dtype, and (N,) int64.
     """
-    num_parts, width = parts.num_parts, video.width
-    kept = torch.empty(num_parts, width, dtype=torch.float32, device=video.device)
-    low_at = parts.tokens.joined()
+    if not videos:
+        return []
+    video, num_parts = videos[0], parts[0].num_parts
+    row_length = _stacked([each.length for each in videos])
+    weight = _stacked([each.weight for each in parts])
+    number = _stacked([each.number for each in parts])
+    tokens = _Grouped(
+        _stacked([each.tokens.order for each in parts]),
+        _stacked([each.tokens.begin for each in parts]),
+    )
+    low_at = tokens.joined()
+    shape = len(videos), num_parts, video.width
+    kept = torch.empty(shape, dtype=torch.float32, device=video.device)
     # Products of 16-bit numbers are exact and fast: representatives are sums of two such.
-    is_short = video.rows.dtype == torch.bfloat16
+    is_short = rows.dtype == torch.bfloat16
     factors = kept
     if is_short:
         # Products in rows of a round length are several times faster.
-        size = triton.cdiv(num_parts + parts.num_joined, 64) * 64
-        factors = torch.empty(size, width, dtype=torch.bfloat16, device=video.device)
-    grid = (num_parts, triton.cdiv(width, 128))
-    block = {"few": 16, "members": 64, "block": 128}
-    kernels.sums_kernel[grid](
-        video.rows,
-        parts.tokens.order,
-        parts.tokens.begin,
-        parts.weight,
-        kept,
-        factors,
-        factors[num_parts:],
-        low_at,
-        width,
-        merges=False,
-        halves=is_short,
-        **block,
-    )
-    length = torch.linalg.vector_norm(kept, dim=1)
-    assignment = video.new(video.num_tokens, torch.int64)
-    step = max(1, BLOCK_ELEMENTS // len(factors))
+        size = triton.cdiv(num_parts + max(each.num_joined for each in parts), 64) * 64
+        factors = torch.empty(
+            len(videos), size, video.width, dtype=torch.bfloat16, device=video.device
+        )
+    merged = torch.empty(shape, dtype=rows.dtype, device=video.device)
+    _add_up(rows, tokens, weight, low_at, kept, factors, merges=False)
+    length = torch.linalg.vector_norm(kept, dim=-1)
+    assignment = torch.empty(number.shape, dtype=torch.int64, device=video.device)
+    stride = factors.shape[1]
+    step = max(1, BLOCK_ELEMENTS // (len(videos) * stride))
     for start in range(0, video.num_tokens, step):
-        rows = video.rows[start : start + step]
-        product = _multiplied(rows if is_short else rows.float(), factors.T)
-        kernels.nearest_kernel[len(rows),](
+        some = rows[:, start : start + step]
+        product = _multiplied(some if is_short else some.float(), factors.transpose(1, 2))
+        kernels.nearest_kernel[some.shape[1], len(videos)](
             product,
             length,
             low_at,
-            video.length[start:],
-            assignment[start:],
-            parts.number,
+            row_length,
+            assignment,
+            number,
             start,
             video.num_tokens,
             num_parts,
-            len(factors),
+            stride,
             video.window * video.per_frame,
             halves=is_short,
             block=_WIDE,
         )
-    merged = torch.empty(num_parts, width, dtype=video.rows.dtype, device=video.device)
-    tokens = _Grouped.of(assignment.int(), num_parts)
-    kernels.sums_kernel[grid](
-        video.rows,
-        tokens.order,
-        tokens.begin,
-        parts.weight,
+    _add_up(
+        rows,
+        _Grouped.of(assignment.int(), num_parts),
+        weight,
+        low_at,
         kept,
         merged,
-        merged,
-        low_at,
-        width,
         merges=True,
-        halves=False,
-        **block,
     )
-    return merged, assignment
+    return list(zip(merged, assignment, strict=True))
+
+
+def _stacked(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return (B, ...), without a copy of a single one."""
+    return of_each[0][None] if len(of_each) == 1 else torch.stack(list(of_each))
+
+
+def _add_up(
+    rows: torch.Tensor,
+    tokens: _Grouped,
+    weight: torch.Tensor,
+    low_at: torch.Tensor,
+    kept: torch.Tensor,
+    out: torch.Tensor,
+    merges: bool,
+) -> None:
+    """Fill in the representatives ``kept``, and as factors ``out``; or the means of ``merges``."""
+    num_videos, num_parts, width = kept.shape
+    kernels.sums_kernel[num_parts, triton.cdiv(width, 128), num_videos](
+        rows,
+        tokens.order,
+        tokens.begin,
+        weight,
+        kept,
+        out,
+        low_at,
+        rows.shape[1],
+        width,
+        out.shape[1],
+        merges=merges,
+        halves=not merges and out.dtype == torch.bfloat16,
+        few=16,
+        members=64,
+        block=128,
+    )
 
 
 def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
@@ -1007,13 +1058,14 @@ def num_components(num_tokens: int, num_retained: int, device: torch.device) -> 
 
 
 def _sorted(values: torch.Tensor, decreasing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values in order and where each was, equal ones by their place."""
-    if len(values) > MAX_COUNTED:
+    """Return values (..., n) in order and where each was, equal ones by their place."""
+    size = values.shape[-1]
+    if size > MAX_COUNTED:
         return torch.sort(values, descending=decreasing, stable=True)
     result = torch.empty_like(values)
-    order = torch.empty(len(values), dtype=torch.int32, device=values.device)
-    kernels.sort_kernel[triton.cdiv(len(values), 32),](
-        values, result, order, len(values), decreasing=decreasing, own_block=32, block=256
+    order = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    kernels.sort_kernel[triton.cdiv(size, 32), values.numel() // size](
+        values, result, order, size, decreasing=decreasing, own_block=32, block=256
     )
     return result, order
 

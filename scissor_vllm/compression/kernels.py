@@ -673,7 +673,11 @@ def sort_kernel(
     own_block: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Sort by counting what comes before each, equal ones by their place."""
+    """Sort each row by counting what comes before each value, equal ones by their place."""
+    base = tl.program_id(1).to(tl.int64) * size
+    values += base
+    sorted_values += base
+    order += base
     own_at = tl.program_id(0) * own_block + tl.arange(0, own_block)
     own = tl.load(values + own_at, mask=own_at < size, other=0)
     before = tl.zeros((own_block,), tl.int32)
@@ -892,7 +896,10 @@ def parts_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def joined_parts_kernel(begin, low_at, size, block: tl.constexpr):
-    """Number the parts of more than one token, in one program; of others tell -1."""
+    """Number a video's parts of more than one token, in one program; of others tell -1."""
+    base = tl.program_id(0).to(tl.int64) * (size + 1)
+    begin += base
+    low_at += base
     seen = tl.zeros((), tl.int32)
     for start in range(0, size, block):
         part = start + tl.arange(0, block)
@@ -906,7 +913,7 @@ def joined_parts_kernel(begin, low_at, size, block: tl.constexpr):
     tl.store(low_at + size, seen)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["num_tokens", "width", "num_out"])
 def sums_kernel(
     rows,
     order,
@@ -914,9 +921,10 @@ def sums_kernel(
     weight,
     kept,
     out,
-    low,
     low_at,
+    num_tokens,
     width,
+    num_out,
     merges: tl.constexpr,
     halves: tl.constexpr,
     few: tl.constexpr,
@@ -925,9 +933,18 @@ def sums_kernel(
 ):
     """Add up the rows of a part in the order of their number, in float64.
 
-    One after the other if they are few, else so many members at once.
+    One after the other if they are few, else so many members at once. Of ``num_out`` rows of each
+    video, what is left of a mean in 16 bits comes after the ``num_parts`` means.
     """
-    part = tl.program_id(0)
+    part, num_parts = tl.program_id(0), tl.num_programs(0)
+    video = tl.program_id(2).to(tl.int64)
+    rows += video * num_tokens * width
+    order += video * num_tokens
+    weight += video * num_tokens
+    begin += video * (num_parts + 1)
+    low_at += video * (num_parts + 1)
+    kept += video * num_parts * width
+    out += video * num_out * width
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width
     first = tl.load(begin + part)
@@ -965,6 +982,7 @@ def sums_kernel(
             place = tl.load(low_at + part).to(tl.int64)
             rest = (mean - high.to(tl.float32)).to(out.dtype.element_ty)
             at = place * width + column
+            low = out + num_parts.to(tl.int64) * width
             tl.store(low + at, rest, mask=inside & (at >= 0))
 
 
@@ -989,6 +1007,13 @@ def nearest_kernel(
     Among those of its window: they are numbered in the order of their lead tokens.
     """
     row = tl.program_id(0).to(tl.int64)
+    video = tl.program_id(1).to(tl.int64)
+    product += video * tl.num_programs(0) * stride
+    kept_length += video * num_kept
+    low_at += video * (num_kept + 1)
+    row_length += video * num_tokens + first_row
+    nearest += video * num_tokens + first_row
+    number_of_token += video * num_tokens
     window = (first_row + row) // window_tokens * window_tokens
     window_end = tl.minimum(window + window_tokens, num_tokens)
     begin = tl.load(number_of_token + window - 1, mask=window > 0, other=0).to(tl.int32)
