@@ -127,6 +127,9 @@ def set_environment(environment: Any) -> None:
         names = set(filter(None, named.split(",")))
     environment["VLLM_PLUGINS"] = ",".join(sorted({*names, PLUGIN}))
     environment.setdefault("VLLM_VIDEO_LOADER_BACKEND", "decord")
+    # A video takes tens of MiB at a time: in pages of 4 KiB, touching them for the first time takes
+    # as long as resizing it. Torch then asks for large pages.
+    environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def add_retention_options(parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,11 @@ import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, ClassVar
 
@@ -58,6 +60,9 @@ DEFAULT_MAX_DECODE_BYTES = 4 * 1024**3
 # Each decoder thread holds a frame of its own, so that after a seek as many frames are decoded in
 # vain as there are threads: more than they save where a seek is for fewer frames than this.
 _FRAMES_PER_SEEK_WORTH_THREADS = 32
+# What a thread decodes in some 50 ms: with less for each, handing frames over costs what it saves.
+_PIXELS_WORTH_A_THREAD = 64 * 640 * 360
+_MAX_DECODER_THREADS = 16
 
 _CONTAINER = re.compile(
     rb"....(?:ftyp|moov|mdat|free|skip|wide)"  # MP4, MOV
@@ -257,7 +262,8 @@ class DecordVideoBackend(VideoBackend):
         stops, num_threads = stream.route(indices)
         times = np.empty(0)
         try:
-            with _file_of(data) as path:
+            with _DECODING as num_decoding, _file_of(data) as path:
+                num_threads = max(1, min(num_threads, _num_cpus() // num_decoding))
                 # Without a tolerance decord hands out a copy of another frame for a broken one.
                 reader = decord.VideoReader(path, num_threads=num_threads, fault_tol=1e-9)
                 times = reader.get_frame_timestamp(range(len(reader)))[:, 0]
@@ -318,12 +324,16 @@ class _Stream:
     @classmethod
     def read(cls, data: bytes) -> _Stream:
         """The stream in a file's bytes; ValueError if they hold none."""
+        # A format of -1 makes OpenCV hand out packets, undecoded: no threads to decode are needed.
+        options = [cv2.CAP_PROP_FORMAT, -1, cv2.CAP_PROP_N_THREADS, 1]
+        source: Any = BytesIO(data)
         try:
-            capture = OpenCVVideoBackendMixin.open_video_capture(data)
-        except (ValueError, cv2.error) as error:
+            backend = OpenCVVideoBackendMixin.get_cv2_video_api()
+            capture = cv2.VideoCapture(source, backend, options)
+        except cv2.error as error:
             raise RefusedVideoError(_not_a_video(data)) from error
-        # A format of -1 makes OpenCV hand out packets, undecoded.
-        capture.set(cv2.CAP_PROP_FORMAT, -1)
+        if not capture.isOpened():
+            raise RefusedVideoError(_not_a_video(data))
         times: list[float] = []
         key_frames: list[int] = []
         while capture.grab():
@@ -357,7 +367,7 @@ class _Stream:
         return bool(np.all(first_from_here[keys] == last_until_here[keys]))
 
     def route(self, indices: list[int]) -> tuple[list[int], int]:
-        """Frames to read so that decord reaches these exactly, and its number of threads (0: all).
+        """Frames to read so that decord reaches these exactly, and how many threads are worth it.
 
         From one frame to the next decord seeks if a key frame lies between, else it reads on.
         """
@@ -365,7 +375,7 @@ class _Stream:
         if not self.has_closed_groups():
             # A seek would miss: stop before each key frame, so that none ever lies between.
             ends = keys[(keys > 0) & (keys <= max(indices))] - 1
-            return sorted({*indices, *ends.tolist()}), 0
+            return sorted({*indices, *ends.tolist()}), self._threads_worth(max(indices) + 1)
         wanted = np.array(indices)
         following = np.concatenate([[0], wanted[:-1] + 1])
         key_of_wanted, key_of_following = (
@@ -374,7 +384,37 @@ class _Stream:
         seeks = key_of_wanted != key_of_following
         num_decoded = np.sum(wanted - np.where(seeks, key_of_wanted, following) + 1)
         worth_threads = num_decoded >= _FRAMES_PER_SEEK_WORTH_THREADS * seeks.sum()
-        return indices, 0 if worth_threads else 1
+        return indices, self._threads_worth(int(num_decoded)) if worth_threads else 1
+
+    def _threads_worth(self, num_decoded: int) -> int:
+        """Decoder threads for so many frames, if there are CPUs for them."""
+        worth = num_decoded * self.width * self.height // _PIXELS_WORTH_A_THREAD
+        return max(1, min(worth, _MAX_DECODER_THREADS))
+
+
+class _Decoding:
+    """Counts the videos that are decoded at this moment, by all threads; entering returns it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._number = 0
+
+    def __enter__(self) -> int:
+        with self._lock:
+            self._number += 1
+            return self._number
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._number -= 1
+
+
+_DECODING = _Decoding()
+
+
+def _num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

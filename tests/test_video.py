@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import decord
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -26,6 +27,7 @@ from vllm.multimodal.video import (
 
 from scissor_vllm.reuse import FrameCache
 from scissor_vllm.video import (
+    _DECODING,
     MAX_DECODE_BYTES_VARIABLE,
     DecordVideoBackend,
     max_decode_bytes,
@@ -229,6 +231,29 @@ def test_loads_at_once_do_not_disturb_each_other(folder: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         for frames, metadata in pool.map(lambda data: load(data, num_frames=9), clips * 4):
             assert [read_number(frame) for frame in frames] == metadata["frames_indices"]
+
+
+def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    reader = decord.VideoReader
+
+    def recording(path: str, **options: Any) -> Any:
+        asked.append(options["num_threads"])
+        return reader(path, **options)
+
+    monkeypatch.setattr("decord.VideoReader", recording)
+    data = make_clip(folder / "threads.mp4", num_frames=64, gop=64).read_bytes()
+    DecordVideoBackend.load_bytes(data, num_frames=32)
+    monkeypatch.setattr("scissor_vllm.video._PIXELS_WORTH_A_THREAD", 1)
+    monkeypatch.setattr("scissor_vllm.video._num_cpus", lambda: 8)
+    DecordVideoBackend.load_bytes(data, num_frames=32)
+    with _DECODING, _DECODING:
+        DecordVideoBackend.load_bytes(data, num_frames=32)
+    monkeypatch.setattr("scissor_vllm.video._num_cpus", lambda: 64)
+    DecordVideoBackend.load_bytes(data, num_frames=32)
+    assert asked == [1, 8, 2, 16]
 
 
 def test_a_file_that_is_kept_is_decoded_once_for_each_setting(
