@@ -15,8 +15,9 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from transformers.video_processing_utils import BaseVideoProcessor
 
-from scissor_vllm.pixels import get_normalization, normalized, rgb_view
+from scissor_vllm.pixels import get_normalization, in_threads, normalized, rgb_view
 
 FRAME_SIZE = "video_frame_size"
 """Field of a video's data: height and width of its frames, int64 (2,), kept on the CPU. Only where
@@ -110,10 +111,28 @@ class _VideoFrames:
         return frames.reshape(num_videos, grid[0] * grid[1] * grid[2], -1), *grid
 
 
+class _InThreads(BaseVideoProcessor):
+    """Mixin of a Hugging Face video processor, placed behind it: it says to which size, this does
+    it.
+    """
+
+    def resize(self, image: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
+        """Return videos (B, T, C, H, W) of another size, in memory with channels last."""
+
+        def resize(frames: torch.Tensor) -> torch.Tensor:
+            resized: torch.Tensor = other.resize(image=frames, size=size, **options)
+            return resized.permute(0, 2, 3, 1)
+
+        other: Any = super()
+        videos = [in_threads(resize, frames).permute(0, 3, 1, 2) for frames in image]
+        return videos[0][None] if len(videos) == 1 else torch.stack(videos)
+
+
 @cache
 def _of_frames(video_processor: type) -> type:
     # vLLM knows video processors by their class's name.
-    return type(video_processor.__name__, (_VideoFrames, video_processor), {})
+    bases = (_VideoFrames, video_processor, _InThreads)
+    return type(video_processor.__name__, bases, {})
 
 
 @dataclass(frozen=True)

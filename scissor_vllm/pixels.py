@@ -115,24 +115,33 @@ def resized_frames(
     samples = given & _SAMPLING_OPTIONS or getattr(
         hf_processor.video_processor, "do_sample_frames", False
     )
-    resized = resize(pixels) if samples else _in_threads(resize, pixels)
+    resized = resize(pixels) if samples else in_threads(resize, pixels)
     if resized.dtype != torch.uint8:
         return None
     return resized.contiguous(), normalization
 
 
-def _in_threads(
+def in_threads(
     resize: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor
 ) -> torch.Tensor:
     """Return what a function makes of frames, given some of them in each of a few threads.
 
     vLLM prepares one request at a time, in one thread; torch's resize uses one too, and lets others
     run meanwhile.
+
+    Args:
+        resize: makes of frames as many others, (t, H, W, C), alike whatever others are among them.
+        frames: (T, ...).
     """
     few = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
     if len(frames) <= few:
         return resize(frames)
-    return torch.cat(list(_resize_pool().map(resize, frames.split(few))))
+    pool = _resize_pool()
+    parts = list(pool.map(resize, frames.split(few)))
+    resized = torch.empty(len(frames), *parts[0].shape[1:], dtype=parts[0].dtype)
+    for _ in pool.map(torch.Tensor.copy_, resized.split(few), parts):
+        pass
+    return resized
 
 
 def _num_threads() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.image_processing_backends import TorchvisionBackend
 
+from scissor_vllm import pixels
 from scissor_vllm.patches import PatchShape, sending_frames, sends_frames
 from tests.families import build_qwen_tokenizer
 
@@ -54,9 +57,16 @@ def patches_in_the_model(changed: Any, output: Any, dtype: torch.dtype) -> torch
 @pytest.mark.parametrize("size", [(12, 200, 320), (7, 400, 120), (2, 64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_decoded", [True, False])
+@pytest.mark.parametrize("num_threads", [1, 3])
 def test_the_tower_gets_the_same_patches_to_the_bit(
-    processor: Any, size: tuple[int, int, int], dtype: torch.dtype, is_decoded: bool
+    processor: Any,
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    is_decoded: bool,
+    num_threads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(pixels, "_num_threads", lambda: num_threads)
     video: Any = frames(*size)
     if is_decoded:
         video = video.permute(0, 2, 3, 1).contiguous().numpy()
@@ -131,3 +141,20 @@ def test_a_processor_made_of_other_steps_is_left_as_it_is(processor: Any) -> Non
     other = Other()
     assert sending_frames(other) is other
     assert not sends_frames(other)
+
+
+def test_each_frame_is_resized_once_by_one_of_a_few_threads(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    resize = TorchvisionBackend.resize
+
+    def watched(self: Any, image: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        calls.append((threading.current_thread().name, len(image)))
+        return resize(self, image, *args, **options)
+
+    monkeypatch.setattr(pixels, "_num_threads", lambda: 3)
+    monkeypatch.setattr(TorchvisionBackend, "resize", watched)
+    sending_frames(processor).video_processor([frames(14, 96, 128)], **UNSAMPLED)
+    assert sorted(count for _, count in calls) == [4, 5, 5]
+    assert all(name.startswith("resize") for name, _ in calls)

@@ -212,7 +212,7 @@ def test_a_video_of_which_the_processor_takes_frames_is_prepared_as_one(
     monkeypatch.setattr(pixels_module, "_num_threads", lambda: 3)
     video = frames(12, 50, 70)
     for options in ({"do_sample_frames": False}, {"num_frames": 5}):
-        monkeypatch.setattr(pixels_module, "_in_threads", None)
+        monkeypatch.setattr(pixels_module, "in_threads", None)
         assert_same(demo.tower_pixels(video, **options))
 
 
