@@ -5,6 +5,7 @@ A vLLM endpoint plugin (entry point ``vllm.endpoint_plugins``, loaded when ``VLL
 """
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from dataclasses import replace
@@ -39,6 +40,10 @@ from scissor_vllm.retention import (
     check_retention_ratio,
 )
 from scissor_vllm.tracing import begin_span
+
+SWITCH_INTERVAL_SECONDS = 0.0005
+"""How long the event loop, while it writes answers, keeps the interpreter from the threads that
+decode and prepare videos. With Python's own 5 ms they wait that long after each call into C."""
 
 WEB_PAGE = "web_page"
 """Of the server's arguments: whether it serves the page of ``scissor_vllm.show``."""
@@ -148,6 +153,7 @@ class RetentionEndpoint:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Keep what the routes check a ratio against."""
+        sys.setswitchinterval(min(SWITCH_INTERVAL_SECONDS, sys.getswitchinterval()))
         model_config = state.vllm_config.model_config
         mm_config = model_config.multimodal_config
         state.retention_policy = RetentionPolicy.from_mm_processor_kwargs(

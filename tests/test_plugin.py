@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.plugin import check_vllm_version
+from scissor_vllm.server import SWITCH_INTERVAL_SECONDS, RetentionEndpoint
 from tests.conftest import DEMO_FLAGS, NUM_FRAMES, TOKENS_PER_FRAME
 from tests.serving import STOCK, OneServer, Server, same_answer, steps
 
@@ -258,3 +261,25 @@ def test_supported_versions_of_vllm_pass(version: str) -> None:
 def test_other_versions_of_vllm_are_named_with_the_range(version: str) -> None:
     with pytest.raises(RuntimeError, match=rf">=0\.32,<0\.34, found {version}"):
         check_vllm_version(version)
+
+
+@pytest.mark.parametrize("before", [0.005, 0.0001])
+def test_an_api_server_lets_threads_that_prepare_videos_have_the_interpreter_sooner(
+    before: float,
+) -> None:
+    state: Any = Namespace(
+        vllm_config=Namespace(
+            model_config=Namespace(multimodal_config=None),
+            observability_config=Namespace(otlp_traces_endpoint=None),
+        ),
+        online_renderer=Namespace(renderer=Namespace(mm_processor=None)),
+    )
+    usual = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before)
+        asyncio.run(RetentionEndpoint().init_state(None, state, Namespace()))
+        wanted = min(before, SWITCH_INTERVAL_SECONDS)
+        assert sys.getswitchinterval() == pytest.approx(wanted, abs=2e-6)
+        assert not state.compresses_video
+    finally:
+        sys.setswitchinterval(usual)
