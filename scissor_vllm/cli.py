@@ -74,8 +74,10 @@ def show(argv: list[str]) -> int:
 
 def serve(argv: list[str]) -> int:
     """Serve a model with vLLM; every flag of ``vllm serve`` is taken."""
+    from scissor_vllm.memory import keep_touched_memory
     from scissor_vllm.metrics import metrics_directory
 
+    keep_touched_memory()
     set_environment(os.environ)
     with metrics_directory(os.environ):
         return _serve(argv)
@@ -127,9 +129,6 @@ def set_environment(environment: Any) -> None:
         names = set(filter(None, named.split(",")))
     environment["VLLM_PLUGINS"] = ",".join(sorted({*names, PLUGIN}))
     environment.setdefault("VLLM_VIDEO_LOADER_BACKEND", "decord")
-    # A video takes tens of MiB at a time: in pages of 4 KiB, touching them for the first time takes
-    # as long as resizing it. Torch then asks for large pages.
-    environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def add_retention_options(parser: argparse.ArgumentParser) -> None:

@@ -146,7 +146,6 @@ def test_plugins_that_were_named_stay_the_only_ones_beside_ours() -> None:
     assert environment == {
         "VLLM_PLUGINS": "mine,scissor_vllm",
         "VLLM_VIDEO_LOADER_BACKEND": "opencv",
-        "THP_MEM_ALLOC_ENABLE": "1",
     }
 
 
