@@ -18,14 +18,29 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from scissor_vllm.bench.process import end_on_sigterm, running_server
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _stock_command() -> list[str]:
+    """Return vLLM's own command; the model follows.
+
+    Its CPU build has another distribution's name than the command asks for, and only a server.
+    """
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
 COMMANDS = {
-    "vllm": [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"],
+    "vllm": _stock_command(),
     "scissor-vllm": [sys.executable, "-m", "scissor_vllm.cli", "serve"],
 }
 ENVIRONMENT = {
