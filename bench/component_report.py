@@ -124,7 +124,7 @@ def cosine_quantiles(tokens: torch.Tensor) -> dict[str, list[float]]:
         ),
         "any two in a frame": (unit[frame, one] * unit[frame, other]).sum(-1)[inside],
         "most alike in a frame": torch.cat(
-            [cosines.amax(dim=2).flatten() for _, _, cosines in Similarity(tokens).blocks()]
+            [block.cosines.amax(dim=2).flatten() for block in Similarity(tokens).blocks()]
         ),
         "same place, next frame": (unit[1:] * unit[:-1]).sum(-1).flatten(),
         "most alike in next frame": torch.cat(

@@ -625,7 +625,8 @@ def test_blocks_change_nothing(
 
     def results() -> list[CompressedTokens]:
         by_budget = [compress(tokens, num_retained=k) for k in budgets]
-        return [compress(tokens, similarity_threshold=tau), *by_budget]
+        in_windows = [compress(tokens, num_retained=k, temporal_window=3) for k in budgets]
+        return [compress(tokens, similarity_threshold=tau), *by_budget, *in_windows]
 
     whole = results()
     monkeypatch.setattr(SIMILARITY, "BLOCK_ELEMENTS", block_elements)
@@ -667,6 +668,19 @@ def test_no_tensor_is_larger_than_a_block(
         compress(tokens, similarity_threshold=0.999)
         compress(tokens, num_retained=300)
     assert largest.num_elements <= 10_000
+
+
+def test_with_windows_only_tokens_of_one_are_compared() -> None:
+    num_frames, size, width, window = 64, 16, 4, 2
+    tokens = torch.from_numpy(make_clip("clustered", num_frames, size, width, seed=5))
+    num_tokens, in_window = num_frames * size, window * size
+    with LargestTensor() as largest:
+        compress(tokens, similarity_threshold=0.9, temporal_window=window)
+        compress(tokens, num_retained=100, temporal_window=window)
+        compress(tokens, num_retained=num_tokens // 2, temporal_window=window)
+    # The cosines inside frames, the spatial step's, are held at once.
+    assert largest.num_elements <= num_tokens * size
+    assert in_window**2 < num_tokens * size < num_tokens * num_tokens // 32
 
 
 class NumOperations(TorchDispatchMode):

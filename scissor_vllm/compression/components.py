@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from scissor_vllm.compression.similarity import Similarity
+from scissor_vllm.compression.similarity import Similarity, WindowedSimilarity
 
 _EDGE_BLOCK = 1 << 22
 """Most pairs whose edges are listed at once: 96 MiB if every one is an edge."""
+
+
+AnySimilarity = Similarity | WindowedSimilarity
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Components:
 
 @dataclass(frozen=True)
 class SpanningTrees:
-    """Each set's maximum spanning tree, strongest edge first, equal ones by (lower, higher)."""
+    """The maximum spanning trees, strongest edge first, equal ones by (lower, higher)."""
 
     weight: torch.Tensor
     """(edges,) float32: cosines, descending."""
@@ -35,21 +38,21 @@ class SpanningTrees:
     """(edges,) int64: its higher node."""
 
 
-def threshold_labels(similarity: Similarity, threshold: float) -> torch.Tensor:
+def threshold_labels(similarity: AnySimilarity, threshold: float) -> torch.Tensor:
     """Return the component of every node where edges are cosines above the threshold.
 
     (B*n,) int64: the lowest node of the component. One pass over the similarities.
     """
     size, num_nodes = similarity.size, similarity.num_sets * similarity.size
     labels = torch.arange(num_nodes, device=similarity.device)
-    for sets, rows, cosines in similarity.blocks():
-        step = max(1, _EDGE_BLOCK // (len(cosines) * size))
-        for start in range(0, rows.stop - rows.start, step):
-            above = cosines[:, start : start + step] > threshold
+    for sets, rows, columns, cosines in similarity.blocks():
+        step = max(1, _EDGE_BLOCK // (len(cosines) * cosines.shape[2]))
+        for start in range(rows.start, rows.stop, step):
+            above = cosines[:, start - rows.start :][:, :step] > threshold
             # Of an edge's two directions one is enough.
-            which, left, right = above.triu_(rows.start + start + 1).nonzero(as_tuple=True)
+            which, left, right = above.triu_(start - columns.start + 1).nonzero(as_tuple=True)
             first = (which + sets.start) * size
-            labels = _union(labels, first + rows.start + start + left, first + right)
+            labels = _union(labels, first + start + left, first + columns.start + right)
     return labels
 
 
@@ -94,12 +97,12 @@ def by_lowest_node(labels: torch.Tensor, num_parts: int) -> Components:
     return Components((torch.cumsum(is_root, 0) - 1)[labels], num_parts)
 
 
-def degrees(similarity: Similarity, threshold: float) -> torch.Tensor:
+def degrees(similarity: AnySimilarity, threshold: float) -> torch.Tensor:
     """Return the number of neighbours of every node, (B*n,) int64."""
     result = torch.empty(
         similarity.num_sets, similarity.size, dtype=torch.int64, device=similarity.device
     )
-    for sets, rows, cosines in similarity.blocks():
+    for sets, rows, _, cosines in similarity.blocks():
         result[sets, rows] = (cosines > threshold).sum(dim=2)
     return result.view(-1)
 
@@ -122,8 +125,8 @@ def in_order(labels: torch.Tensor, degree: torch.Tensor, num_parts: int) -> Comp
     return Components(number[labels], num_parts)
 
 
-def maximum_spanning_trees(similarity: Similarity) -> SpanningTrees:
-    """Return the maximum spanning tree of every set, by Boruvka's rounds.
+def maximum_spanning_trees(similarity: AnySimilarity) -> SpanningTrees:
+    """Return the maximum spanning tree of every set, of every window in it, by Boruvka's rounds.
 
     Edges are ordered by weight, then by their nodes, so the trees are unique and every cut of them
     is that of Kruskal's algorithm. One host synchronisation a round, at most log2(n) + 1.
@@ -155,23 +158,24 @@ def maximum_spanning_trees(similarity: Similarity) -> SpanningTrees:
         labels = _union(labels, left, right)
     edge, by_node = torch.sort(torch.cat(edges))
     weight, by_weight = torch.sort(torch.cat(weights)[by_node], descending=True, stable=True)
-    num_edges = num_nodes - similarity.num_sets
+    num_edges = num_nodes - similarity.num_trees
     edge = edge[by_weight][:num_edges]
     return SpanningTrees(weight[:num_edges], edge // num_nodes, edge % num_nodes)
 
 
 def _strongest_outgoing(
-    similarity: Similarity, labels: torch.Tensor
+    similarity: AnySimilarity, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each node's strongest edge out of its component: weight, and the node in its set.
 
-    (B*n,) float32 and int64; -inf where a component fills its set. Of equal edges the first.
+    (B*n,) float32 and int64; -inf where a component fills its set or window. Of equal edges the
+    first.
     """
     by_set = labels.view(similarity.num_sets, similarity.size)
     weight = torch.empty(by_set.shape, dtype=torch.float32, device=similarity.device)
     other = torch.empty_like(by_set)
-    for sets, rows, cosines in similarity.blocks():
-        inside = by_set[sets, rows, None] == by_set[sets, None, :]
-        strongest = cosines.masked_fill(inside, -torch.inf).max(dim=2)
-        weight[sets, rows], other[sets, rows] = strongest
+    for sets, rows, columns, cosines in similarity.blocks():
+        inside = by_set[sets, rows, None] == by_set[sets, None, columns]
+        strongest, column = cosines.masked_fill(inside, -torch.inf).max(dim=2)
+        weight[sets, rows], other[sets, rows] = strongest, column + columns.start
     return weight.view(-1), other.view(-1)

@@ -1,5 +1,7 @@
 """The last step: every token is merged into the representative that it resembles most."""
 
+from collections.abc import Sequence
+
 import torch
 
 from scissor_vllm.compression.similarity import most_similar
@@ -9,21 +11,27 @@ from scissor_vllm.compression.sums import sizes, sums
 def merged(
     flat: torch.Tensor,
     representatives: torch.Tensor,
-    windows: tuple[torch.Tensor, torch.Tensor] | None = None,
+    windows: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (representative + sum of its tokens) / (number of its tokens + 1), and whose they are.
 
     Args:
         flat: (N, D) float32, all tokens of a video.
         representatives: (K, D) floating.
-        windows: of each token (N,) and of each representative (K,), int64, where a token goes to a
-            representative of its own window; each window has one.
+        windows: how many tokens and how many representatives each has, one or more, where a token
+            goes to a representative of its own window; all of a window stand together.
 
     Returns:
         The rows (K, D) float32, and of each token the row of its representative, (N,) int64: the
         one of highest cosine.
     """
-    assignment = most_similar(flat, representatives, windows)
+    num_tokens, num_rows = windows or ([len(flat)], [len(representatives)])
+    first = 0
+    found = []
+    for tokens, rows in zip(flat.split(num_tokens), representatives.split(num_rows), strict=True):
+        found.append(most_similar(tokens, rows) + first)
+        first += len(rows)
+    assignment = torch.cat(found)
     count = sizes(assignment, len(representatives))
     total = sums(flat, assignment, count).add_(representatives)
     return total.div_(count[:, None] + 1).float(), assignment

@@ -29,23 +29,31 @@ class Products:
     """(S,) int64: a token of each group."""
 
     @classmethod
-    def of_rows(cls, rows: torch.Tensor) -> "Products":
-        """Return the products of rows (N, D) float32, each a group of its own."""
+    def of_rows(cls, rows: torch.Tensor, first: int = 0) -> "Products":
+        """Return the products of tokens, each a group of its own.
+
+        Args:
+            rows: (n, D) float32.
+            first: the number of the first of them among all tokens.
+        """
         _, exponent = torch.frexp(rows.abs().amax(dim=1))
         # Far from where float32 ends, also for the products of what is scaled.
         exponent = exponent.clamp(-100, 100)
         scaled = rows * torch.exp2(-exponent.float())[:, None]
         with exact_float32(rows.device):
             product = scaled @ scaled.T
-        return cls(product, exponent, torch.arange(len(rows), device=rows.device))
+        return cls(product, exponent, torch.arange(first, first + len(rows), device=rows.device))
 
     def joined(self, tokens: Components) -> "Products":
         """Return the products after groups were joined.
 
         Args:
-            tokens: the part of each of the N tokens; groups of one part become one.
+            tokens: the part of each of the N tokens; groups of one part become one. All parts
+                between two that hold groups of these do so too.
         """
-        num_parts, part = tokens.num_parts, tokens.part[self.first]
+        part = tokens.part[self.first]
+        lowest, highest = (int(number) for number in part.aminmax())
+        part, num_parts = part - lowest, highest - lowest + 1
         largest = torch.full_like(self.exponent[:1], torch.iinfo(torch.int32).min)
         largest = largest.expand(num_parts).scatter_reduce(0, part, self.exponent, "amax")
         weight = torch.exp2((self.exponent - largest[part]).float())

@@ -25,6 +25,7 @@ import torch
 
 from scissor_vllm.compression import similarity
 from scissor_vllm.compression.components import (
+    AnySimilarity,
     Components,
     SpanningTrees,
     by_lowest_node,
@@ -38,7 +39,7 @@ from scissor_vllm.compression.components import (
 from scissor_vllm.compression.merge import merged
 from scissor_vllm.compression.products import Products
 from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.similarity import RESOLUTION, Similarity
+from scissor_vllm.compression.similarity import RESOLUTION, Similarity, WindowedSimilarity
 from scissor_vllm.compression.sums import means
 from scissor_vllm.compression.validation import (
     check_finite,
@@ -282,8 +283,19 @@ class _Video:
         """Take frames (T, P, D) float32, and how many the temporal step joins across."""
         self.flat = frames.reshape(-1, frames.shape[-1])
         self.spatial = Similarity(frames)
-        number = torch.arange(len(self.flat), device=frames.device)
-        self._window = number // (frames.shape[1] * window) if window < len(frames) else None
+        in_window = window * frames.shape[1]
+        self._window_sizes = [len(few) for few in self.flat.split(in_window)]
+        self._window = torch.arange(len(self.flat), device=frames.device) // in_window
+
+    def products(self) -> list[Products] | None:
+        """Return the products of each window's tokens, None if they would be too many to hold."""
+        if sum(size**2 for size in self._window_sizes) > similarity.BLOCK_ELEMENTS:
+            return None
+        first = itertools.accumulate(self._window_sizes, initial=0)
+        return [
+            Products.of_rows(*each)
+            for each in zip(self.flat.split(self._window_sizes), first, strict=False)
+        ]
 
     def means(self, spatial: Components) -> torch.Tensor:
         """Return the representatives of spatial components, (S, D) float32."""
@@ -293,17 +305,16 @@ class _Video:
         self,
         spatial: Components,
         representatives: torch.Tensor | None = None,
-        products: Products | None = None,
-    ) -> Similarity:
+        products: list[Products] | None = None,
+    ) -> AnySimilarity:
         """Return the similarities of spatial components, by what is known of these."""
         if products is not None:
-            temporal = products.similarity()
+            temporal = [each.similarity() for each in products]
         else:
             known = self.means(spatial) if representatives is None else representatives
-            temporal = Similarity(known[None])
-        if self._window is not None:
-            temporal.apart_by = self._windows_of(spatial.part, spatial.num_parts)
-        return temporal
+            num_rows = self._count_by_window(spatial.part, spatial.num_parts)
+            temporal = [Similarity(few[None]) for few in known.split(num_rows)]
+        return temporal[0] if len(temporal) == 1 else WindowedSimilarity(temporal)
 
     def merged(self, kept: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the tokens are merged into, and where each went.
@@ -312,14 +323,18 @@ class _Video:
             kept: (K, D) float32, the representatives of both steps.
             part: (N,) int64, the component of each token.
         """
-        if self._window is None:
-            return merged(self.flat, kept)
-        return merged(self.flat, kept, (self._window, self._windows_of(part, len(kept))))
+        num_rows = self._count_by_window(part, len(kept))
+        return merged(self.flat, kept, (self._window_sizes, num_rows))
 
-    def _windows_of(self, part: torch.Tensor, num_parts: int) -> torch.Tensor:
-        """Return the window of each part, that of any of its tokens."""
-        assert self._window is not None
-        return torch.zeros_like(part[:num_parts]).scatter(0, part, self._window)
+    def _count_by_window(self, part: torch.Tensor, num_parts: int) -> list[int]:
+        """Return how many parts each window has: none has tokens of two windows, and a window's are
+        numbered one after the other.
+        """
+        if len(self._window_sizes) == 1:
+            return [num_parts]
+        window = torch.zeros_like(part[:num_parts]).scatter(0, part, self._window)
+        counts: list[int] = torch.bincount(window).tolist()
+        return counts
 
 
 def _above_threshold(video: _Video, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -374,7 +389,7 @@ class _Found:
     """Of the N tokens."""
     representatives: torch.Tensor
     """(S, D) float32."""
-    temporal: Similarity
+    temporal: AnySimilarity
     trees: SpanningTrees
     tied: bool
     """Whether the last merge that is made is as strong as the first that is not."""
@@ -399,11 +414,9 @@ class _Search:
         """Return a threshold whose two steps leave at least K, no lower one found that does."""
         # The temporal step only joins: an interval with fewer than K spatial components is out.
         low = max(0, num_retained - self._num_sets)
-        num_tokens, products = len(self._flat), None
-        if num_tokens > EXHAUSTIVE_TOKENS:
-            if num_tokens**2 <= similarity.BLOCK_ELEMENTS:
-                products = Products.of_rows(self._flat)
-            low, products = self._bisect(low, num_retained, products)
+        products = None
+        if len(self._flat) > EXHAUSTIVE_TOKENS:
+            low, products = self._bisect(low, num_retained, self._video.products())
         while True:
             found = self._within(low, num_retained, products)
             if found is not None:
@@ -411,8 +424,8 @@ class _Search:
             low, products = low + 1, None
 
     def _bisect(
-        self, low: int, num_retained: int, products: Products | None
-    ) -> tuple[int, Products | None]:
+        self, low: int, num_retained: int, products: list[Products] | None
+    ) -> tuple[int, list[Products] | None]:
         """Return an interval that leaves K, the one before it does not; the first if all do.
 
         And the products of its spatial components, from those of the tokens if they are given.
@@ -429,7 +442,7 @@ class _Search:
             share = below / (below + above) if step < LINE_STEPS else 0.5
             middle = min(low + int(share * (high - low)), high - 1)
             tokens = self._spatial(middle)
-            joined = products.joined(tokens) if products else None
+            joined = [each.joined(tokens) for each in products] if products else None
             temporal = self._video.across(tokens, products=joined)
             below_end = _float32_below(self._end(middle))
             count = count_components(threshold_labels(temporal, below_end))
@@ -457,7 +470,9 @@ class _Search:
     def _end(self, interval: int) -> float:
         return self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
 
-    def _within(self, interval: int, num_retained: int, products: Products | None) -> _Found | None:
+    def _within(
+        self, interval: int, num_retained: int, products: list[Products] | None
+    ) -> _Found | None:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
         interval_end = self._end(interval)
         # Alike tokens have many weights side by side: what is too narrow is not looked into.

@@ -1,7 +1,8 @@
 """Cosine similarities of sets of tokens, never more than a stated block of them in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -52,6 +53,18 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows / torch.where(norm > 0, norm, 1.0)
 
 
+class Block(NamedTuple):
+    """Some cosines: those of all tokens that a row's token can have for neighbours."""
+
+    sets: slice
+    rows: slice
+    """Tokens of each set."""
+    columns: slice
+    """Tokens of the same set that they are compared with."""
+    cosines: torch.Tensor
+    """(sets, rows, columns) float32."""
+
+
 class Similarity:
     """Cosines inside each of B sets of n tokens, as blocks of whole rows.
 
@@ -62,13 +75,18 @@ class Similarity:
         """Take sets (B, n, D) floating."""
         self.num_sets, self.size, _ = sets.shape
         self.device = sets.device
+        self.keeps_whole = self.num_sets * self.size**2 <= BLOCK_ELEMENTS
+        """Whether all cosines are computed once and kept."""
         self._unit = unit_rows(sets)
         self._whole: torch.Tensor | None = None
         self.products: tuple[torch.Tensor, torch.Tensor] | None = None
         """Of one set, where known: dot products (n, n) float32, and what makes cosines of them,
         (n,) float32, multiplied by row and by column."""
-        self.apart_by: torch.Tensor | None = None
-        """Of one set, where some are never neighbours: (n,) int64, unlike for two that are not."""
+
+    @property
+    def num_trees(self) -> int:
+        """How many components there are where every cosine is an edge."""
+        return self.num_sets
 
     @classmethod
     def of_products(cls, products: torch.Tensor, unit: torch.Tensor) -> "Similarity":
@@ -77,38 +95,30 @@ class Similarity:
         known.products = products, unit
         return known
 
-    def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Yield (sets, rows, cosines (sets, rows, n) float32) until all rows were covered."""
-        every_row = slice(0, self.size)
-        if self.num_sets * self.size**2 <= BLOCK_ELEMENTS:
+    def blocks(self) -> Iterator[Block]:
+        """Yield blocks until all rows were covered."""
+        every = slice(0, self.size)
+        if self.keeps_whole:
             if self._whole is None:
-                if self.products is not None:
-                    product, unit = self.products
-                    self._whole = _symmetric((product * (unit[:, None] * unit))[None])
-                else:
-                    self._whole = self._square(slice(0, self.num_sets))
-                self._part(self._whole, every_row)
-            yield slice(0, self.num_sets), every_row, self._whole
+                self._whole = self._square(slice(0, self.num_sets))
+            yield Block(slice(0, self.num_sets), every, every, self._whole)
         elif self.size**2 <= BLOCK_ELEMENTS:
             step = BLOCK_ELEMENTS // self.size**2
             for start in range(0, self.num_sets, step):
                 sets = slice(start, min(start + step, self.num_sets))
-                yield sets, every_row, self._square(sets)
+                yield Block(sets, every, every, self._square(sets))
         else:
             step = max(1, BLOCK_ELEMENTS // self.size)
             for index in range(self.num_sets):
                 for start in range(0, self.size, step):
                     rows = slice(start, min(start + step, self.size))
                     cosines = self._rows(index, rows, step)
-                    self._part(cosines, rows)
-                    yield slice(index, index + 1), rows, cosines
-
-    def _part(self, cosines: torch.Tensor, rows: slice) -> None:
-        """Take out, in place, what are never neighbours."""
-        if self.apart_by is not None:
-            cosines.masked_fill_(self.apart_by[rows, None] != self.apart_by, NO_EDGE)
+                    yield Block(slice(index, index + 1), rows, every, cosines)
 
     def _square(self, sets: slice) -> torch.Tensor:
+        if self.products is not None:
+            product, scale = self.products
+            return _symmetric((product * (scale[:, None] * scale))[None])
         unit = self._unit[sets]
         return _symmetric(_matmul(unit, unit.transpose(1, 2)))
 
@@ -129,6 +139,40 @@ class Similarity:
         return _finish(cosines[None], first_row=rows.start)
 
 
+class WindowedSimilarity:
+    """Cosines inside each of several runs of one set's tokens; those of unlike runs are no
+    neighbours.
+    """
+
+    num_sets = 1
+
+    def __init__(self, windows: Sequence[Similarity]) -> None:
+        """Take the runs' own, each of one set, in the order of their tokens."""
+        self._windows = windows
+        self.size = sum(window.size for window in windows)
+        self.device = windows[0].device
+        if sum(window.size**2 for window in windows) > BLOCK_ELEMENTS:
+            for window in windows:
+                window.keeps_whole = False
+
+    @property
+    def num_trees(self) -> int:
+        """How many components there are where every cosine is an edge."""
+        return len(self._windows)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield blocks until all rows were covered."""
+        first = 0
+        for window in self._windows:
+            for sets, rows, columns, cosines in window.blocks():
+                yield Block(sets, _shifted(rows, first), _shifted(columns, first), cosines)
+            first += window.size
+
+
+def _shifted(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
+
+
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     with exact_float32(left.device):
         return left @ right
@@ -146,25 +190,16 @@ def _finish(cosines: torch.Tensor, first_row: int) -> torch.Tensor:
     return cosines
 
 
-def most_similar(
-    tokens: torch.Tensor,
-    representatives: torch.Tensor,
-    apart_by: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
+def most_similar(tokens: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
     """Return for each of tokens (N, D) the row of representatives (K, D) of highest cosine.
 
-    (N,) int64. Of representatives within ``RESOLUTION`` of the highest, the first. Where
-    ``apart_by`` is given, (N,) and (K,) int64, only those count that have the token's value.
+    (N,) int64. Of representatives within ``RESOLUTION`` of the highest, the first.
     """
     unit_tokens, unit_representatives = unit_rows(tokens), unit_rows(representatives)
     step = max(1, BLOCK_ELEMENTS // len(representatives))
     found = []
     for start in range(0, len(tokens), step):
-        rows = slice(start, start + step)
-        cosines = _matmul(unit_tokens[rows], unit_representatives.T)
-        if apart_by is not None:
-            own, theirs = apart_by
-            cosines.masked_fill_(own[rows, None] != theirs, NO_EDGE)
+        cosines = _matmul(unit_tokens[start : start + step], unit_representatives.T)
         near = cosines >= cosines.amax(dim=1, keepdim=True) - RESOLUTION
         found.append(near.to(torch.uint8).argmax(dim=1))
     return torch.cat(found)
