@@ -10,10 +10,6 @@ import torch
 
 from scissor_vllm.compression.similarity import Similarity, WindowedSimilarity
 
-_EDGE_BLOCK = 1 << 22
-"""Most pairs whose edges are listed at once: 96 MiB if every one is an edge."""
-
-
 AnySimilarity = Similarity | WindowedSimilarity
 
 
@@ -43,16 +39,9 @@ def threshold_labels(similarity: AnySimilarity, threshold: float) -> torch.Tenso
 
     (B*n,) int64: the lowest node of the component. One pass over the similarities.
     """
-    size, num_nodes = similarity.size, similarity.num_sets * similarity.size
-    labels = torch.arange(num_nodes, device=similarity.device)
-    for sets, rows, columns, cosines in similarity.blocks():
-        step = max(1, _EDGE_BLOCK // (len(cosines) * cosines.shape[2]))
-        for start in range(rows.start, rows.stop, step):
-            above = cosines[:, start - rows.start :][:, :step] > threshold
-            # Of an edge's two directions one is enough.
-            which, left, right = above.triu_(start - columns.start + 1).nonzero(as_tuple=True)
-            first = (which + sets.start) * size
-            labels = _union(labels, first + start + left, first + columns.start + right)
+    labels = torch.arange(similarity.num_sets * similarity.size, device=similarity.device)
+    for left, right in similarity.pairs_above(threshold):
+        labels = _union(labels, left, right)
     return labels
 
 

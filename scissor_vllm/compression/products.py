@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from scissor_vllm.compression.components import Components
-from scissor_vllm.compression.similarity import Similarity, exact_float32
+from scissor_vllm.compression.similarity import TILE, Similarity, exact_float32
 from scissor_vllm.compression.sums import sizes, weighted_sums
 
 
@@ -59,7 +59,7 @@ class Products:
         weight = torch.exp2((self.exponent - largest[part]).float())
         count = sizes(part, num_parts)
         rows = weighted_sums(self.product, weight, part, count)
-        product = weighted_sums(rows.T.contiguous(), weight, part, count)
+        product = weighted_sums(_transposed(rows), weight, part, count)
         first = torch.full_like(count, len(tokens.part))
         return Products(product, largest, first.scatter_reduce(0, part, self.first, "amin"))
 
@@ -71,3 +71,11 @@ class Products:
         """Return one over the length of each group's sum, 0 for a sum of zero."""
         norm = self.product.diagonal().clamp(min=0).sqrt()
         return torch.where(norm > 0, 1 / norm, 0)
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """Return (m, n) of (n, m), contiguous; on a CPU faster than torch's own from 1000 rows on."""
+    out = torch.empty_like(matrix.T, memory_format=torch.contiguous_format)
+    for rows, columns in zip(matrix.split(TILE), out.split(TILE, dim=1), strict=True):
+        columns.copy_(rows.T)
+    return out

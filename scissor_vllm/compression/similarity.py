@@ -1,5 +1,6 @@
 """Cosine similarities of sets of tokens, never more than a stated block of them in memory."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,6 +21,12 @@ ONE = 1.0 - RESOLUTION
 
 NO_EDGE = -2.0
 """On the diagonal: below every threshold, so a token is never its own neighbour."""
+
+TILE = 512
+"""Rows that are transposed at a time: 1 MiB of float32 stays in a CPU's cache."""
+
+_EDGE_BLOCK = 1 << 22
+"""Most pairs whose edges are listed at once: 96 MiB if every one is an edge."""
 
 
 @contextmanager
@@ -68,7 +75,8 @@ class Block(NamedTuple):
 class Similarity:
     """Cosines inside each of B sets of n tokens, as blocks of whole rows.
 
-    Symmetric to the last bit, 1 at most, ``NO_EDGE`` on the diagonal.
+    Symmetric to the last bit, that of the lower token's row; 1 at most, ``NO_EDGE`` on the
+    diagonal.
     """
 
     def __init__(self, sets: torch.Tensor) -> None:
@@ -115,28 +123,65 @@ class Similarity:
                     cosines = self._rows(index, rows, step)
                     yield Block(slice(index, index + 1), rows, every, cosines)
 
-    def _square(self, sets: slice) -> torch.Tensor:
+    def pairs_above(self, threshold: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the pairs whose cosine is above the threshold, some at a time, each once.
+
+        (pairs,) int64 each: the lower and the higher token, token i of set b is ``b * n + i``.
+        """
+        if threshold >= 1:
+            return
+        limit = min(threshold, ONE) if threshold >= -1 else -math.inf
+        # What is looked at once needs neither the other half nor exact ends.
+        once = self._whole is None and (self.products is not None or not self.keeps_whole)
+        for sets, rows, columns, cosines in self._upper() if once else self.blocks():
+            step = max(1, _EDGE_BLOCK // (len(cosines) * cosines.shape[2]))
+            for start in range(rows.start, rows.stop, step):
+                above = cosines[:, start - rows.start :][:, :step] > limit
+                above = above.triu_(start - columns.start + 1)
+                which, left, right = above.nonzero(as_tuple=True)
+                first = (which + sets.start) * self.size
+                yield first + start + left, first + columns.start + right
+
+    def _upper(self) -> Iterator[Block]:
+        """Yield blocks with the cosines of lower with higher tokens, by what product gives."""
+        step = max(1, BLOCK_ELEMENTS // self.size)
+        if step >= self.size:
+            for start in range(0, self.num_sets, few := step // self.size):
+                sets = slice(start, min(start + few, self.num_sets))
+                every = slice(0, self.size)
+                yield Block(sets, every, every, self._product(sets, every, every))
+            return
+        for index in range(self.num_sets):
+            sets = slice(index, index + 1)
+            for start in range(0, self.size, step):
+                rows = slice(start, min(start + step, self.size))
+                columns = slice(start, self.size)
+                yield Block(sets, rows, columns, self._product(sets, rows, columns))
+
+    def _product(self, sets: slice, rows: slice, columns: slice) -> torch.Tensor:
+        """Return what becomes cosines, (sets, rows, columns)."""
         if self.products is not None:
             product, scale = self.products
-            return _symmetric((product * (scale[:, None] * scale))[None])
-        unit = self._unit[sets]
-        return _symmetric(_matmul(unit, unit.transpose(1, 2)))
+            return ((scale[rows, None] * scale[columns]).mul_(product[rows, columns]))[None]
+        return _matmul(self._unit[sets, rows], self._unit[sets, columns].transpose(1, 2))
+
+    def _square(self, sets: slice) -> torch.Tensor:
+        every = slice(0, self.size)
+        return _finish(_mirrored(self._product(sets, every, every)), first_row=0)
 
     def _rows(self, index: int, rows: slice, step: int) -> torch.Tensor:
         """Return rows of one set, (1, rows, n); a tile and its mirror come from one product."""
-        unit = self._unit[index]
-        shape = (rows.stop - rows.start, self.size)
+        one = slice(index, index + 1)
+        shape = (1, rows.stop - rows.start, self.size)
         cosines = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start in range(0, self.size, step):
             columns = slice(start, min(start + step, self.size))
             if start < rows.start:
-                tile = _matmul(unit[columns], unit[rows].T).T
+                tile = self._product(one, columns, rows).transpose(1, 2)
             else:
-                tile = _matmul(unit[rows], unit[columns].T)
-            if start == rows.start:
-                tile = torch.maximum(tile, tile.T)
-            cosines[:, columns] = tile
-        return _finish(cosines[None], first_row=rows.start)
+                tile = self._product(one, rows, columns)
+            cosines[:, :, columns] = _mirrored(tile) if start == rows.start else tile
+        return _finish(cosines, first_row=rows.start)
 
 
 class WindowedSimilarity:
@@ -168,6 +213,14 @@ class WindowedSimilarity:
                 yield Block(sets, _shifted(rows, first), _shifted(columns, first), cosines)
             first += window.size
 
+    def pairs_above(self, threshold: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the pairs whose cosine is above the threshold, some at a time, each once."""
+        first = 0
+        for window in self._windows:
+            for left, right in window.pairs_above(threshold):
+                yield left + first, right + first
+            first += window.size
+
 
 def _shifted(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
@@ -178,9 +231,15 @@ def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return left @ right
 
 
-def _symmetric(cosines: torch.Tensor) -> torch.Tensor:
-    """Return whole sets of cosines as they are compared."""
-    return _finish(torch.maximum(cosines, cosines.transpose(1, 2)), first_row=0)
+def _mirrored(cosines: torch.Tensor) -> torch.Tensor:
+    """Put in place of what squares (B, n, n) have below their diagonal the mirror of the rest."""
+    size = cosines.shape[1]
+    for start in range(0, size, TILE):
+        stop = min(start + TILE, size)
+        tile = cosines[:, start:stop, start:stop]
+        tile.copy_(tile.triu() + tile.triu(1).transpose(1, 2))
+        cosines[:, stop:, start:stop] = cosines[:, start:stop, stop:].transpose(1, 2)
+    return cosines
 
 
 def _finish(cosines: torch.Tensor, first_row: int) -> torch.Tensor:
