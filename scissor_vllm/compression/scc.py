@@ -291,11 +291,9 @@ class _Video:
         """Return the products of each window's tokens, None if they would be too many to hold."""
         if sum(size**2 for size in self._window_sizes) > similarity.BLOCK_ELEMENTS:
             return None
-        first = itertools.accumulate(self._window_sizes, initial=0)
-        return [
-            Products.of_rows(*each)
-            for each in zip(self.flat.split(self._window_sizes), first, strict=False)
-        ]
+        first = itertools.accumulate(self._window_sizes[:-1], initial=0)
+        windows = zip(self.flat.split(self._window_sizes), first, strict=True)
+        return [Products.of_rows(rows, number) for rows, number in windows]
 
     def means(self, spatial: Components) -> torch.Tensor:
         """Return the representatives of spatial components, (S, D) float32."""

@@ -107,21 +107,14 @@ class Similarity:
         """Yield blocks until all rows were covered."""
         every = slice(0, self.size)
         if self.keeps_whole:
+            sets = slice(0, self.num_sets)
             if self._whole is None:
-                self._whole = self._square(slice(0, self.num_sets))
-            yield Block(slice(0, self.num_sets), every, every, self._whole)
-        elif self.size**2 <= BLOCK_ELEMENTS:
-            step = BLOCK_ELEMENTS // self.size**2
-            for start in range(0, self.num_sets, step):
-                sets = slice(start, min(start + step, self.num_sets))
-                yield Block(sets, every, every, self._square(sets))
-        else:
-            step = max(1, BLOCK_ELEMENTS // self.size)
-            for index in range(self.num_sets):
-                for start in range(0, self.size, step):
-                    rows = slice(start, min(start + step, self.size))
-                    cosines = self._rows(index, rows, step)
-                    yield Block(slice(index, index + 1), rows, every, cosines)
+                self._whole = self._square(sets)
+            yield Block(sets, every, every, self._whole)
+            return
+        for sets, rows in self._parts():
+            cosines = self._square(sets) if rows == every else self._rows(sets, rows)
+            yield Block(sets, rows, every, cosines)
 
     def pairs_above(self, threshold: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the pairs whose cosine is above the threshold, some at a time, each once.
@@ -144,19 +137,22 @@ class Similarity:
 
     def _upper(self) -> Iterator[Block]:
         """Yield blocks with the cosines of lower with higher tokens, by what product gives."""
-        step = max(1, BLOCK_ELEMENTS // self.size)
-        if step >= self.size:
-            for start in range(0, self.num_sets, few := step // self.size):
-                sets = slice(start, min(start + few, self.num_sets))
-                every = slice(0, self.size)
-                yield Block(sets, every, every, self._product(sets, every, every))
-            return
-        for index in range(self.num_sets):
-            sets = slice(index, index + 1)
-            for start in range(0, self.size, step):
-                rows = slice(start, min(start + step, self.size))
-                columns = slice(start, self.size)
-                yield Block(sets, rows, columns, self._product(sets, rows, columns))
+        for sets, rows in self._parts():
+            columns = slice(rows.start, self.size)
+            yield Block(sets, rows, columns, self._product(sets, rows, columns))
+
+    def _parts(self) -> Iterator[tuple[slice, slice]]:
+        """Yield sets, and rows of them, that make a block each: some whole sets, or rows of one."""
+        num_rows = self._rows_of_block
+        num_sets = max(1, num_rows // self.size)
+        for first in range(0, self.num_sets, num_sets):
+            sets = slice(first, min(first + num_sets, self.num_sets))
+            for start in range(0, self.size, num_rows):
+                yield sets, slice(start, min(start + num_rows, self.size))
+
+    @property
+    def _rows_of_block(self) -> int:
+        return max(1, BLOCK_ELEMENTS // self.size)
 
     def _product(self, sets: slice, rows: slice, columns: slice) -> torch.Tensor:
         """Return what becomes cosines, (sets, rows, columns)."""
@@ -169,13 +165,12 @@ class Similarity:
         every = slice(0, self.size)
         return _finish(_mirrored(self._product(sets, every, every)), first_row=0)
 
-    def _rows(self, index: int, rows: slice, step: int) -> torch.Tensor:
+    def _rows(self, one: slice, rows: slice) -> torch.Tensor:
         """Return rows of one set, (1, rows, n); a tile and its mirror come from one product."""
-        one = slice(index, index + 1)
         shape = (1, rows.stop - rows.start, self.size)
         cosines = torch.empty(shape, dtype=torch.float32, device=self.device)
-        for start in range(0, self.size, step):
-            columns = slice(start, min(start + step, self.size))
+        for start in range(0, self.size, self._rows_of_block):
+            columns = slice(start, min(start + self._rows_of_block, self.size))
             if start < rows.start:
                 tile = self._product(one, columns, rows).transpose(1, 2)
             else:
