@@ -13,7 +13,6 @@ a processor that rescales or normalizes otherwise, or an option that could chang
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,8 @@ import torch
 from vllm.config.multimodal import MMHasherAlgorithm
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import InputProcessingContext
+
+from scissor_vllm.cpus import num_cpus
 
 VIDEO_FRAMES = "video_frames"
 """Field of a video's data: resized frames, uint8 (T, H, W, C)."""
@@ -145,7 +146,7 @@ def in_threads(
 
 
 def _num_threads() -> int:
-    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // _CPUS_PER_THREAD))
+    return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
 
 
 @cache

@@ -47,6 +47,7 @@ from vllm.multimodal.video_decoders import (
 )
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
+from scissor_vllm.cpus import num_cpus
 from scissor_vllm.metrics import CLOCK
 from scissor_vllm.refusal import Reason, RefusedVideoError
 from scissor_vllm.reuse import FRAMES
@@ -263,7 +264,7 @@ class DecordVideoBackend(VideoBackend):
         times = np.empty(0)
         try:
             with _DECODING as num_decoding, _file_of(data) as path:
-                num_threads = max(1, min(num_threads, _num_cpus() // num_decoding))
+                num_threads = max(1, min(num_threads, num_cpus() // num_decoding))
                 # Without a tolerance decord hands out a copy of another frame for a broken one.
                 reader = decord.VideoReader(path, num_threads=num_threads, fault_tol=1e-9)
                 times = reader.get_frame_timestamp(range(len(reader)))[:, 0]
@@ -410,11 +411,6 @@ class _Decoding:
 
 
 _DECODING = _Decoding()
-
-
-def _num_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

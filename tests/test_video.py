@@ -247,11 +247,11 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     data = make_clip(folder / "threads.mp4", num_frames=64, gop=64).read_bytes()
     DecordVideoBackend.load_bytes(data, num_frames=32)
     monkeypatch.setattr("scissor_vllm.video._PIXELS_WORTH_A_THREAD", 1)
-    monkeypatch.setattr("scissor_vllm.video._num_cpus", lambda: 8)
+    monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: 8)
     DecordVideoBackend.load_bytes(data, num_frames=32)
     with _DECODING, _DECODING:
         DecordVideoBackend.load_bytes(data, num_frames=32)
-    monkeypatch.setattr("scissor_vllm.video._num_cpus", lambda: 64)
+    monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: 64)
     DecordVideoBackend.load_bytes(data, num_frames=32)
     assert asked == [1, 8, 2, 16]
 

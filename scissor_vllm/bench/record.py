@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scissor_vllm.cpus import num_cpus
+
 COMMIT_VARIABLE = "SCISSOR_COMMIT"
 """Names the commit where the code was copied without its repository."""
 
@@ -39,7 +41,7 @@ def environment() -> dict[str, Any]:
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "cpu": cpu,
-        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_cpus": num_cpus(),
         "gpu": _gpu(),
         "python": platform.python_version(),
         "versions": {name: installed[name] for name in _PACKAGES if name in installed},
