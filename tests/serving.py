@@ -21,6 +21,7 @@ from typing import Any
 import openai
 import torch
 
+from bench.serving import COMMANDS
 from scissor_vllm import CompressedTokens
 from scissor_vllm.compression import get_compressor
 from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
@@ -29,9 +30,8 @@ START_SECONDS = 300
 
 SCISSOR = (sys.executable, "-m", "scissor_vllm.cli", "serve")
 """Our command; the model follows."""
-STOCK = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
-"""vLLM's own server; the model follows. (The command ``vllm`` asks for a distribution of that name,
-which vLLM's CPU build does not have.)"""
+STOCK = tuple(COMMANDS["vllm"])
+"""vLLM's own server; the model follows."""
 
 
 def compress_as_served(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
