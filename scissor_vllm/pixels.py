@@ -137,10 +137,21 @@ def in_threads(
     few = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
     if len(frames) <= few:
         return resize(frames)
+    # A thread begins outside of inference mode, in which a worker that profiles prepares a video.
+    infers = torch.is_inference_mode_enabled()
+
+    def resize_part(part: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(infers):
+            return resize(part)
+
+    def copy_part(into: torch.Tensor, part: torch.Tensor) -> None:
+        with torch.inference_mode(infers):
+            into.copy_(part)
+
     pool = _resize_pool()
-    parts = list(pool.map(resize, frames.split(few)))
+    parts = list(pool.map(resize_part, frames.split(few)))
     resized = torch.empty(len(frames), *parts[0].shape[1:], dtype=parts[0].dtype)
-    for _ in pool.map(torch.Tensor.copy_, resized.split(few), parts):
+    for _ in pool.map(copy_part, resized.split(few), parts):
         pass
     return resized
 
