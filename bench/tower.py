@@ -1,9 +1,10 @@
-"""Prints how long SigLIP's encoder takes as vLLM runs it and with fewer passes over memory.
+"""Prints how long SigLIP's encoder takes as vLLM runs it, with fewer passes over memory, in FP8.
 
     python bench/tower.py [--frames 32] [--repeats 20] [--json FILE]
 
 LLaVA-OneVision-7B's tower (SigLIP so400m, 384 pixels) with random weights on a GPU, in bfloat16.
-Both take turns, so that a clock that changes is the same for both; times are those of CUDA events.
+All take turns, so that a clock that changes is the same for all; times are those of CUDA events.
+Errors are relative to the same weights in float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +86,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    from vllm.platforms import current_platform
+
     from scissor_vllm.siglip import fused_encoder
+    from scissor_vllm.siglip_fp8 import Fp8Encoder
 
     device = torch.device("cuda")
     tower = make_tower(SO400M, device, torch.bfloat16)
+    exact = make_tower(SO400M, device, torch.float32)
+    exact.load_state_dict({name: w.float() for name, w in tower.state_dict().items()})
+    encoder = Fp8Encoder(tower, current_platform)
     record: dict[str, Any] = {"environment": environment(), "dtype": "bfloat16", "cases": []}
 
     def fused(pixels: torch.Tensor) -> torch.Tensor:
@@ -96,24 +104,35 @@ def main() -> None:
             tokens: torch.Tensor = tower(pixels)
             return tokens
 
-    print("frames      vLLM     fused   ratio   largest difference")
+    def fp8(pixels: torch.Tensor) -> torch.Tensor:
+        with encoder.encoding():
+            tokens: torch.Tensor = tower(pixels)
+            return tokens
+
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "vllm": tower,
+        "fused": fused,
+        "fp8": fp8,
+    }
+    print("frames       " + "        ".join(ways) + "    relative errors")
     for num_frames in args.frames:
         generator = torch.Generator(device).manual_seed(1)
         shape = (num_frames, 3, SO400M.image_size, SO400M.image_size)
         pixels = torch.randn(shape, device=device, generator=generator).to(torch.bfloat16)
         with torch.inference_mode():
-            difference = (tower(pixels).float() - fused(pixels).float()).abs().max().item()
-            times: dict[str, list[float]] = {"vllm": [], "fused": []}
+            expected = torch.cat([exact(few.float()) for few in pixels.split(8)])
+            errors = {
+                name: float((way(pixels).float() - expected).norm() / expected.norm())
+                for name, way in ways.items()
+            }
+            del expected
+            times: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(args.repeats):
-                times["vllm"].append(milliseconds(lambda pixels=pixels: tower(pixels)))  # type: ignore[misc]
-                times["fused"].append(milliseconds(lambda pixels=pixels: fused(pixels)))  # type: ignore[misc]
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        ratio = medians["fused"] / medians["vllm"]
-        print(
-            f"{num_frames:6} {medians['vllm']:6.2f} ms {medians['fused']:6.2f} ms {ratio:7.3f}"
-            f"   {difference:.3g}"
-        )
-        case = {"num_frames": num_frames, "milliseconds": times, "largest_difference": difference}
+                for name, way in ways.items():
+                    times[name].append(milliseconds(partial(way, pixels)))
+        medians = [f"{statistics.median(values):7.2f} ms" for values in times.values()]
+        print(f"{num_frames:6} " + " ".join(medians), {n: f"{e:.2g}" for n, e in errors.items()})
+        case = {"num_frames": num_frames, "milliseconds": times, "relative_errors": errors}
         record["cases"].append(case)
     if args.json:
         write_json(args.json, record)

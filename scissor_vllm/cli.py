@@ -11,11 +11,13 @@ from scissor_vllm.retention import (
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
     DEFAULT_VIDEO_COMPRESSION,
+    ENCODER_DTYPES,
     KEEP_VIDEO_POSITIONS,
     MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
     RETENTION_RATIO,
     VIDEO_COMPRESSION,
+    VIDEO_ENCODER_DTYPE,
     VIDEO_FEATURE_CACHE_GB,
     VIDEO_FRAME_CACHE_GB,
     check_retention_ratio,
@@ -167,6 +169,13 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         f"(default {DEFAULT_VIDEO_COMPRESSION})",
     )
     group.add_argument(
+        "--video-encoder-dtype",
+        choices=ENCODER_DTYPES,
+        default=None,
+        help="fp8: the vision tower of LLaVA models with SigLIP computes its matrix products for "
+        "compressed videos in FP8, on a GPU that has it (default auto: in the model's dtype)",
+    )
+    group.add_argument(
         "--keep-video-positions",
         action="store_true",
         help="give a kept token the position that it, or of a merged one its last member, has in "
@@ -223,6 +232,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         MIN_RETENTION_RATIO: args.min_retention_ratio,
         MAX_VIDEO_TOKENS: args.max_video_tokens,
         VIDEO_COMPRESSION: args.video_compression,
+        VIDEO_ENCODER_DTYPE: args.video_encoder_dtype,
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
     }

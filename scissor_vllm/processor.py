@@ -209,6 +209,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         of_video = {
             **kwargs,
             "video_compression": self.info.retention_policy.method,
+            "video_encoder_dtype": self.info.retention_policy.encoder_dtype,
             "keeps_positions": self.info.ctx.model_config.uses_mrope,
         }
         hashes: dict[str, Any] = {}

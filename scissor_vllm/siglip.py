@@ -11,8 +11,9 @@ It knows the inside of vLLM 0.32's and 0.33's ``siglip.py``, and steps aside for
 not as there (quantized, with adapters, another activation). It can go when vLLM fuses these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,24 +36,42 @@ def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
 
     Towers that are not SigLIP's, or whose layers are not as vLLM makes them, stay as they are.
     """
+    layers = plain_layers(vision_tower)
+    if layers is None:
+        yield False
+        return
+    with encoding_by(vision_tower, partial(_encode, layers)):
+        yield True
+
+
+def plain_layers(vision_tower: nn.Module) -> list[Any] | None:
+    """Return the layers of a SigLIP tower, None if they are not all as vLLM makes them."""
     encoder = (
         vision_tower.vision_model.encoder if isinstance(vision_tower, SiglipVisionModel) else None
     )
     if not isinstance(encoder, SiglipEncoder) or not all(map(_is_plain, encoder.layers)):
-        yield False
-        return
+        return None
+    return list(encoder.layers)
 
-    def encode(
+
+@contextmanager
+def encoding_by(
+    vision_tower: SiglipVisionModel, encode: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Have a function do meanwhile what the tower's layers do to (B, P, C)."""
+    encoder = vision_tower.vision_model.encoder
+
+    def forward(
         inputs_embeds: torch.Tensor, return_all_hidden_states: bool
     ) -> torch.Tensor | list[torch.Tensor]:
         if return_all_hidden_states:
             every: list[torch.Tensor] = SiglipEncoder.forward(encoder, inputs_embeds, True)
             return every
-        return _encode(list(encoder.layers), inputs_embeds)
+        return encode(inputs_embeds)
 
-    encoder.forward = encode
+    encoder.forward = forward
     try:
-        yield True
+        yield
     finally:
         del encoder.forward
 

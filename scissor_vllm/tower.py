@@ -56,6 +56,7 @@ class VideoCompression:
         mm_config = vllm_config.model_config.get_multimodal_config()
         policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         self.method = policy.method
+        self.encoder_dtype = policy.encoder_dtype
         self._compress: Compressor = get_compressor(policy.method)
         self._budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame

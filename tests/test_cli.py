@@ -47,6 +47,12 @@ def test_our_flags_reach_the_engine_beside_the_operators_own_options() -> None:
     }
 
 
+def test_the_towers_dtype_reaches_the_engine() -> None:
+    args = parse("--video-encoder-dtype", "fp8")
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {"video_encoder_dtype": "fp8"}
+
+
 def test_cache_sizes_reach_the_engine() -> None:
     args = parse("--video-frame-cache-gb", "0.5", "--video-feature-cache-gb", "0")
     apply_retention_options(args)

@@ -26,6 +26,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from scissor_vllm.compression.members import last_members
@@ -125,6 +126,11 @@ class FramesModel(CarriedPositionsModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_dtype = model_config.dtype
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
+        self._fp8_encoder: Any = None
+        if self.video_compression.encoder_dtype == "fp8":
+            from scissor_vllm.siglip_fp8 import Fp8Encoder
+
+            self._fp8_encoder = Fp8Encoder(self.vision_tower, current_platform)
         self.keeps_positions = keeps_positions
         if keeps_positions:
             # By these the model runners know who has the methods.
@@ -140,6 +146,8 @@ class FramesModel(CarriedPositionsModel):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""
         self.video_compression.forget_features()
+        if self._fp8_encoder is not None:
+            self._fp8_encoder.forget()
         return super().load_weights(weights)  # type: ignore[misc]
 
     # What a family may do otherwise.
@@ -166,6 +174,9 @@ class FramesModel(CarriedPositionsModel):
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the same but for rounding, and faster on a GPU."""
+        if self._fp8_encoder is not None:
+            with self._fp8_encoder.encoding():
+                return self._features(pixels)
         if not pixels.is_cuda or len(pixels) < FUSED_FRAMES:
             return self._features(pixels)
         from scissor_vllm.siglip import fused_encoder
