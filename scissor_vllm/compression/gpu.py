@@ -60,6 +60,9 @@ _ROWS = 16
 _WIDE = 1024
 _CELLS = 1 << 13
 _TILE = 64
+_ROW_BLOCK = 4096
+_SUM_BLOCK, _FEW_MEMBERS, _MEMBERS, _SUM_WARPS = 512, 4, 16, 4
+"""Columns that are added up at once, and of how many rows."""
 
 
 @dataclass(frozen=True)
@@ -267,11 +270,21 @@ class Video:
         self.grid = (triton.cdiv(self.num_tokens, _WIDE),)
 
         self.state = self.new(kernels.NUM_STATES, torch.int64)
-        largest = torch.linalg.vector_norm(rows, math.inf, dim=1)
         # Where nobody looks at the flags, what they tell of counts as nothing.
-        usable = (largest >= LEAST) & (largest <= MOST)
-        self.rows = torch.where(usable[:, None], rows, 0)
-        self.length = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float32)
+        self.rows = torch.empty_like(rows)
+        self.length = self.new(self.num_tokens, torch.float32)
+        largest = self.new(self.num_tokens, torch.float32)
+        kernels.usable_rows_kernel[self.num_tokens,](
+            rows,
+            self.rows,
+            self.length,
+            largest,
+            self.width,
+            LEAST,
+            MOST,
+            block=min(_ROW_BLOCK, triton.next_power_of_2(self.width)),
+            num_warps=8,
+        )
         kernels.check_kernel[1,](
             largest, self.state, self.num_tokens, LEAST, MOST, block=_WIDE, num_warps=4
         )
@@ -996,7 +1009,7 @@ def _add_up(
 ) -> None:
     """Fill in the representatives ``kept``, and as factors ``out``; or the means of ``merges``."""
     num_videos, num_parts, width = kept.shape
-    kernels.sums_kernel[num_parts, triton.cdiv(width, 128), num_videos](
+    kernels.sums_kernel[num_parts, triton.cdiv(width, _SUM_BLOCK), num_videos](
         rows,
         tokens.order,
         tokens.begin,
@@ -1009,9 +1022,10 @@ def _add_up(
         out.shape[1],
         merges=merges,
         halves=not merges and out.dtype == torch.bfloat16,
-        few=16,
-        members=64,
-        block=128,
+        few=_FEW_MEMBERS,
+        members=_MEMBERS,
+        block=_SUM_BLOCK,
+        num_warps=_SUM_WARPS,
     )
 
 

@@ -124,6 +124,29 @@ def _ends(link, position, num_tokens, tau):
     return tl.load(link + position + 1, mask=follows, other=-float("inf")) <= tau
 
 
+@triton.jit(do_not_specialize=["width"])
+def usable_rows_kernel(tokens, rows, length, largest, width, least, most, block: tl.constexpr):
+    """Copy a row with its length and largest magnitude, as zeros if that is out of range."""
+    row = tl.program_id(0)
+    at = row.to(tl.int64) * width
+    top = tl.zeros((block,), tl.float32)
+    squares = tl.zeros((block,), tl.float32)
+    for start in range(0, width, block):
+        column = start + tl.arange(0, block)
+        value = tl.load(tokens + at + column, mask=column < width, other=0.0).to(tl.float32)
+        # Neither maximum nor comparison may lose what is not a number.
+        top = tl.where(value == value, tl.maximum(top, tl.abs(value)), float("inf"))
+        squares += value * value
+    size = tl.max(top, 0)
+    usable = (size >= least) & (size <= most)
+    tl.store(largest + row, size)
+    tl.store(length + row, tl.where(usable, tl.sqrt(tl.sum(squares, 0)), 0.0))
+    for start in range(0, width, block):
+        column = start + tl.arange(0, block)
+        value = tl.load(tokens + at + column, mask=column < width, other=0.0)
+        tl.store(rows + at + column, tl.where(usable, value, 0.0), mask=column < width)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def check_kernel(largest, state, num_tokens, least, most, block: tl.constexpr):
     flags = tl.zeros((), tl.int64)
@@ -913,6 +936,33 @@ def joined_parts_kernel(begin, low_at, size, block: tl.constexpr):
     tl.store(low_at + size, seen)
 
 
+@triton.jit
+def _sum_of(
+    rows,
+    order,
+    weight,
+    first,
+    last,
+    column,
+    inside,
+    width,
+    merges: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    """Return the sum of some rows' columns, weighted unless it is for a merge."""
+    total = tl.zeros_like(column).to(tl.float64)
+    for start in range(first, last, at_once):
+        member = start + tl.arange(0, at_once)
+        token = tl.load(order + member, mask=member < last, other=0).to(tl.int64)
+        at = rows + token[:, None] * width + column[None, :]
+        value = tl.load(at, mask=(member < last)[:, None] & inside[None, :], other=0.0)
+        value = value.to(tl.float64)
+        if not merges:
+            value = value * tl.load(weight + token, mask=member < last, other=0.0)[:, None]
+        total += tl.sum(value, 0)
+    return total
+
+
 @triton.jit(do_not_specialize=["num_tokens", "width", "num_out"])
 def sums_kernel(
     rows,
@@ -931,10 +981,10 @@ def sums_kernel(
     members: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Add up the rows of a part in the order of their number, in float64.
+    """Add up the rows of a part in float64, so many members at once, or a few where there are few.
 
-    One after the other if they are few, else so many members at once. Of ``num_out`` rows of each
-    video, what is left of a mean in 16 bits comes after the ``num_parts`` means.
+    Of ``num_out`` rows of each video, what is left of a mean in 16 bits comes after the
+    ``num_parts`` means.
     """
     part, num_parts = tl.program_id(0), tl.num_programs(0)
     video = tl.program_id(2).to(tl.int64)
@@ -949,24 +999,10 @@ def sums_kernel(
     inside = column < width
     first = tl.load(begin + part)
     last = tl.load(begin + part + 1)
-    total = tl.zeros((block,), tl.float64)
-    if last - first < few:
-        for member in range(first, last):
-            token = tl.load(order + member).to(tl.int64)
-            value = tl.load(rows + token * width + column, mask=inside, other=0.0).to(tl.float64)
-            if not merges:
-                value = value * tl.load(weight + token)
-            total += value
+    if last - first <= members:
+        total = _sum_of(rows, order, weight, first, last, column, inside, width, merges, few)
     else:
-        for start in range(first, last, members):
-            member = start + tl.arange(0, members)
-            token = tl.load(order + member, mask=member < last, other=0).to(tl.int64)
-            at = rows + token[:, None] * width + column[None, :]
-            value = tl.load(at, mask=(member < last)[:, None] & inside[None, :], other=0.0)
-            value = value.to(tl.float64)
-            if not merges:
-                value = value * tl.load(weight + token, mask=member < last, other=0.0)[:, None]
-            total += tl.sum(value, 0)
+        total = _sum_of(rows, order, weight, first, last, column, inside, width, merges, members)
     at = part.to(tl.int64) * width + column
     if merges:
         representative = tl.load(kept + at, mask=inside, other=0.0).to(tl.float64)
