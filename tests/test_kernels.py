@@ -268,7 +268,7 @@ def on_kernels(tokens, num_retained=None, similarity_threshold=None, temporal_wi
         search.start()
         video, unseen = search.video, None
         found = search.unseen_threshold()
-        if num_tokens <= gpu.captures.MAX_TOKENS and search._first.seen[0] == 0:
+        if num_tokens <= gpu.captures.MAX_TOKENS and search.first_cut.seen[0] == 0:
             unseen = merge(video, search.unseen(num_retained))
         parts = search.finish(num_retained)
         assert found.isnan() or found == parts.threshold
@@ -335,6 +335,14 @@ for number in (0, 2):
     expected = compress(videos[number], num_retained=20)
     assert torch.equal(together[number].assignment, expected.assignment)
     torch.testing.assert_close(together[number].tokens, expected.tokens, atol=2e-2, rtol=0)
+finite, found = [0, 2], [parts[0], parts[2]]
+stacked = gpu._Stacked.of([each[0], each[2]], [searches[0].first_cut, searches[2].first_cut])
+again = gpu._compressed(
+    videos[finite].flatten(1, 2), [each[0], each[2]], found, torch.bfloat16, stacked
+)
+for number, result in zip(finite, again):
+    assert torch.equal(result.assignment, together[number].assignment)
+    assert torch.equal(result.tokens, together[number].tokens)
 
 gpu.MAX_COMPONENTS = 3
 tokens = make(9, 0.6, (5, 9), torch.bfloat16)

@@ -142,9 +142,9 @@ def compress_batch(
     results = []
     for some in videos.split(MAX_BATCH):
         with captures.search(some, num_retained, (size, settings), make) as searches:
-            parts = [search.finish(num_retained) for search in searches.of_each]
+            parts, stacked = searches.finish(num_retained)
             each = [search.video for search in searches.of_each]
-            results += _compressed(some.flatten(1, 2), each, parts, dtype)
+            results += _compressed(some.flatten(1, 2), each, parts, dtype, stacked)
     return results
 
 
@@ -167,15 +167,16 @@ def _compressed(
     videos: "Sequence[Video]",
     parts: "Sequence[Parts | None]",
     dtype: torch.dtype,
+    stacked: "_Stacked | None" = None,
 ) -> list[CompressedTokens | None]:
     """Return each video's merged tokens (B, N, D), None for one without parts."""
     there = [number for number, own in enumerate(parts) if own is not None]
     if len(there) < len(parts):
-        rows, videos = rows[there], [videos[number] for number in there]
+        rows, videos, stacked = rows[there], [videos[number] for number in there], None
     found = [own for own in parts if own is not None]
     results: list[CompressedTokens | None] = [None] * len(parts)
     for number, own, (merged, assignment) in zip(
-        there, found, merge(rows, videos, found), strict=True
+        there, found, merge(rows, videos, found, stacked), strict=True
     ):
         results[number] = CompressedTokens(merged.to(dtype), assignment, own.threshold)
     return results
@@ -664,7 +665,7 @@ class Search:
         self._positions = torch.arange(video.num_tokens, dtype=torch.int32, device=video.device)
         self._steer(kernels.BEGIN)
         self._guess()
-        self._first = self._cut(self._tree_between_components)
+        self.first_cut = self._cut(self._tree_between_components)
 
     def unseen(self, num_retained: int) -> Parts:
         """Return K parts without a look of the host, of tokens few enough for a capture.
@@ -675,29 +676,33 @@ class Search:
         """
         assert self.video.num_tokens <= captures.MAX_TOKENS
         most_joined = min(num_retained, self.video.num_tokens - num_retained)
-        return self._parts(self._first, num_retained, math.nan, most_joined)
+        return self._parts(self.first_cut, num_retained, math.nan, most_joined)
 
     def unseen_threshold(self) -> torch.Tensor:
         """Return the threshold of ``unseen`` parts, () float64 on the device, NaN for none."""
-        flags, threshold, _ = self._first.seen
+        flags, threshold, _ = self.first_cut.seen
         return torch.where(flags == 0, threshold, math.nan)
 
     def _parts(self, cut: _Cut, num_retained: int, threshold: float, num_joined: int) -> Parts:
         tokens = _Grouped(cut.tokens.order, cut.tokens.begin[: num_retained + 1])
         return Parts(threshold, num_retained, num_joined, tokens, cut.weight, cut.number)
 
-    def finish(self, num_retained: int) -> Parts | None:
+    def finish(self, num_retained: int, seen: Sequence[float] | None = None) -> Parts | None:
         """Return parts for a threshold whose two steps leave at least K, cut to K.
 
         The host looks once; again after each further ``GUESSES`` guesses, for each interval that is
         too narrow to hold a threshold, and if there are too many components for the weights between
         any two. None if these tokens are not for these kernels.
+
+        Args:
+            num_retained: K.
+            seen: what the host has looked at already.
         """
         # What was captured is written again by the next start: it stays where it is.
-        cut, tree = self._first, self._tree_between_components
+        cut, tree = self.first_cut, self._tree_between_components
         while True:
-            number, threshold, num_joined = cut.seen.tolist()
-            flags = int(number)
+            number, threshold, num_joined = seen or cut.seen.tolist()
+            seen, flags = None, int(number)
             if flags & (kernels.NOT_FINITE | kernels.OUT_OF_RANGE):
                 return None
             if flags & kernels.SEARCHING:
@@ -920,10 +925,49 @@ class Searches:
                 search.start()
         for stream in self._streams:
             current.wait_stream(stream)
+        cuts = [search.first_cut for search in self.of_each]
+        self._seen = torch.stack([cut.seen for cut in cuts])
+        self._stacked = _Stacked.of([search.video for search in self.of_each], cuts)
+
+    def finish(self, num_retained: int) -> "tuple[list[Parts | None], _Stacked | None]":
+        """Return what each ``finish`` does, after one look at all, and all as one if that was all
+        that there was to look at.
+        """
+        seen = self._seen.tolist()
+        parts = [
+            search.finish(num_retained, own) for search, own in zip(self.of_each, seen, strict=True)
+        ]
+        is_all = all(int(flags) == 0 for flags, *_ in seen)
+        return parts, self._stacked if is_all else None
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """What a merge of equally long videos goes by, as one tensor of all (B, ...)."""
+
+    length: torch.Tensor
+    weight: torch.Tensor
+    number: torch.Tensor
+    order: torch.Tensor
+    begin: torch.Tensor
+
+    @classmethod
+    def of(cls, videos: Sequence[Video], parts: "Sequence[Parts | _Cut]") -> "_Stacked":
+        """Stack what videos and their parts have."""
+        return cls(
+            _stacked([each.length for each in videos]),
+            _stacked([each.weight for each in parts]),
+            _stacked([each.number for each in parts]),
+            _stacked([each.tokens.order for each in parts]),
+            _stacked([each.tokens.begin for each in parts]),
+        )
 
 
 def merge(
-    rows: torch.Tensor, videos: Sequence[Video], parts: Sequence[Parts]
+    rows: torch.Tensor,
+    videos: Sequence[Video],
+    parts: Sequence[Parts],
+    stacked: _Stacked | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return what each video's tokens are merged into, and where each went.
 
@@ -931,6 +975,7 @@ def merge(
         rows: (B, N, D), those of the videos.
         videos: equally long.
         parts: theirs, equally many of each.
+        stacked: of these, where it is there already; perhaps with more parts than there are.
 
     Returns:
         Of each video (K, D) of the tokens' dtype, and (N,) int64.
@@ -938,13 +983,9 @@ def merge(
     if not videos:
         return []
     video, num_parts = videos[0], parts[0].num_parts
-    row_length = _stacked([each.length for each in videos])
-    weight = _stacked([each.weight for each in parts])
-    number = _stacked([each.number for each in parts])
-    tokens = _Grouped(
-        _stacked([each.tokens.order for each in parts]),
-        _stacked([each.tokens.begin for each in parts]),
-    )
+    stacked = stacked or _Stacked.of(videos, parts)
+    row_length, weight, number = stacked.length, stacked.weight, stacked.number
+    tokens = _Grouped(stacked.order, stacked.begin[:, : num_parts + 1].contiguous())
     low_at = tokens.joined()
     shape = len(videos), num_parts, video.width
     kept = torch.empty(shape, dtype=torch.float32, device=video.device)
