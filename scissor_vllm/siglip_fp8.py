@@ -52,7 +52,7 @@ class Linear:
     scale: torch.Tensor
     """(1, D) float32."""
     bias: torch.Tensor
-    """(D,), of the layer's dtype."""
+    """(D,), of the dtype of what the layer gives."""
 
     @classmethod
     def of(cls, layer: Any) -> "Linear":
@@ -69,10 +69,12 @@ class Linear:
             return (product * rows.scale * self.scale + self.bias.float()).to(self.bias.dtype)
         from vllm._custom_ops import cutlass_scaled_mm
 
+        # The kernel has no float32 to give.
+        dtype = torch.bfloat16 if self.bias.dtype == torch.float32 else self.bias.dtype
         product = cutlass_scaled_mm(
-            rows.values, self.weight.t(), rows.scale, self.scale, self.bias.dtype, self.bias
+            rows.values, self.weight.t(), rows.scale, self.scale, dtype, self.bias.to(dtype)
         )
-        return product
+        return product.to(self.bias.dtype)
 
 
 @dataclass(frozen=True)
