@@ -7,6 +7,8 @@ no pass of its own after a norm and after GELU. Attention, norms and sums stay a
 
 Like ``siglip.py`` it knows the inside of vLLM 0.32's and 0.33's ``siglip.py``. vLLM's own online
 FP8 (``--quantization fp8``) would change the language model, pictures and videos kept whole.
+
+A CPU computes the same values, slower than without, to see what they cost in accuracy.
 """
 
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 import triton
 from torch import nn
 from vllm.model_executor.layers.layernorm import LayerNorm
@@ -65,8 +68,8 @@ class Linear:
     def __call__(self, rows: Rows) -> torch.Tensor:
         """Return (n, D) of the bias's dtype."""
         if not rows.values.is_cuda:
-            product = rows.values.float() @ self.weight.float().t()
-            return (product * rows.scale * self.scale + self.bias.float()).to(self.bias.dtype)
+            sums = rows.values.float() @ self.weight.float().t()
+            return (sums * rows.scale * self.scale + self.bias.float()).to(self.bias.dtype)
         from vllm._custom_ops import cutlass_scaled_mm
 
         # The kernel has no float32 to give.
@@ -89,18 +92,19 @@ class _Layer:
 
 
 class Fp8Encoder:
-    """A vision tower's encoder in FP8. Its matrices are quantized at first use.
+    """A vision tower's encoder in FP8.
 
     Raises:
         ValueError: the tower is not SigLIP's as vLLM makes it, or not whole in this worker, or the
-            platform has no FP8.
+            platform is a GPU without FP8.
     """
 
     def __init__(self, vision_tower: nn.Module, platform: Any) -> None:
-        if not (platform.is_cuda() and platform.has_device_capability(_LEAST_CAPABILITY)):
+        has_fp8 = platform.is_cuda() and platform.has_device_capability(_LEAST_CAPABILITY)
+        if not (has_fp8 or platform.is_cpu()):
             raise ValueError(
                 f"{VIDEO_ENCODER_DTYPE} fp8 needs a CUDA GPU of capability 8.9 or more (Ada, "
-                f"Hopper and later), got {platform.device_name}: leave it out"
+                f"Hopper and later), or a CPU, got {platform.device_name}: leave it out"
             )
         self._tower = vision_tower
         self._layers: list[_Layer] = []
@@ -127,18 +131,19 @@ class Fp8Encoder:
                     f"{_ALIGNMENT}, got {tuple(linear.weight.shape)}: leave it out"
                 )
 
-    def forget(self) -> None:
-        """Quantize anew at the next use: the tower's weights are about to change."""
-        self._layers = []
+    def quantize(self) -> None:
+        """Quantize the matrices as they are now: vLLM may pack them after it loaded them."""
+        self._layers = [
+            _Layer(layer, *map(Linear.of, _linears(layer)))
+            for layer in plain_layers(self._tower) or []
+        ]
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
         """Have the tower encode in FP8 meanwhile."""
         if not self._layers:
-            self._layers = [
-                _Layer(layer, *map(Linear.of, _linears(layer)))
-                for layer in plain_layers(self._tower) or []
-            ]
+            # Weights that are not loaded but made up.
+            self.quantize()
         with encoding_by(self._tower, self._encode):
             yield
 
@@ -172,8 +177,19 @@ def _empty_rows(like: torch.Tensor) -> Rows:
     )
 
 
+def _by_kernels(x: torch.Tensor) -> bool:
+    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+
+
+def _by_torch(x: torch.Tensor) -> Rows:
+    scale = (x.abs().amax(dim=1, keepdim=True) / LARGEST).clamp(min=_LEAST_SCALE)
+    return Rows((x / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale)
+
+
 def quantized(x: torch.Tensor) -> Rows:
     """Return rows (n, C) quantized, each by its largest magnitude."""
+    if not _by_kernels(x):
+        return _by_torch(x.float())
     x = x.contiguous()
     rows, width = _empty_rows(x), x.shape[1]
     quantize[(len(x),)](
@@ -184,6 +200,8 @@ def quantized(x: torch.Tensor) -> Rows:
 
 def gelu_quantized(x: torch.Tensor) -> Rows:
     """Return GELU, by tanh, of rows (n, C), quantized."""
+    if not _by_kernels(x):
+        return _by_torch(F.gelu(x.float(), approximate="tanh"))
     rows, width = _empty_rows(x), x.shape[1]
     gelu_quantize[(len(x),)](
         x, rows.values, rows.scale, width, _block(width), LARGEST, _LEAST_SCALE, num_warps=8
@@ -193,6 +211,10 @@ def gelu_quantized(x: torch.Tensor) -> Rows:
 
 def add_norm_quantized(hidden: torch.Tensor, added: torch.Tensor, norm: LayerNorm) -> Rows:
     """Add to ``hidden`` (n, C), in place, and return the norm of the sum, quantized."""
+    if not _by_kernels(hidden):
+        hidden += added
+        weight, bias = norm.weight.float(), norm.bias.float()
+        return _by_torch(F.layer_norm(hidden.float(), weight.shape, weight, bias, norm.eps))
     rows, width = _empty_rows(hidden), hidden.shape[1]
     add_norm_quantize[(len(hidden),)](
         hidden,

@@ -18,6 +18,7 @@ from scissor_vllm.siglip_fp8 import Fp8Encoder
 class Hopper:
     device_name = "a GPU"
     is_cuda = staticmethod(lambda: True)
+    is_cpu = staticmethod(lambda: False)
     has_device_capability = staticmethod(lambda least: least <= 90)
 
 def make(**sizes):
@@ -68,11 +69,23 @@ rows = siglip_fp8.add_norm_quantized(hidden, added, norm)
 assert torch.equal(hidden, total)
 check(rows, layer_norm(total, (48,), norm.weight, norm.bias, norm.eps).detach())
 
+# What a CPU does without kernels.
+siglip_fp8._by_kernels = lambda x: False
+check(siglip_fp8.quantized(x[:3]), x[:3])
+check(siglip_fp8.gelu_quantized(x[:3]), gelu(x[:3], approximate="tanh"))
+sum_of = hidden - added
+check(siglip_fp8.add_norm_quantized(sum_of, added, norm), rows.values.float() * rows.scale)
+assert torch.allclose(sum_of, total, atol=1e-5)
+with torch.inference_mode(), Fp8Encoder(tower, Hopper).encoding():
+    plain = tower(pixels)
+siglip_fp8._by_kernels = lambda x: True
+
 with torch.inference_mode():
     stock = tower(pixels)
     encoder = Fp8Encoder(tower, Hopper)
     with encoder.encoding():
         first = tower(pixels)
+    assert (first - plain).norm() < 0.01 * stock.norm()
     error = (first - stock).norm() / stock.norm()
     assert 1e-4 < error < 0.05, error
     assert torch.equal(tower(pixels), stock)
@@ -80,7 +93,7 @@ with torch.inference_mode():
         weight.data.mul_(0.5)
     with encoder.encoding():
         kept = tower(pixels)
-    encoder.forget()
+    encoder.quantize()
     with encoder.encoding():
         anew = tower(pixels)
     changed = tower(pixels)
@@ -107,11 +120,11 @@ class Ampere(Hopper):
     has_device_capability = staticmethod(lambda least: least <= 80)
 
 class Other(Hopper):
-    device_name = "cpu"
+    device_name = "xpu"
     is_cuda = staticmethod(lambda: False)
 
 refused(tower, Ampere, "8.9", "an A100")
-refused(tower, Other, "cpu")
+refused(tower, Other, "xpu")
 refused(torch.nn.Linear(2, 2), Hopper, "Linear")
 refused(make(hidden_size=60), Hopper, "16", "60")
 layer = tower.vision_model.encoder.layers[2]

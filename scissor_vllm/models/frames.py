@@ -146,9 +146,10 @@ class FramesModel(CarriedPositionsModel):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""
         self.video_compression.forget_features()
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
         if self._fp8_encoder is not None:
-            self._fp8_encoder.forget()
-        return super().load_weights(weights)  # type: ignore[misc]
+            self._fp8_encoder.quantize()
+        return loaded
 
     # What a family may do otherwise.
 
