@@ -26,6 +26,10 @@ from scissor_vllm.retention import (
 PLUGIN = "scissor_vllm"
 """Name of our entry points, as ``VLLM_PLUGINS`` lists it."""
 
+CPUS_PER_API_SERVER, MAX_API_SERVERS = 8, 4
+"""CPUs that an API server's threads can use while its interpreter does one thing at a time, and
+most servers that are worth their memory."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
@@ -91,6 +95,7 @@ def _serve(argv: list[str]) -> int:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from scissor_vllm.cpus import num_cpus
     from scissor_vllm.vllm_compat import cli_env_setup
 
     cli_env_setup()
@@ -109,6 +114,7 @@ def _serve(argv: list[str]) -> int:
     apply_retention_options(args)
     apply_position_options(args)
     bound_encoder_steps(args)
+    widen_front_end(args, num_cpus())
     apply_page_options(args)
     configure_logging_from_args(args)
     command.validate(args)
@@ -279,6 +285,31 @@ def bound_encoder_steps(args: argparse.Namespace) -> None:
         args.ec_manager_config.encoder_cache_manager_cls = CACHE_MANAGER
 
 
+def widen_front_end(args: argparse.Namespace, num_cpus: int) -> None:
+    """Start several API servers where there are CPUs for them, unless the operator says how many.
+
+    One interpreter prepares all videos of an API server and writes all of its answers. When many
+    requests end at once, the next are prepared while it still writes, and the GPU waits. Where vLLM
+    has a rule of its own (data parallelism, no server on this host) or allows one server only, its
+    default stays.
+    """
+    from vllm import envs
+
+    options = (
+        *("api_server_count", "headless", "grpc", "enable_elastic_ep"),
+        *("data_parallel_rank", "data_parallel_start_rank", "data_parallel_external_lb"),
+        *("data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb"),
+    )
+    given = (getattr(args, name, None) for name in options)
+    is_decided = any(value is not None and value is not False for value in given)
+    is_single = envs.VLLM_USE_RUST_FRONTEND or envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
+    if is_decided or is_single or args.data_parallel_size != 1:
+        return
+    wanted = min(MAX_API_SERVERS, num_cpus // CPUS_PER_API_SERVER)
+    if wanted > 1:
+        args.api_server_count = wanted
+
+
 def add_page_options(parser: argparse.ArgumentParser) -> None:
     """Add the option of the web page, which ``vllm serve`` does not have."""
     parser.add_argument_group("Web page").add_argument(
@@ -316,6 +347,7 @@ def use_demo_model(args: argparse.Namespace) -> None:
     # Compiling a model this small takes longer than it saves.
     args.enforce_eager = True
     args.dtype = "float32" if args.dtype == "auto" else args.dtype
+    args.api_server_count = args.api_server_count or 1
     args.max_model_len = args.max_model_len or 8192
     # An uncompressed video must fit into one step; vLLM's own choice on a CPU is 17 frames.
     args.max_num_batched_tokens = args.max_num_batched_tokens or args.max_model_len

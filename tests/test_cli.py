@@ -16,6 +16,7 @@ from scissor_vllm.cli import (
     apply_retention_options,
     main,
     set_environment,
+    widen_front_end,
 )
 from scissor_vllm.compression import METHODS
 from scissor_vllm.demo.model import demo_model_path
@@ -57,6 +58,49 @@ def test_cache_sizes_reach_the_engine() -> None:
     args = parse("--video-frame-cache-gb", "0.5", "--video-feature-cache-gb", "0")
     apply_retention_options(args)
     assert args.mm_processor_kwargs == {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
+
+
+@pytest.fixture(scope="module")
+def vllm_parser() -> argparse.ArgumentParser:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser", required=True))
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "options", "expected"),
+    [
+        (1, [], None),
+        (15, [], None),
+        (16, [], 2),
+        (31, [], 3),
+        (128, [], 4),
+        (128, ["--api-server-count", "1"], 1),
+        (16, ["--api-server-count", "6"], 6),
+        (16, ["--data-parallel-size", "2"], None),
+        (16, ["--headless"], None),
+        (16, ["--data-parallel-rank", "0"], None),
+    ],
+)
+def test_api_servers_are_as_many_as_there_are_cpus_for_unless_told(
+    vllm_parser: argparse.ArgumentParser, num_cpus: int, options: list[str], expected: int | None
+) -> None:
+    args = vllm_parser.parse_args(["serve", "model", *options])
+    widen_front_end(args, num_cpus)
+    assert args.api_server_count == expected
+
+
+@pytest.mark.parametrize("name", ["VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_USE_RUST_FRONTEND"])
+def test_where_vllm_allows_one_api_server_there_is_one(
+    vllm_parser: argparse.ArgumentParser, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    args = vllm_parser.parse_args(["serve", "model"])
+    widen_front_end(args, 64)
+    assert args.api_server_count is None
 
 
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:
