@@ -93,6 +93,7 @@ def _serve(argv: list[str]) -> int:
     # vLLM reads the environment as it is imported.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from scissor_vllm.cpus import num_cpus
@@ -114,7 +115,9 @@ def _serve(argv: list[str]) -> int:
     apply_retention_options(args)
     apply_position_options(args)
     bound_encoder_steps(args)
-    widen_front_end(args, num_cpus())
+    if not current_platform.is_cpu():
+        # There the engine needs the CPUs itself.
+        widen_front_end(args, num_cpus())
     apply_page_options(args)
     configure_logging_from_args(args)
     command.validate(args)
@@ -302,7 +305,8 @@ def widen_front_end(args: argparse.Namespace, num_cpus: int) -> None:
     )
     given = (getattr(args, name, None) for name in options)
     is_decided = any(value is not None and value is not False for value in given)
-    is_single = envs.VLLM_USE_RUST_FRONTEND or envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
+    allow_one = ("VLLM_USE_RUST_FRONTEND", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    is_single = any(getattr(envs, name, False) for name in allow_one)
     if is_decided or is_single or args.data_parallel_size != 1:
         return
     wanted = min(MAX_API_SERVERS, num_cpus // CPUS_PER_API_SERVER)
@@ -347,7 +351,6 @@ def use_demo_model(args: argparse.Namespace) -> None:
     # Compiling a model this small takes longer than it saves.
     args.enforce_eager = True
     args.dtype = "float32" if args.dtype == "auto" else args.dtype
-    args.api_server_count = args.api_server_count or 1
     args.max_model_len = args.max_model_len or 8192
     # An uncompressed video must fit into one step; vLLM's own choice on a CPU is 17 frames.
     args.max_num_batched_tokens = args.max_num_batched_tokens or args.max_model_len
