@@ -1,11 +1,15 @@
 """Prints what one video costs the API server's CPU before the engine has it, stock against ours.
 
-    python bench/front_end.py [--threads N] [--frames N] [--size WxH] [--repeats N] [--json FILE]
+    python bench/front_end.py [--threads N] [--frames N] [--size WxH] [--repeats N] [--burst N]
+        [--json FILE]
 
 The stages are run as the server runs them, on one clip in the shapes of LLaVA-OneVision-7B, stock
 and ours in turns: decode the file, name it for vLLM's caches, prepare it (Hugging Face's processor,
 placeholders), and send it through vLLM's serializer and a socket. The last line is what the model
 has to do instead, here on the CPU; a GPU does it in a fraction of a millisecond.
+
+With ``--burst`` also so many videos that come at once, in the threads that a server has: when the
+first of them is ready for the engine, which has nothing to do until then, and when the last.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,12 @@ from scissor_vllm.plugin import register  # noqa: E402
 from tests.clips import make_clip  # noqa: E402
 
 RATIO = 0.1
+MEDIA_THREADS = 8
+"""vLLM's VLLM_MEDIA_LOADING_THREAD_COUNT; one more prepares what they decoded."""
+BURSTS = 3
+
+_UNNAMED = {"video": ["request-0"]}
+"""As with all caches off, where vLLM names each item by its request."""
 
 
 class Link:
@@ -91,13 +102,9 @@ class Way:
 
         processor = self.processor
         video = timed("decode", lambda: self.loader.load_bytes(data, num_frames=num_frames))
-        items = processor.info.parse_mm_data({"video": [MediaWithBytes(video, data)]})
-        text = processor.dummy_inputs.get_dummy_text({"video": 1})
-        prompt = processor.info.get_tokenizer().encode(text)
-        inputs = ProcessorInputs(prompt, items, hf_processor_mm_kwargs=self.options)
+        inputs = self._inputs(video, data)
         timed("name", lambda: processor._get_mm_hashes(inputs))
-        # As with all caches off, where vLLM names each item by its request.
-        inputs.mm_uuid_items = {"video": ["request-0"]}
+        inputs.mm_uuid_items = _UNNAMED
         timing = TimingContext()
         output = timed("prepare", lambda: processor.apply(inputs, timing))
         times["of it, Hugging Face"] = timing.stage_secs["apply_hf_processor"] * 1e3
@@ -110,6 +117,30 @@ class Way:
             lambda: [video.whole() for video in take_video_pixels(fields, dtype)],
         )
         return times
+
+    def _inputs(self, video: Any, data: bytes) -> ProcessorInputs:
+        items = self.processor.info.parse_mm_data({"video": [MediaWithBytes(video, data)]})
+        text = self.processor.dummy_inputs.get_dummy_text({"video": 1})
+        prompt = self.processor.info.get_tokenizer().encode(text)
+        return ProcessorInputs(prompt, items, hf_processor_mm_kwargs=self.options)
+
+    def burst(self, data: bytes, num_frames: int, num_videos: int) -> list[float]:
+        """Return after how many milliseconds each of some videos is prepared that come at once."""
+        decoders, preparer = ThreadPoolExecutor(MEDIA_THREADS), ThreadPoolExecutor(1)
+        begin = time.perf_counter()
+
+        def prepare(video: Any) -> float:
+            inputs = self._inputs(video, data)
+            inputs.mm_uuid_items = _UNNAMED
+            self.processor.apply(inputs, TimingContext())
+            return (time.perf_counter() - begin) * 1e3
+
+        def decode() -> Future[float]:
+            return preparer.submit(prepare, self.loader.load_bytes(data, num_frames=num_frames))
+
+        with decoders, preparer:
+            decoded = [decoders.submit(decode) for _ in range(num_videos)]
+            return sorted(each.result().result() for each in decoded)
 
 
 def make_ways(model: Path) -> dict[str, Way]:
@@ -133,6 +164,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32, help="frames to sample (default: 32)")
     parser.add_argument("--size", default="640x360", help="of the clip (default: 640x360)")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs (default: 10)")
+    parser.add_argument("--burst", type=int, default=0, metavar="N", help="videos at once")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -149,6 +181,10 @@ def main() -> None:
                 times = way.stages(data, args.frames, link)
                 if turn >= 2:
                     runs[name].append(times)
+        bursts: dict[str, list[list[float]]] = {name: [] for name in ways}
+        for _ in range(BURSTS if args.burst else 0):
+            for name, way in ways.items():
+                bursts[name].append(way.burst(data, args.frames, args.burst))
     medians = {
         name: {stage: statistics.median(run[stage] for run in rows) for stage in rows[0]}
         for name, rows in runs.items()
@@ -164,6 +200,11 @@ def main() -> None:
         print(f"{stage:36} {before:7.1f} {after:7.1f} {ratio}")
     before, after = (count / 2**20 for count in num_bytes.values())
     print(f"{'MiB sent':36} {before:7.1f} {after:7.1f} {after / before:7.2f}")
+    if args.burst:
+        for place, which in ((0, "first"), (-1, "last")):
+            ends = [statistics.median(each[place] for each in rows) for rows in bursts.values()]
+            line = f"{which} of {args.burst} at once"
+            print(f"{line:36} {ends[0]:7.0f} {ends[1]:7.0f} {ends[1] / ends[0]:7.2f}")
     if args.json:
         measured = {
             "unit": "ms",
@@ -173,6 +214,7 @@ def main() -> None:
             "retention_ratio": RATIO,
             "num_bytes": num_bytes,
             "runs": runs,
+            "bursts": bursts,
         }
         write_json(args.json, {"environment": environment(), **measured})
 

@@ -64,6 +64,8 @@ _FRAMES_PER_SEEK_WORTH_THREADS = 32
 # What a thread decodes in some 50 ms: with less for each, handing frames over costs what it saves.
 _PIXELS_WORTH_A_THREAD = 64 * 640 * 360
 _MAX_DECODER_THREADS = 16
+# Of two at once, a short video does not wait for a long one.
+_LEAST_AT_ONCE, _CPUS_PER_VIDEO = 2, 4
 
 _CONTAINER = re.compile(
     rb"....(?:ftyp|moov|mdat|free|skip|wide)"  # MP4, MOV
@@ -170,7 +172,7 @@ class DecordVideoBackend(VideoBackend):
         _check_container(data)
 
         def decode() -> tuple[DecodedFrames, dict[str, Any]]:
-            with CLOCK.stage("decode"):
+            with _DECODING, CLOCK.stage("decode"):
                 return cls._decode(
                     data, num_frames, fps, max_duration, frame_recovery, backend=backend, **kwargs
                 )
@@ -263,8 +265,8 @@ class DecordVideoBackend(VideoBackend):
         stops, num_threads = stream.route(indices)
         times = np.empty(0)
         try:
-            with _DECODING as num_decoding, _file_of(data) as path:
-                num_threads = max(1, min(num_threads, num_cpus() // num_decoding))
+            with _file_of(data) as path:
+                num_threads = max(1, min(num_threads, num_cpus() // max(1, _DECODING.number)))
                 # Without a tolerance decord hands out a copy of another frame for a broken one.
                 reader = decord.VideoReader(path, num_threads=num_threads, fault_tol=1e-9)
                 times = reader.get_frame_timestamp(range(len(reader)))[:, 0]
@@ -394,20 +396,32 @@ class _Stream:
 
 
 class _Decoding:
-    """Counts the videos that are decoded at this moment, by all threads; entering returns it."""
+    """Lets few videos be decoded at once, in the order in which they came.
+
+    Where many come together, all would be ready late: each takes as long as all, and what prepares
+    the first for the engine waits for CPUs and interpreter among those that decode the others.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._number = 0
+        self._turns = threading.Condition()
+        self._num_came = 0
+        self._num_done = 0
+        self.number = 0
+        """Videos that are decoded at this moment, by all threads."""
 
-    def __enter__(self) -> int:
-        with self._lock:
-            self._number += 1
-            return self._number
+    def __enter__(self) -> None:
+        at_once = max(_LEAST_AT_ONCE, num_cpus() // _CPUS_PER_VIDEO)
+        with self._turns:
+            before = self._num_came
+            self._num_came += 1
+            self._turns.wait_for(lambda: before - self._num_done < at_once)
+            self.number += 1
 
     def __exit__(self, *raised: object) -> None:
-        with self._lock:
-            self._number -= 1
+        with self._turns:
+            self.number -= 1
+            self._num_done += 1
+            self._turns.notify_all()
 
 
 _DECODING = _Decoding()

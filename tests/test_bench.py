@@ -47,11 +47,13 @@ def test_decode_measures_both_loaders(tmp_path: Path) -> None:
 
 
 def test_front_end_measures_stock_and_ours_and_sends_fewer_bytes(tmp_path: Path) -> None:
-    small = ("--frames", "4", "--size", "64x48", "--repeats", "2")
+    small = ("--frames", "4", "--size", "64x48", "--repeats", "2", "--burst", "3")
     measured = run("front_end.py", tmp_path / "result.json", *small)
     stock, ours = measured["runs"]["stock"], measured["runs"]["ours"]
     assert len(stock) == len(ours) == 2
     assert stock[0].keys() == ours[0].keys() >= {"decode", "name", "prepare", "send"}
+    for bursts in measured["bursts"].values():
+        assert all(len(ends) == 3 and ends == sorted(ends) for ends in bursts)
     # bfloat16 against uint8.
     num_bytes = measured["num_bytes"]
     assert num_bytes["ours"] / num_bytes["stock"] == pytest.approx(0.5, abs=0.01)

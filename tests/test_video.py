@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import struct
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -249,11 +252,50 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     monkeypatch.setattr("scissor_vllm.video._PIXELS_WORTH_A_THREAD", 1)
     monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: 8)
     DecordVideoBackend.load_bytes(data, num_frames=32)
-    with _DECODING, _DECODING:
+    with _DECODING:
         DecordVideoBackend.load_bytes(data, num_frames=32)
     monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: 64)
     DecordVideoBackend.load_bytes(data, num_frames=32)
-    assert asked == [1, 8, 2, 16]
+    assert asked == [1, 8, 4, 16]
+
+
+@pytest.mark.parametrize(("num_cpus", "at_once"), [(1, 2), (8, 2), (16, 4)])
+def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
+    clip: Path, num_cpus: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: num_cpus)
+    begun: queue.Queue[bytes] = queue.Queue()
+    before_all = _DECODING._num_came
+
+    def waiting() -> int:
+        return _DECODING._num_came - before_all - _DECODING.number
+
+    may_end = threading.Semaphore(0)
+
+    def decode(data: bytes, *settings: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+        begun.put(data)
+        may_end.acquire(timeout=30)
+        if data.endswith(b"0"):
+            raise ValueError("damaged")
+        return data, {}
+
+    monkeypatch.setattr(DecordVideoBackend, "_decode", decode)
+    videos = [clip.read_bytes() + str(number).encode() for number in range(7)]
+    with ThreadPoolExecutor(len(videos)) as pool:
+        results = []
+        for number, video in enumerate(videos, 1):
+            results.append(pool.submit(DecordVideoBackend.load_bytes, video))
+            while begun.qsize() < min(number, at_once) or waiting() < number - at_once:
+                time.sleep(0.001)
+        for turn, video in enumerate(videos):
+            assert begun.get(timeout=30) == video
+            if turn >= at_once - 1:
+                assert begun.empty()
+                assert _DECODING.number == at_once
+                may_end.release()
+        may_end.release(len(videos))
+        assert [type(result.exception()) for result in results] == [ValueError, *[type(None)] * 6]
+    assert _DECODING.number == 0
 
 
 def test_a_file_that_is_kept_is_decoded_once_for_each_setting(
