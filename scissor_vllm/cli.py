@@ -26,9 +26,9 @@ from scissor_vllm.retention import (
 PLUGIN = "scissor_vllm"
 """Name of our entry points, as ``VLLM_PLUGINS`` lists it."""
 
-CPUS_PER_API_SERVER, MAX_API_SERVERS = 8, 4
-"""CPUs that an API server's threads can use while its interpreter does one thing at a time, and
-most servers that are worth their memory."""
+API_SERVERS, CPUS_FOR_API_SERVERS = 2, 16
+"""API servers where there are so many CPUs for them. More are the operator's to choose: vLLM keeps
+a cache of 4 GiB in each."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,7 +289,7 @@ def bound_encoder_steps(args: argparse.Namespace) -> None:
 
 
 def widen_front_end(args: argparse.Namespace, num_cpus: int) -> None:
-    """Start several API servers where there are CPUs for them, unless the operator says how many.
+    """Start two API servers where there are CPUs for them, unless the operator says how many.
 
     One interpreter prepares all videos of an API server and writes all of its answers. When many
     requests end at once, the next are prepared while it still writes, and the GPU waits. Where vLLM
@@ -309,9 +309,8 @@ def widen_front_end(args: argparse.Namespace, num_cpus: int) -> None:
     is_single = any(getattr(envs, name, False) for name in allow_one)
     if is_decided or is_single or args.data_parallel_size != 1:
         return
-    wanted = min(MAX_API_SERVERS, num_cpus // CPUS_PER_API_SERVER)
-    if wanted > 1:
-        args.api_server_count = wanted
+    if num_cpus >= CPUS_FOR_API_SERVERS:
+        args.api_server_count = API_SERVERS
 
 
 def add_page_options(parser: argparse.ArgumentParser) -> None:

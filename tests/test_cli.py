@@ -76,8 +76,7 @@ def vllm_parser() -> argparse.ArgumentParser:
         (1, [], None),
         (15, [], None),
         (16, [], 2),
-        (31, [], 3),
-        (128, [], 4),
+        (128, [], 2),
         (128, ["--api-server-count", "1"], 1),
         (16, ["--api-server-count", "6"], 6),
         (16, ["--data-parallel-size", "2"], None),
@@ -85,7 +84,7 @@ def vllm_parser() -> argparse.ArgumentParser:
         (16, ["--data-parallel-rank", "0"], None),
     ],
 )
-def test_api_servers_are_as_many_as_there_are_cpus_for_unless_told(
+def test_there_are_two_api_servers_where_there_are_cpus_for_them_unless_told(
     vllm_parser: argparse.ArgumentParser, num_cpus: int, options: list[str], expected: int | None
 ) -> None:
     args = vllm_parser.parse_args(["serve", "model", *options])
