@@ -146,8 +146,8 @@ def accuracy_figure(rows: Sequence[Row], accuracy: Sequence[dict[str, Any]]) -> 
             for a in known
             if a["method"] == method and (method, _ratio(a)) in rates
         ]
-        # "stock" comes last, after 1.0.
-        points.sort(key=lambda point: _ratio(point[1]))
+        # A line from the highest ratio down; "stock" comes first.
+        points.sort(key=lambda point: _ratio(point[1]), reverse=True)
         if not points:
             continue
         below = [a["accuracy"] - a.get("low", a["accuracy"]) for _, a in points]
