@@ -25,7 +25,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from scissor_vllm.retention import VIDEO_ENCODER_DTYPE
 from scissor_vllm.siglip import encoding_by, plain_layers
-from scissor_vllm.siglip_kernels import add_norm_quantize, gelu_quantize, quantize
+from scissor_vllm.siglip_kernels import add_norm_quantize, quantize
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
@@ -114,6 +114,7 @@ class Fp8Encoder:
                 f"{VIDEO_ENCODER_DTYPE} fp8 needs SigLIP's vision tower, not quantized, got "
                 f"{type(vision_tower).__name__}: leave it out"
             )
+        self._plain_layers = layers
         for linear in (each for layer in layers for each in _linears(layer)):
             if type(linear.quant_method) is not UnquantizedLinearMethod or linear.bias is None:
                 raise ValueError(
@@ -134,8 +135,7 @@ class Fp8Encoder:
     def quantize(self) -> None:
         """Quantize the matrices as they are now: vLLM may pack them after it loaded them."""
         self._layers = [
-            _Layer(layer, *map(Linear.of, _linears(layer)))
-            for layer in plain_layers(self._tower) or []
+            _Layer(layer, *map(Linear.of, _linears(layer))) for layer in self._plain_layers
         ]
 
     @contextmanager
@@ -158,7 +158,7 @@ class Fp8Encoder:
             seen = layer.stock.self_attn.attn(queries, keys, values)
             attended = layer.out(quantized(seen.reshape(len(hidden), -1)))
             normed = add_norm_quantized(hidden, attended, layer.stock.layer_norm2)
-            narrowed = layer.fc2(gelu_quantized(layer.fc1(normed)))
+            narrowed = layer.fc2(quantized(layer.fc1(normed), gelu=True))
             if following is None:
                 hidden += narrowed
             else:
@@ -186,25 +186,23 @@ def _by_torch(x: torch.Tensor) -> Rows:
     return Rows((x / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale)
 
 
-def quantized(x: torch.Tensor) -> Rows:
-    """Return rows (n, C) quantized, each by its largest magnitude."""
+def quantized(x: torch.Tensor, *, gelu: bool = False) -> Rows:
+    """Return rows (n, C), or GELU by tanh of them, quantized, each by its largest magnitude."""
     if not _by_kernels(x):
-        return _by_torch(x.float())
+        x = x.float()
+        return _by_torch(F.gelu(x, approximate="tanh") if gelu else x)
     x = x.contiguous()
     rows, width = _empty_rows(x), x.shape[1]
     quantize[(len(x),)](
-        x, rows.values, rows.scale, width, _block(width), LARGEST, _LEAST_SCALE, num_warps=4
-    )
-    return rows
-
-
-def gelu_quantized(x: torch.Tensor) -> Rows:
-    """Return GELU, by tanh, of rows (n, C), quantized."""
-    if not _by_kernels(x):
-        return _by_torch(F.gelu(x.float(), approximate="tanh"))
-    rows, width = _empty_rows(x), x.shape[1]
-    gelu_quantize[(len(x),)](
-        x, rows.values, rows.scale, width, _block(width), LARGEST, _LEAST_SCALE, num_warps=8
+        x,
+        rows.values,
+        rows.scale,
+        width,
+        _block(width),
+        LARGEST,
+        _LEAST_SCALE,
+        gelu=gelu,
+        num_warps=8 if gelu else 4,
     )
     return rows
 

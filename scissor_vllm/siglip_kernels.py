@@ -39,27 +39,6 @@ def add_norm_quantize(
 
 
 @triton.jit
-def gelu_quantize(
-    x,
-    values,
-    scale,
-    width: tl.constexpr,
-    block: tl.constexpr,
-    largest: tl.constexpr,
-    least_scale: tl.constexpr,
-):
-    """Quantize GELU by tanh: x / (1 + exp(-2 y)), with y what tanh is taken of."""
-    columns = tl.arange(0, block)
-    inside = columns < width
-    places = tl.program_id(0).to(tl.int64) * width + columns
-    own = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-    # sqrt(2 / pi)
-    inner = 0.7978845608028654 * (own + 0.044715 * own * own * own)
-    result = own / (1 + tl.exp(-2 * inner))
-    _store_quantized(result, values, scale, places, inside, largest, least_scale)
-
-
-@triton.jit
 def quantize(
     x,
     values,
@@ -68,12 +47,17 @@ def quantize(
     block: tl.constexpr,
     largest: tl.constexpr,
     least_scale: tl.constexpr,
+    gelu: tl.constexpr,
 ):
-    """Quantize as it is."""
+    """Quantize as it is, or GELU by tanh: x / (1 + exp(-2 y)), with y what tanh is taken of."""
     columns = tl.arange(0, block)
     inside = columns < width
     places = tl.program_id(0).to(tl.int64) * width + columns
     own = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    if gelu:
+        # sqrt(2 / pi)
+        inner = 0.7978845608028654 * (own + 0.044715 * own * own * own)
+        own = own / (1 + tl.exp(-2 * inner))
     _store_quantized(own, values, scale, places, inside, largest, least_scale)
 
 

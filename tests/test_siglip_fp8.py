@@ -61,7 +61,7 @@ x[3] = 0
 check(siglip_fp8.quantized(x[:3]), x[:3])
 zero = siglip_fp8.quantized(x[3:4])
 assert not zero.values.float().any() and zero.scale.isfinite().all()
-check(siglip_fp8.gelu_quantized(x[:3]), gelu(x[:3], approximate="tanh"))
+check(siglip_fp8.quantized(x[:3], gelu=True), gelu(x[:3], approximate="tanh"))
 norm = tower.vision_model.encoder.layers[0].layer_norm2
 hidden, added = torch.randn(2, 7, 48, generator=generator)
 total = hidden + added
@@ -72,7 +72,7 @@ check(rows, layer_norm(total, (48,), norm.weight, norm.bias, norm.eps).detach())
 # What a CPU does without kernels.
 siglip_fp8._by_kernels = lambda x: False
 check(siglip_fp8.quantized(x[:3]), x[:3])
-check(siglip_fp8.gelu_quantized(x[:3]), gelu(x[:3], approximate="tanh"))
+check(siglip_fp8.quantized(x[:3], gelu=True), gelu(x[:3], approximate="tanh"))
 sum_of = hidden - added
 check(siglip_fp8.add_norm_quantized(sum_of, added, norm), rows.values.float() * rows.scale)
 assert torch.allclose(sum_of, total, atol=1e-5)
