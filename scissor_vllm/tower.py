@@ -22,7 +22,7 @@ from scissor_vllm.metrics import (
     record_threshold,
 )
 from scissor_vllm.pixels import VideoPixels
-from scissor_vllm.retention import RetentionPolicy
+from scissor_vllm.retention import VIDEO_ENCODER_DTYPE, RetentionPolicy
 from scissor_vllm.reuse import CacheSizes, FeatureCache
 
 logger = init_logger(__name__)
@@ -35,11 +35,16 @@ def make_feature_cache(vllm_config: VllmConfig) -> FeatureCache | None:
     """Return the cache that the operator's settings ask for, None for none."""
     mm_config = vllm_config.model_config.get_multimodal_config()
     sizes = CacheSizes.of(mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb)
-    lora = vllm_config.lora_config
     # With an adapter in the tower, tokens depend on more than the pixels.
-    if sizes.features == 0 or (lora is not None and lora.enable_tower_connector_lora):
+    if sizes.features == 0 or adapts_tower(vllm_config):
         return None
     return FeatureCache(sizes.features, pin_memory=PIN_MEMORY)
+
+
+def adapts_tower(vllm_config: VllmConfig) -> bool:
+    """Return whether requests may name an adapter of the vision tower."""
+    lora = vllm_config.lora_config
+    return lora is not None and bool(lora.enable_tower_connector_lora)
 
 
 class VideoCompression:
@@ -57,6 +62,11 @@ class VideoCompression:
         policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         self.method = policy.method
         self.encoder_dtype = policy.encoder_dtype
+        if self.encoder_dtype != "auto" and adapts_tower(vllm_config):
+            raise ValueError(
+                f"{VIDEO_ENCODER_DTYPE} {self.encoder_dtype} and --enable-tower-connector-lora "
+                "exclude each other, since adapters would be passed by: leave one of the two out"
+            )
         self._compress: Compressor = get_compressor(policy.method)
         self._budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame
