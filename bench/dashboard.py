@@ -37,7 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scissor_vllm.bench.plot import save_figure  # noqa: E402
+from scissor_vllm.loadtest.plot import save_figure  # noqa: E402
 
 DEPLOY = ROOT / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "scissor-vllm.json"

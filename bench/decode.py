@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY  # noqa: E402
 
 from bench.record import environment, write_json  # noqa: E402
-from scissor_vllm.video import register_video_loader  # noqa: E402
+from scissor_vllm.frontend.video.loader import register_video_loader  # noqa: E402
 from tests.clips import make_clip  # noqa: E402
 
 LOADERS = ("decord", "opencv")

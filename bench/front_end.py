@@ -42,8 +42,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 
 from bench.record import environment, write_json  # noqa: E402
 from bench.shapes import build  # noqa: E402
-from scissor_vllm.pixels import take_video_pixels  # noqa: E402
 from scissor_vllm.plugin import register  # noqa: E402
+from scissor_vllm.worker.video_pixels import take_video_pixels  # noqa: E402
 from tests.clips import make_clip  # noqa: E402
 
 RATIO = 0.1

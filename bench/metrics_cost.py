@@ -38,10 +38,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter  # n
 
 from bench.record import environment, write_json  # noqa: E402
 from scissor_vllm import metrics  # noqa: E402
-from scissor_vllm.outcome import Chat, has_video  # noqa: E402
+from scissor_vllm.frontend.outcome import Chat, has_video  # noqa: E402
+from scissor_vllm.frontend.tracing import begin_span  # noqa: E402
 from scissor_vllm.retention import RetentionReport  # noqa: E402
-from scissor_vllm.reuse import FeatureCache  # noqa: E402
-from scissor_vllm.tracing import begin_span  # noqa: E402
+from scissor_vllm.worker.feature_cache import FeatureCache  # noqa: E402
 
 NUM_EVENTS = 64
 CLIP = ROOT / "scissor_vllm" / "demo" / "clip.mp4"

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scissor_vllm.bench.process import end_on_sigterm, running_server
+from scissor_vllm.loadtest.process import end_on_sigterm, running_server
 
 ROOT = Path(__file__).resolve().parents[1]
 

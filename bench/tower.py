@@ -88,8 +88,8 @@ def main() -> None:
     args = parser.parse_args()
     from vllm.platforms import current_platform
 
-    from scissor_vllm.siglip import fused_encoder
-    from scissor_vllm.siglip_fp8 import Fp8Encoder
+    from scissor_vllm.worker.siglip import fused_encoder
+    from scissor_vllm.worker.siglip_fp8 import Fp8Encoder
 
     device = torch.device("cuda")
     tower = make_tower(SO400M, device, torch.bfloat16)

@@ -6,7 +6,8 @@ import sys
 from importlib.metadata import entry_points
 from typing import Any
 
-from scissor_vllm.retention import (
+from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.settings import (
     DEFAULT_MAX_VIDEO_TOKENS,
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
@@ -15,12 +16,10 @@ from scissor_vllm.retention import (
     KEEP_VIDEO_POSITIONS,
     MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
-    RETENTION_RATIO,
     VIDEO_COMPRESSION,
     VIDEO_ENCODER_DTYPE,
     VIDEO_FEATURE_CACHE_GB,
     VIDEO_FRAME_CACHE_GB,
-    check_retention_ratio,
 )
 
 PLUGIN = "scissor_vllm"
@@ -58,8 +57,8 @@ def demo(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """Load a server and measure it; see ``scissor_vllm.bench``."""
-    from scissor_vllm.bench.command import main as run
+    """Load a server and measure it; see ``scissor_vllm.loadtest``."""
+    from scissor_vllm.loadtest.command import main as run
 
     return run(argv)
 
@@ -80,7 +79,7 @@ def show(argv: list[str]) -> int:
 
 def serve(argv: list[str]) -> int:
     """Serve a model with vLLM; every flag of ``vllm serve`` is taken."""
-    from scissor_vllm.memory import keep_touched_memory
+    from scissor_vllm.allocator import keep_touched_memory
     from scissor_vllm.metrics import metrics_directory
 
     keep_touched_memory()
@@ -145,7 +144,7 @@ def set_environment(environment: Any) -> None:
 def add_retention_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``vllm serve`` does not have."""
     from scissor_vllm.compression import METHODS
-    from scissor_vllm.reuse import DEFAULT_FEATURE_CACHE_GB, DEFAULT_FRAME_CACHE_GB
+    from scissor_vllm.settings import DEFAULT_FEATURE_CACHE_GB, DEFAULT_FRAME_CACHE_GB
 
     group = parser.add_argument_group("Video compression")
     group.add_argument(
@@ -210,7 +209,7 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _gigabytes(text: str) -> float:
-    from scissor_vllm.reuse import check_cache_gb
+    from scissor_vllm.settings import check_cache_gb
 
     try:
         return check_cache_gb("the size", float(text))
@@ -233,8 +232,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
             such method of compression.
     """
     from scissor_vllm.compression import check_method
-    from scissor_vllm.retention import RetentionPolicy
-    from scissor_vllm.reuse import CacheSizes
+    from scissor_vllm.settings import CacheSizes, RetentionPolicy
 
     own = {
         RETENTION_RATIO: args.default_retention_ratio,
@@ -282,7 +280,7 @@ def apply_position_options(args: argparse.Namespace) -> None:
 
 def bound_encoder_steps(args: argparse.Namespace) -> None:
     """Bound the tower's work in a step, unless the operator chose another cache manager."""
-    from scissor_vllm.encoder_budget import CACHE_MANAGER
+    from scissor_vllm.scheduler.encoder_budget import CACHE_MANAGER
 
     if args.ec_manager_config.encoder_cache_manager_cls is None:
         args.ec_manager_config.encoder_cache_manager_cls = CACHE_MANAGER

@@ -22,7 +22,28 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from scissor_vllm.refusal import Reason
+
+class Reason(StrEnum):
+    """Refusal reasons, used as a Prometheus label."""
+
+    INVALID_RATIO = "invalid_ratio"
+    """No number in (0, 1]."""
+    RATIO_BELOW_MINIMUM = "ratio_below_minimum"
+    UNSUPPORTED_MODEL = "unsupported_model"
+    """A ratio for a model whose videos are not compressed."""
+    PROCESSOR_OPTIONS = "processor_options"
+    """One of our settings in a request's ``mm_processor_kwargs``."""
+    UNREADABLE_VIDEO = "unreadable_video"
+    """No frame of it can be decoded."""
+    VIDEO_TOO_LARGE = "video_too_large"
+    """In bytes, decoded."""
+    VIDEO_TOO_LONG = "video_too_long"
+    """In tokens: for compression, or what is kept of it for a step of the engine."""
+    PROMPT_TOO_LONG = "prompt_too_long"
+    """For the model, after compression."""
+    OTHER = "other"
+    """vLLM's own: an unknown model, a video that cannot be fetched, a wrong parameter."""
+
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +82,7 @@ RETENTION_RATIO = "scissor_vllm:retention_ratio"
 the ratio in force, if it is not refused."""
 
 REFUSED_REQUESTS = "scissor_vllm:refused_requests"
-"""Counter by ``reason`` (see ``scissor_vllm.refusal``): chats refused that had a video, or a ratio
-that is none."""
+"""Counter by ``reason``: refused requests with a video or an invalid ratio."""
 
 SIMILARITY_THRESHOLD = "scissor_vllm:similarity_threshold"
 """Histogram, in the worker: the cosine above which a compressed video's tokens were connected, for

@@ -20,7 +20,7 @@ def register() -> None:
     check_vllm_version(vllm_version)
     from vllm import ModelRegistry
 
-    from scissor_vllm.video import register_video_loader
+    from scissor_vllm.frontend.video.loader import register_video_loader
 
     for architecture, implementation in MODELS.items():
         ModelRegistry.register_model(architecture, implementation)

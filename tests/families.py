@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.llava_onevision import build_config, build_tokenizer
-from scissor_vllm.retention import KEEP_VIDEO_POSITIONS
+from scissor_vllm.settings import KEEP_VIDEO_POSITIONS
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",

@@ -24,7 +24,7 @@ import torch
 from bench.serving import COMMANDS
 from scissor_vllm import CompressedTokens
 from scissor_vllm.compression import get_compressor
-from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 
 START_SECONDS = 300
 

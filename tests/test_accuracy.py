@@ -28,8 +28,8 @@ from bench.accuracy.scoring import choose, is_correct, normalize
 from bench.accuracy.statistics import Bootstrap, mcnemar, wilson
 from bench.accuracy.summary import OVERALL, Summary
 from bench.accuracy.table import markdown
-from scissor_vllm.bench.plot import read_accuracy
-from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.loadtest.plot import read_accuracy
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from tests.fake_vllm import FakeServer, fake_server
 
 ROOT = Path(__file__).parent.parent

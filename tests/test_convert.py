@@ -439,8 +439,8 @@ def processors() -> Iterator[Any]:
     from vllm.model_executor.models import llava_onevision as stock
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
+    from scissor_vllm.frontend.frame_cache import FRAMES
     from scissor_vllm.plugin import register
-    from scissor_vllm.reuse import FRAMES
 
     register()
 

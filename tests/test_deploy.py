@@ -290,8 +290,8 @@ def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(services: dict
         # 32 frames of LLaVA-OneVision and their newline, kept whole: vLLM takes no larger video.
         assert args["max_num_batched_tokens"] >= 32 * 196 + 1
     # What `scissor-vllm serve` does by itself, the chart's values say.
-    from scissor_vllm.encoder_budget import CACHE_MANAGER
-    from scissor_vllm.retention import RetentionPolicy
+    from scissor_vllm.scheduler.encoder_budget import CACHE_MANAGER
+    from scissor_vllm.settings import RetentionPolicy
 
     chart = parsed[3]
     assert chart["ec_manager_config"]["encoder_cache_manager_cls"] == CACHE_MANAGER
@@ -338,7 +338,7 @@ def test_settings_reach_the_server(tmp_path: Path) -> None:
 
 
 def test_the_load_tests_command_is_one_that_bench_takes(services: dict[str, Any]) -> None:
-    from scissor_vllm.bench.command import _run_parser
+    from scissor_vllm.loadtest.command import _run_parser
 
     bench, *argv = services["loadtest"]["command"]
     args = _run_parser().parse_args(argv)
@@ -352,7 +352,7 @@ def test_the_load_tests_command_is_one_that_bench_takes(services: dict[str, Any]
 def test_every_variable_that_is_set_for_vllm_is_one_that_it_reads(services: dict[str, Any]) -> None:
     import vllm.envs
 
-    from scissor_vllm import video
+    from scissor_vllm.frontend.video import loader as video
 
     named = {
         name

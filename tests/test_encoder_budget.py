@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from vllm.config.ec_manager_config import EncoderCacheManagerConfig
 
-from scissor_vllm.encoder_budget import CACHE_MANAGER, UncompressedBudgetCacheManager
-from scissor_vllm.processor import NUM_VIDEO_TOKENS
+from scissor_vllm.scheduler.encoder_budget import CACHE_MANAGER, UncompressedBudgetCacheManager
+from scissor_vllm.video_fields import NUM_VIDEO_TOKENS
 
 BUDGET = 8192
 _NUMBERS = itertools.count()

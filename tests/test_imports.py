@@ -15,34 +15,33 @@ ALLOWED = {
     "scissor_vllm.compression": (),
     "scissor_vllm.compression.methods": (),
     "scissor_vllm.cli": (),
-    "scissor_vllm.bench.command": (),
-    "scissor_vllm.bench.plot": (),
+    "scissor_vllm.loadtest.command": (),
+    "scissor_vllm.loadtest.plot": (),
     "scissor_vllm.models": (),
     "scissor_vllm.demo.client": (),
     "scissor_vllm.demo.model": (),
 }
 """Modules that import without any of HEAVY."""
 
+ENTRY = "scissor_vllm.frontend.endpoint"
+PROCESSOR = "scissor_vllm.frontend.processor"
+MODELS = "scissor_vllm.models"
+WORKER = "scissor_vllm.worker.video_compression"
+
 SEPARATE = {
-    "scissor_vllm.retention": ("scissor_vllm.processor", "scissor_vllm.server"),
-    "scissor_vllm.compression": ("scissor_vllm.processor", "scissor_vllm.tower"),
-    "scissor_vllm.pixels": (
-        "scissor_vllm.processor",
-        "scissor_vllm.server",
-        "scissor_vllm.tower",
-        "scissor_vllm.models",
+    "scissor_vllm.retention": (PROCESSOR, ENTRY),
+    "scissor_vllm.compression": (PROCESSOR, WORKER),
+    "scissor_vllm.frontend.frame_transport": (PROCESSOR, ENTRY, WORKER, MODELS),
+    "scissor_vllm.worker.positions": (PROCESSOR, ENTRY, WORKER, MODELS),
+    "scissor_vllm.frontend.frame_cache": (
+        "scissor_vllm.frontend.video.loader",
+        "scissor_vllm.frontend.frame_transport",
+        "vllm",
     ),
-    "scissor_vllm.positions": (
-        "scissor_vllm.processor",
-        "scissor_vllm.server",
-        "scissor_vllm.tower",
-        "scissor_vllm.models",
-    ),
-    "scissor_vllm.reuse": ("scissor_vllm.video", "scissor_vllm.pixels", "vllm"),
-    "scissor_vllm.tower": ("scissor_vllm.processor", "scissor_vllm.server", "scissor_vllm.models"),
-    "scissor_vllm.processor": ("scissor_vllm.server", "scissor_vllm.models", "scissor_vllm.tower"),
-    "scissor_vllm.models.llava_onevision": ("scissor_vllm.server", "scissor_vllm.plugin"),
-    "scissor_vllm.video": ("scissor_vllm.processor", "scissor_vllm.server", "scissor_vllm.models"),
+    WORKER: (PROCESSOR, ENTRY, MODELS),
+    PROCESSOR: (ENTRY, MODELS, WORKER),
+    "scissor_vllm.models.llava_onevision": (ENTRY, "scissor_vllm.plugin"),
+    "scissor_vllm.frontend.video.loader": (PROCESSOR, ENTRY, MODELS),
 }
 """Modules, and what must not come with them: nothing knows what lies before it on the way."""
 

@@ -17,17 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.bench.client import measure, read_stream
-from scissor_vllm.bench.clips import Clip, ClipShape, make_clips
-from scissor_vllm.bench.command import main
-from scissor_vllm.bench.plot import accuracy_figure, latency_figure, throughput_figure
-from scissor_vllm.bench.record import environment, write_json
-from scissor_vllm.bench.results import read_results
-from scissor_vllm.bench.server import difference, kv_cache_bytes_per_token, parse_metrics
-from scissor_vllm.bench.summary import parse_goodput, summarize_all
-from scissor_vllm.bench.table import csv_table, markdown_table, text_table
-from scissor_vllm.bench.workload import Cell, build_requests, cells, draw_ratios, parse_ratios
 from scissor_vllm.demo.model import demo_model_path
+from scissor_vllm.loadtest.client import measure, read_stream
+from scissor_vllm.loadtest.clips import Clip, ClipShape, make_clips
+from scissor_vllm.loadtest.command import main
+from scissor_vllm.loadtest.plot import accuracy_figure, latency_figure, throughput_figure
+from scissor_vllm.loadtest.record import environment, write_json
+from scissor_vllm.loadtest.results import read_results
+from scissor_vllm.loadtest.server import difference, kv_cache_bytes_per_token, parse_metrics
+from scissor_vllm.loadtest.summary import parse_goodput, summarize_all
+from scissor_vllm.loadtest.table import csv_table, markdown_table, text_table
+from scissor_vllm.loadtest.workload import Cell, build_requests, cells, draw_ratios, parse_ratios
 from tests.clips import decode_all
 from tests.conftest import TOKENS_PER_FRAME
 from tests.fake_vllm import METRICS, NUM_VIDEO_TOKENS, STAGES, fake_server
@@ -403,7 +403,7 @@ def test_an_aborted_sweep_keeps_its_cells_and_goes_on(
 
     with fake_server() as fake:
         with monkeypatch.context() as patch:
-            patch.setattr("scissor_vllm.bench.sweep.measure", abort)
+            patch.setattr("scissor_vllm.loadtest.sweep.measure", abort)
             status, content = bench(fake.base_url, *ratios)
         assert status == 130
         assert [row["retention_ratio"] for row in rows_of(content)] == ["1.0", "0.5"]
@@ -498,7 +498,7 @@ def test_a_server_that_dies_ends_the_sweep_and_its_cell_is_not_kept(
             object.__setattr__(settings, "base_url", gone.base_url)
         return await measure(requests, cell, settings, **options)
 
-    monkeypatch.setattr("scissor_vllm.bench.sweep.measure", die_before)
+    monkeypatch.setattr("scissor_vllm.loadtest.sweep.measure", die_before)
     with fake_server() as fake:
         status, content = bench(
             fake.base_url, "--retention-ratio", "0.5", "0.1", "0.2", "--num-prompts", "2"
@@ -769,7 +769,7 @@ def run_without(modules: tuple[str, ...], *arguments: str) -> subprocess.Complet
     code = (
         "import sys\n"
         f"for name in {modules!r}: sys.modules[name] = None\n"
-        "from scissor_vllm.bench.command import main\n"
+        "from scissor_vllm.loadtest.command import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     return subprocess.run(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from scissor_vllm.memory import keep_touched_memory
+from scissor_vllm.allocator import keep_touched_memory
 
 NUM_BLOCKS, NUM_BYTES, PAGE = 20, 40 << 20, 4096
 PR_SET_THP_DISABLE = 41
@@ -29,7 +29,7 @@ for _ in range({NUM_BLOCKS}):
     b"x" * {NUM_BYTES}
 print(faults() - before)
 """
-KEEP = "from scissor_vllm.memory import keep_touched_memory; keep_touched_memory()"
+KEEP = "from scissor_vllm.allocator import keep_touched_memory; keep_touched_memory()"
 
 
 def run(code: str, **environment: str) -> list[int]:

@@ -35,7 +35,7 @@ from bench.dashboard import (
 )
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
-from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from tests.clips import make_clip
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME
 from tests.serving import SCISSOR, OneServer, Server, message
@@ -293,7 +293,7 @@ def test_a_chat_with_a_video_is_a_span_around_vllms(
         "scissor_vllm.num_video_tokens": num_tokens,
         "scissor_vllm.num_retained_video_tokens": num_retained_tokens(num_tokens, 0.25),
         "scissor_vllm.method": DEFAULT_VIDEO_COMPRESSION,
-        "scissor_vllm.outcome": "answered",
+        "scissor_vllm.frontend.outcome": "answered",
     }
 
 
@@ -330,7 +330,7 @@ def test_a_refused_chat_is_in_the_trace_and_one_without_a_video_is_vllms_alone(
     (ours,) = collector.of_trace(refused, 1).values()
     assert ours.attributes == {
         "scissor_vllm.method": DEFAULT_VIDEO_COMPRESSION,
-        "scissor_vllm.outcome": "refused",
+        "scissor_vllm.frontend.outcome": "refused",
     }
     (stock,) = collector.of_trace(text, 1).values()
     assert (stock.name, stock.parent) == ("llm_request", PARENT)

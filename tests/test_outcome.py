@@ -12,16 +12,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import REGISTRY
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 
+from scissor_vllm.frontend.outcome import Chat, count_malformed, has_video
+from scissor_vllm.frontend.refusal import RefusedRequestError, RefusedVideoError
 from scissor_vllm.metrics import (
     REFUSED_REQUESTS,
     RETAINED_VIDEO_TOKENS,
     VIDEO_REQUESTS,
     VIDEO_TOKENS,
     Outcome,
+    Reason,
 )
-from scissor_vllm.outcome import Chat, count_malformed, has_video
-from scissor_vllm.processor import RefusedRequestError
-from scissor_vllm.refusal import Reason, RefusedVideoError
 from scissor_vllm.retention import RetentionReport
 
 METHOD = "method-of-this-test"

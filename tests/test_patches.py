@@ -16,8 +16,9 @@ from transformers import (
 )
 from transformers.image_processing_backends import TorchvisionBackend
 
-from scissor_vllm import pixels
-from scissor_vllm.patches import PatchShape, sending_frames, sends_frames
+from scissor_vllm.frontend import frame_transport as pixels
+from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
+from scissor_vllm.worker.patches import PatchShape
 from tests.families import build_qwen_tokenizer
 
 UNSAMPLED = {"do_sample_frames": False, "return_tensors": "pt"}

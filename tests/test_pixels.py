@@ -24,22 +24,21 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.utils import group_and_batch_mm_items
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm import pixels as pixels_module
 from scissor_vllm.demo.model import demo_model_path
-from scissor_vllm.pixels import (
+from scissor_vllm.frontend import frame_transport as pixels_module
+from scissor_vllm.frontend.frame_cache import FRAMES
+from scissor_vllm.frontend.frame_transport import get_normalization
+from scissor_vllm.normalization import normalized
+from scissor_vllm.plugin import register
+from scissor_vllm.video_fields import (
     FRAME_OF,
+    NUM_RETAINED,
+    NUM_VIDEO_TOKENS,
     PIXEL_NORMALIZATION,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
-    VideoPixels,
-    batched_pixels,
-    get_normalization,
-    normalized,
-    take_video_pixels,
 )
-from scissor_vllm.plugin import register
-from scissor_vllm.processor import NUM_RETAINED, NUM_VIDEO_TOKENS
-from scissor_vllm.reuse import FRAMES
+from scissor_vllm.worker.video_pixels import VideoPixels, batched_pixels, take_video_pixels
 from tests.conftest import TOKENS_PER_FRAME
 
 SIDE: int = AutoConfig.from_pretrained(demo_model_path()).vision_config.image_size

@@ -17,8 +17,8 @@ import pytest
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.model import demo_model_path
+from scissor_vllm.frontend.endpoint import SWITCH_INTERVAL_SECONDS, RetentionEndpoint
 from scissor_vllm.plugin import check_vllm_version
-from scissor_vllm.server import SWITCH_INTERVAL_SECONDS, RetentionEndpoint
 from tests.conftest import DEMO_FLAGS, NUM_FRAMES, TOKENS_PER_FRAME
 from tests.serving import STOCK, OneServer, Server, same_answer, steps
 

@@ -15,7 +15,7 @@ from scissor_vllm import compress
 from scissor_vllm.compression import CompressedTokens, get_compressor
 from scissor_vllm.compression.members import last_members, member_means, representative_members
 from scissor_vllm.models.patch_grid import PatchGridModel
-from scissor_vllm.positions import (
+from scissor_vllm.worker.positions import (
     CarriedPositions,
     VideoPlace,
     carried_positions,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scissor_vllm.bench.process import free_port, is_taken, running_server
+from scissor_vllm.loadtest.process import free_port, is_taken, running_server
 
 SERVER = """
 import http.server, sys
@@ -24,7 +24,7 @@ http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
 RUN = """
 import sys, time
 from pathlib import Path
-from scissor_vllm.bench.process import end_on_sigterm, running_server
+from scissor_vllm.loadtest.process import end_on_sigterm, running_server
 end_on_sigterm()
 command, port, log = [sys.executable, "-c", sys.argv[1]], int(sys.argv[2]), Path(sys.argv[3])
 with running_server("it", command, port=port, log=log, timeout_seconds=60):

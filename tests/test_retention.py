@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.retention import RetentionPolicy
+from scissor_vllm.settings import RetentionPolicy
 
 thorough = settings(deadline=None, derandomize=True, max_examples=300)
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)

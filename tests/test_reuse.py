@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from scissor_vllm.reuse import CacheSizes, FeatureCache, FrameCache
+from scissor_vllm.frontend.frame_cache import FrameCache
+from scissor_vllm.settings import CacheSizes
+from scissor_vllm.worker.feature_cache import FeatureCache
 
 CPU = torch.device("cpu")
 MIB = 1024**2

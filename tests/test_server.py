@@ -15,7 +15,7 @@ import pytest
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from tests.clips import make_audio, make_clip
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME, stock_questions
 from tests.serving import SCISSOR, OneServer, Server, message, same_answer, steps

@@ -15,7 +15,7 @@ from bench.world.heldout import write_clip, write_split
 from bench.world.questions import ask
 from bench.world.scene import sample_scene
 from scissor_vllm.demo.client import ANSWER, CLIP, QUESTION
-from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from tests.clips import decode_all
 from tests.serving import SCISSOR, OneServer, steps
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import serving
-from scissor_vllm.bench.results import read_results
+from scissor_vllm.loadtest.results import read_results
 
 ROOT = Path(__file__).parent.parent
 FAKE = """

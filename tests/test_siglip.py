@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import SiglipVisionConfig
 from bench.tower import make_tower
-from scissor_vllm.siglip import fused_encoder
+from scissor_vllm.worker.siglip import fused_encoder
 
 config = SiglipVisionConfig(
     hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
@@ -83,7 +83,7 @@ def test_interpreted_on_the_cpu_it_gives_what_vllm_gives() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_as_near_to_exact_as_vllm() -> None:
     from bench.tower import SO400M, make_tower
-    from scissor_vllm.siglip import fused_encoder
+    from scissor_vllm.worker.siglip import fused_encoder
 
     device = torch.device("cuda")
     tower = make_tower(SO400M, device, torch.bfloat16)

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, layer_norm
 from transformers import SiglipVisionConfig
 from bench.tower import make_tower
 from scissor_vllm import siglip_fp8
-from scissor_vllm.siglip_fp8 import Fp8Encoder
+from scissor_vllm.worker.siglip_fp8 import Fp8Encoder
 
 class Hopper:
     device_name = "a GPU"
@@ -149,7 +149,7 @@ def test_on_a_gpu_it_is_near_to_exact() -> None:
     from vllm.platforms import current_platform
 
     from bench.tower import SO400M, make_tower
-    from scissor_vllm.siglip_fp8 import DTYPE, LARGEST, Fp8Encoder, quantized
+    from scissor_vllm.worker.siglip_fp8 import DTYPE, LARGEST, Fp8Encoder, quantized
 
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from scissor_vllm import tower
-from scissor_vllm.pixels import VideoPixels
-from scissor_vllm.tower import VideoCompression
+from scissor_vllm.worker import video_compression as tower
+from scissor_vllm.worker.video_compression import VideoCompression
+from scissor_vllm.worker.video_pixels import VideoPixels
 
 TOKENS_PER_FRAME = 4
 WIDTH = 8

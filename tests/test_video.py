@@ -28,8 +28,8 @@ from vllm.multimodal.video import (
     get_video_loader_backend_for_processor,
 )
 
-from scissor_vllm.reuse import FrameCache
-from scissor_vllm.video import (
+from scissor_vllm.frontend.frame_cache import FrameCache
+from scissor_vllm.frontend.video.loader import (
     _DECODING,
     MAX_DECODE_BYTES_VARIABLE,
     DecordVideoBackend,
@@ -249,12 +249,12 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     monkeypatch.setattr("decord.VideoReader", recording)
     data = make_clip(folder / "threads.mp4", num_frames=64, gop=64).read_bytes()
     DecordVideoBackend.load_bytes(data, num_frames=32)
-    monkeypatch.setattr("scissor_vllm.video._PIXELS_WORTH_A_THREAD", 1)
-    monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: 8)
+    monkeypatch.setattr("scissor_vllm.frontend.video.loader._PIXELS_WORTH_A_THREAD", 1)
+    monkeypatch.setattr("scissor_vllm.frontend.video.loader.num_cpus", lambda: 8)
     DecordVideoBackend.load_bytes(data, num_frames=32)
     with _DECODING:
         DecordVideoBackend.load_bytes(data, num_frames=32)
-    monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: 64)
+    monkeypatch.setattr("scissor_vllm.frontend.video.loader.num_cpus", lambda: 64)
     DecordVideoBackend.load_bytes(data, num_frames=32)
     assert asked == [1, 8, 4, 16]
 
@@ -263,7 +263,7 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
 def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
     clip: Path, num_cpus: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scissor_vllm.video.num_cpus", lambda: num_cpus)
+    monkeypatch.setattr("scissor_vllm.frontend.video.loader.num_cpus", lambda: num_cpus)
     begun: queue.Queue[bytes] = queue.Queue()
     before_all = _DECODING._num_came
 
@@ -312,7 +312,7 @@ def test_a_file_that_is_kept_is_decoded_once_for_each_setting(
         pass
 
     monkeypatch.setattr(DecordVideoBackend, "_decode", classmethod(recording))
-    monkeypatch.setattr("scissor_vllm.video.FRAMES", FrameCache(2**30))
+    monkeypatch.setattr("scissor_vllm.frontend.video.loader.FRAMES", FrameCache(2**30))
     data = clip.read_bytes()
     first, metadata = load(data, num_frames=4)
     again, same_metadata = load(data[:1] + data[1:], num_frames=4)
@@ -482,7 +482,7 @@ def test_damaged_files_load_or_are_value_errors(folder: Path, clip: Path) -> Non
 DAMAGE = """
 import os, random, struct, sys
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
-from scissor_vllm.video import DecordVideoBackend, register_video_loader
+from scissor_vllm.frontend.video.loader import DecordVideoBackend, register_video_loader
 
 assert "decord" not in VIDEO_LOADER_REGISTRY.name2class, "the import alone registered a loader"
 assert "OPENCV_FFMPEG_LOGLEVEL" not in os.environ, "the import alone changed the environment"

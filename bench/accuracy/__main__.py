@@ -3,7 +3,7 @@
 import sys
 
 from bench.accuracy.command import main
-from scissor_vllm.bench.process import end_on_sigterm
+from scissor_vllm.loadtest.process import end_on_sigterm
 
 end_on_sigterm()
 sys.exit(main(sys.argv[1:]))

@@ -25,10 +25,11 @@ from bench.accuracy.results import Results, open_results, read_results
 from bench.accuracy.servers import MethodServer, split_serve_options
 from bench.accuracy.summary import Summary, accuracy_file
 from bench.accuracy.table import csv_table, markdown
-from scissor_vllm.bench.record import environment, write_json, write_text
-from scissor_vllm.bench.server import ServerError, describe_server
 from scissor_vllm.compression import METHODS
-from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION, check_retention_ratio
+from scissor_vllm.loadtest.record import environment, write_json, write_text
+from scissor_vllm.loadtest.server import ServerError, describe_server
+from scissor_vllm.retention import check_retention_ratio
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 
 RATIOS = (1.0, 0.5, 0.35, 0.25, 0.1, 0.07, 0.05)
 PROG = "python -m bench.accuracy"

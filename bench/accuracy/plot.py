@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.accuracy.questions import HarnessError
 from bench.accuracy.summary import OVERALL, Summary
-from scissor_vllm.bench.plot import MARKERS, save_figure
+from scissor_vllm.loadtest.plot import MARKERS, save_figure
 
 _COLUMNS = 3
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from scissor_vllm.bench.record import write_text
+from scissor_vllm.loadtest.record import write_text
 
 QUESTIONS = "questions.jsonl"
 

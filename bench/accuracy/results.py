@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy.questions import HarnessError, Question
-from scissor_vllm.bench.record import write_json
+from scissor_vllm.loadtest.record import write_json
 
 FORMAT = 1
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scissor_vllm.bench.process import free_port, running_server
+from scissor_vllm.loadtest.process import free_port, running_server
 
 SERVE = (sys.executable, "-m", "scissor_vllm.cli", "serve")
 

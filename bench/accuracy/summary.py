@@ -14,7 +14,7 @@ import numpy as np
 from bench.accuracy.questions import HarnessError
 from bench.accuracy.results import Results, Run
 from bench.accuracy.statistics import Bootstrap, Estimate, mcnemar, wilson
-from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 
 OVERALL = "overall"
 """Instead of a skill: the mean over skills, each weighing the same."""

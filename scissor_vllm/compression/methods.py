@@ -15,8 +15,8 @@ SELECTORS: Mapping[str, Compressor | str] = {
     "uniform": select_evenly,
     "random": select_randomly,
     "l2norm": select_longest,
-    "evs": "scissor_vllm.vllm_selectors:select_by_evs",
-    "vidcom2": "scissor_vllm.vllm_selectors:select_by_vidcom2",
+    "evs": "scissor_vllm.compression.vllm_selectors:select_by_evs",
+    "vidcom2": "scissor_vllm.compression.vllm_selectors:select_by_vidcom2",
 }
 """Methods that keep tokens as they are and drop the others. What needs vLLM is named as
 ``module:function`` and imported when it is asked for."""

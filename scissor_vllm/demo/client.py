@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scissor_vllm.bench.process import free_port, running_server
 from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
+from scissor_vllm.loadtest.process import free_port, running_server
 
 CLIP = Path(__file__).with_name("clip.mp4")
 """Made by ``bench/demo_clip.py``."""

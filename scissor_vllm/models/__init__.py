@@ -2,8 +2,8 @@
 
 A file says what its family changes against vLLM's class; what several share is in ``frames`` (their
 tower takes frames one by one) and ``patch_grid`` (a grid of patches of any size, M-RoPE), what all
-share in ``scissor_vllm.processor`` and ``scissor_vllm.tower``. ``carried_positions`` is of those
-whose tokens keep their positions.
+share in ``scissor_vllm.frontend.processor`` and ``scissor_vllm.worker.video_compression``.
+``carried_positions`` is of those whose tokens keep their positions.
 """
 
 MODELS = {

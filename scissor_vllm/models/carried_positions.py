@@ -1,7 +1,7 @@
 """What models share whose compressed videos' rows carry their own positions.
 
-See ``scissor_vllm.positions`` for the two parts: a prompt's positions before anything is encoded,
-and those that come with the rows.
+See ``scissor_vllm.worker.positions`` for the two parts: a prompt's positions before anything is
+encoded, and those that come with the rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-from scissor_vllm.positions import carried_positions, placed, runs_of, uncompressed
-from scissor_vllm.processor import NUM_RETAINED, NUM_VIDEO_TOKENS
+from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS
+from scissor_vllm.worker.positions import carried_positions, placed, runs_of, uncompressed
 
 
 class CarriedPositionsModel:

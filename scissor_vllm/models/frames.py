@@ -30,23 +30,13 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from scissor_vllm.compression.members import last_members
+from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
 from scissor_vllm.models.carried_positions import CarriedPositionsModel, delta_of
-from scissor_vllm.pixels import (
-    FRAME_OF,
-    VIDEO_FRAMES,
-    VideoPixels,
-    batched_pixels,
-    take_video_pixels,
-)
-from scissor_vllm.positions import VideoPlace, with_positions
-from scissor_vllm.processor import (
-    NUM_RETAINED,
-    NUM_VIDEO_TOKENS,
-    RetentionProcessingInfo,
-    RetentionProcessor,
-)
-from scissor_vllm.tower import VideoCompression
+from scissor_vllm.video_fields import FRAME_OF, NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_FRAMES
 from scissor_vllm.vllm_compat import ask_model_for_positions
+from scissor_vllm.worker.positions import VideoPlace, with_positions
+from scissor_vllm.worker.video_compression import VideoCompression
+from scissor_vllm.worker.video_pixels import VideoPixels, batched_pixels, take_video_pixels
 
 _ROOM_FOR_ANSWERS = 4096
 """Positions behind a prompt that there must be for its videos' to be kept, if answers may be so
@@ -128,7 +118,7 @@ class FramesModel(CarriedPositionsModel):
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
         self._fp8_encoder: Any = None
         if self.video_compression.encoder_dtype == "fp8":
-            from scissor_vllm.siglip_fp8 import Fp8Encoder
+            from scissor_vllm.worker.siglip_fp8 import Fp8Encoder
 
             self._fp8_encoder = Fp8Encoder(self.vision_tower, current_platform)
         self.keeps_positions = keeps_positions
@@ -180,7 +170,7 @@ class FramesModel(CarriedPositionsModel):
                 return self._features(pixels)
         if not pixels.is_cuda or len(pixels) < FUSED_FRAMES:
             return self._features(pixels)
-        from scissor_vllm.siglip import fused_encoder
+        from scissor_vllm.worker.siglip import fused_encoder
 
         with fused_encoder(self.vision_tower):
             return self._features(pixels)

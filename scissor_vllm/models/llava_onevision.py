@@ -22,7 +22,7 @@ from scissor_vllm.models.frames import (
     FramesProcessingInfo,
     FramesProcessor,
 )
-from scissor_vllm.pixels import VideoPixels
+from scissor_vllm.worker.video_pixels import VideoPixels
 
 _POOLING_STRIDE = 2
 

@@ -5,10 +5,10 @@ against vLLM's classes:
 - a video of N tokens has K placeholders;
 - videos of a batch with any ratio below 1.0 go through the vision tower one by one;
 - a video's rows are in the order of their representative members and carry their positions, see
-  ``scissor_vllm.positions``. With pipeline parallelism, where vLLM tells later ranks no positions
-  that are known after encoding, they carry none and stand evenly spaced in the video;
+  ``scissor_vllm.worker.positions``. With pipeline parallelism, where vLLM tells later ranks no
+  positions that are known after encoding, they carry none and stand evenly spaced in the video;
 - videos are encoded without CUDA graphs;
-- a video's frames travel as they are, patches are made on the device, see ``scissor_vllm.patches``.
+- a video's frames travel as they are, patches are made on the device, see ``worker.patches``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,19 +29,23 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import member_means, representative_members
+from scissor_vllm.frontend.frame_transport import identity_of
+from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
+from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
 from scissor_vllm.models.carried_positions import CarriedPositionsModel
-from scissor_vllm.patches import FRAME_SIZE, PatchShape, sending_frames, sends_frames
-from scissor_vllm.pixels import PIXEL_NORMALIZATION, VIDEO_IDENTITY, VideoPixels, identity_of
-from scissor_vllm.positions import VideoPlace, text_and_pads, video_alone, with_positions
-from scissor_vllm.processor import (
+from scissor_vllm.settings import VIDEO_ENCODER_DTYPE, RetentionPolicy
+from scissor_vllm.video_fields import (
+    FRAME_SIZE,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
-    RetentionProcessingInfo,
-    RetentionProcessor,
+    PIXEL_NORMALIZATION,
+    VIDEO_IDENTITY,
 )
-from scissor_vllm.retention import VIDEO_ENCODER_DTYPE, RetentionPolicy
-from scissor_vllm.tower import VideoCompression
 from scissor_vllm.vllm_compat import ask_model_for_positions
+from scissor_vllm.worker.patches import PatchShape
+from scissor_vllm.worker.positions import VideoPlace, text_and_pads, video_alone, with_positions
+from scissor_vllm.worker.video_compression import VideoCompression
+from scissor_vllm.worker.video_pixels import VideoPixels
 
 _GRID, _PIXELS = "video_grid_thw", "pixel_values_videos"
 _WARM_UP_TOKENS_PER_FRAME = 256

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     from scissor_vllm.compression import METHODS
-    from scissor_vllm.retention import DEFAULT_VIDEO_COMPRESSION
+    from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 
     parser = argparse.ArgumentParser(prog="scissor-vllm show", description=__doc__)
     parser.add_argument("video", type=Path, help="a video file")
@@ -147,7 +147,7 @@ def _decode(video: Path, num_frames: int, video_processor: str) -> tuple[Any, di
             f"a video file may have {MAX_VIDEO_BYTES} bytes, got {size} of {video}: cut it"
         )
     try:
-        from scissor_vllm.video import loader_for
+        from scissor_vllm.frontend.video.loader import loader_for
     except ImportError as error:
         raise ImportError(
             f"videos are decoded by vLLM's loaders, which cannot be imported ({error}): install "

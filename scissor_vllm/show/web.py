@@ -25,9 +25,8 @@ from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
-from scissor_vllm.processor import NUM_RETAINED, NUM_VIDEO_TOKENS
+from scissor_vllm.frontend.request import RetentionTokenizeChatRequest
 from scissor_vllm.retention import RetentionReport
-from scissor_vllm.server import RetentionTokenizeChatRequest
 from scissor_vllm.show.picture import (
     Grouping,
     Picture,
@@ -37,6 +36,7 @@ from scissor_vllm.show.picture import (
     times_of,
 )
 from scissor_vllm.show.worker import METHOD, Groups, encoded
+from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS
 
 PAGE_PATH = "/scissor"
 PICTURE_PATH = "/v1/scissor/picture"

@@ -16,19 +16,20 @@ from fastapi.responses import StreamingResponse
 from starlette.responses import Response
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
+from scissor_vllm.frontend.refusal import reason_of
+from scissor_vllm.frontend.tracing import NO_SPAN, CompressionSpan
 from scissor_vllm.metrics import (
     Outcome,
+    Reason,
     count_refusal,
     count_request,
     count_tokens,
 )
-from scissor_vllm.refusal import Reason, reason_of
 from scissor_vllm.retention import (
     RETENTION_RATIO,
     RetentionReport,
     check_retention_ratio,
 )
-from scissor_vllm.tracing import NO_SPAN, CompressionSpan
 
 _LAST_EVENT = "data: [DONE]"
 _ERROR_EVENT = 'data: {"error"'

@@ -48,9 +48,9 @@ from vllm.multimodal.video_decoders import (
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from scissor_vllm.cpus import num_cpus
-from scissor_vllm.metrics import CLOCK
-from scissor_vllm.refusal import Reason, RefusedVideoError
-from scissor_vllm.reuse import FRAMES
+from scissor_vllm.frontend.frame_cache import FRAMES
+from scissor_vllm.frontend.refusal import RefusedVideoError
+from scissor_vllm.metrics import CLOCK, Reason
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ class DecordVideoBackend(VideoBackend):
         """Sampled frames, uint8 RGB (num_sampled, height, width, 3), and their metadata.
 
         The metadata's `frames_indices` name the frames, and its `video_backend` what decoded them.
-        Frames that are kept for another request (see `scissor_vllm.reuse`) cannot be written to.
+        Frames that are kept for another request (see `scissor_vllm.frontend.frame_cache`) are
+        read-only.
 
         Args:
             data: the bytes of a video file.

@@ -10,19 +10,13 @@ same.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from scissor_vllm.pixels import get_normalization, in_threads, normalized, rgb_view
-
-FRAME_SIZE = "video_frame_size"
-"""Field of a video's data: height and width of its frames, int64 (2,), kept on the CPU. Only where
-its pixels are frames, not patches: rows of the same number and length, but a frame's rows of pixels
-one after the other."""
+from scissor_vllm.frontend.frame_transport import get_normalization, in_threads, rgb_view
 
 _NUM_CHANNELS = 3
 
@@ -133,44 +127,3 @@ def _of_frames(video_processor: type) -> type:
     # vLLM knows video processors by their class's name.
     bases = (_VideoFrames, video_processor, _InThreads)
     return type(video_processor.__name__, bases, {})
-
-
-@dataclass(frozen=True)
-class PatchShape:
-    """How a tower's patches lie in frames."""
-
-    size: int
-    """Pixels of both sides."""
-    num_frames: int
-    """Frames of a patch."""
-    num_merged: int
-    """Patches that make a token, in each direction: these follow each other."""
-
-    def patches_of(
-        self,
-        rows: torch.Tensor,
-        frame_size: tuple[int, int],
-        normalization: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Return patches as the Hugging Face processor makes them, (n, C * frames * size * size).
-
-        Args:
-            rows: of the same shape, the frames of some temporal patches.
-            frame_size: height and width.
-            normalization: float32 (2, C) on the same device, None for frames that need none.
-            dtype: of normalized patches.
-        """
-        height, width = frame_size
-        frames = rows.reshape(-1, height, width, _NUM_CHANNELS)
-        if normalization is None:
-            frames = frames.permute(0, 3, 1, 2)
-        else:
-            frames = normalized(frames, normalization, dtype)
-        merged, size = self.num_merged, self.size
-        cells = frames.reshape(
-            *(-1, self.num_frames, _NUM_CHANNELS),
-            *(height // size // merged, merged, size),
-            *(width // size // merged, merged, size),
-        )
-        return cells.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(rows), -1)

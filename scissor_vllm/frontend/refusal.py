@@ -1,29 +1,10 @@
 """Why a request is refused: one word of few, for whoever counts them."""
 
 import re
-from enum import StrEnum
 
+from vllm.exceptions import VLLMValidationError
 
-class Reason(StrEnum):
-    """The values of the label ``reason``."""
-
-    INVALID_RATIO = "invalid_ratio"
-    """No number in (0, 1]."""
-    RATIO_BELOW_MINIMUM = "ratio_below_minimum"
-    UNSUPPORTED_MODEL = "unsupported_model"
-    """A ratio for a model whose videos are not compressed."""
-    PROCESSOR_OPTIONS = "processor_options"
-    """One of our settings in a request's ``mm_processor_kwargs``."""
-    UNREADABLE_VIDEO = "unreadable_video"
-    """No frame of it can be decoded."""
-    VIDEO_TOO_LARGE = "video_too_large"
-    """In bytes, decoded."""
-    VIDEO_TOO_LONG = "video_too_long"
-    """In tokens: for compression, or what is kept of it for a step of the engine."""
-    PROMPT_TOO_LONG = "prompt_too_long"
-    """For the model, after compression."""
-    OTHER = "other"
-    """vLLM's own: an unknown model, a video that cannot be fetched, a wrong parameter."""
+from scissor_vllm.metrics import Reason
 
 
 class RefusedVideoError(ValueError):
@@ -52,3 +33,13 @@ def reason_of(error: BaseException | None) -> Reason:
                 return found
         error = error.__cause__
     return Reason.OTHER
+
+
+class RefusedRequestError(VLLMValidationError):
+    """A client's mistake, which vLLM answers with 400, and its reason for who counts them."""
+
+    def __init__(
+        self, message: str, *, parameter: str | None = None, reason: Reason = Reason.OTHER
+    ) -> None:
+        super().__init__(message, parameter=parameter)
+        self.reason = reason

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from scissor_vllm.bench.clips import Clip
+from scissor_vllm.loadtest.clips import Clip
 from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
 
 STOCK = "stock"

@@ -14,9 +14,8 @@ a processor that rescales or normalizes otherwise, or an option that could chang
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -28,27 +27,11 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import InputProcessingContext
 
 from scissor_vllm.cpus import num_cpus
-
-VIDEO_FRAMES = "video_frames"
-"""Field of a video's data: resized frames, uint8 (T, H, W, C)."""
-PIXEL_NORMALIZATION = "pixel_normalization"
-"""Field of a video's data: mean and standard deviation of each channel, float32 (2, C), in units of
-uint8's values. Frames and this come together."""
-
-FRAME_OF = "video_frame_of"
-"""Field of a video's data: which of ``VIDEO_FRAMES`` each of its T frames is, int64 (T,), kept on
-the CPU. Only where a frame repeats the one before it and the video is compressed: the tower then
-encodes it once. (Uncompressed, the tower must see what it sees in stock vLLM.)"""
-
-VIDEO_IDENTITY = "video_identity"
-"""Field of a video's data: hash of its fields above, int64 (4,), kept on the CPU. Only where the
-model keeps what its tower makes of them."""
+from scissor_vllm.normalization import normalized
 
 _NUM_CHANNELS = 3
 _NUM_VALUES = 256
 _IDENTITY_BYTES = 32
-_FRAMES_AT_ONCE = 16
-"""Frames that are held in float32 at a time: 27 MiB of 384 x 384."""
 
 _OPTIONS_BEFORE_NORMALIZATION = {
     "crop_size",
@@ -220,25 +203,6 @@ def get_normalization(video_processor: Any) -> torch.Tensor | None:
     return normalization if same else None
 
 
-def normalized(
-    frames: torch.Tensor, normalization: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return (T, C, H, W) in ``dtype``: (frames - mean) / std, computed in float32.
-
-    Args:
-        frames: uint8 (T, H, W, C).
-        normalization: float32 (2, C) on the same device.
-        dtype: the model's.
-    """
-    num_frames, height, width, num_channels = frames.shape
-    mean, std = normalization[:, :, None, None].unbind()
-    out = torch.empty((num_frames, num_channels, height, width), dtype=dtype, device=frames.device)
-    for few, place in zip(frames.split(_FRAMES_AT_ONCE), out.split(_FRAMES_AT_ONCE), strict=True):
-        values = few.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        place.copy_(values.sub_(mean).div_(std))
-    return out
-
-
 def without_repeats(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return frames (T, ...) without those that are equal to the one before, and ``FRAME_OF``."""
     is_new = [True, *(not torch.equal(*pair) for pair in pairwise(frames))]
@@ -257,83 +221,3 @@ def identity_of(algorithm: MMHasherAlgorithm, **fields: torch.Tensor) -> torch.T
         algorithm, **{name: field.numpy() for name, field in fields.items()}
     )
     return torch.frombuffer(bytearray.fromhex(digest)[:_IDENTITY_BYTES], dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class VideoPixels:
-    """One video's pixels on the model's device, given to the tower in the model's dtype."""
-
-    pixels: torch.Tensor
-    """As stock's processor prepares them, a frame's pixels (T, ...) in the model's dtype, or
-    ``VIDEO_FRAMES``."""
-    normalization: torch.Tensor | None = None
-    """``PIXEL_NORMALIZATION`` of frames, None for stock's pixels."""
-    dtype: torch.dtype | None = None
-    """The model's, for frames."""
-    identity: bytes | None = None
-    """``VIDEO_IDENTITY``, None for pixels that are not recognized again."""
-    frame_of: torch.Tensor | None = None
-    """``FRAME_OF``, None if every frame is there."""
-    tokens_per_frame: int | None = None
-    """P, where it differs by video; None for the model's own."""
-
-    def __len__(self) -> int:
-        return len(self.pixels if self.frame_of is None else self.frame_of)
-
-    def split(self, num_frames: int) -> Iterator[torch.Tensor]:
-        """Yield pixels of at most so many frames, (t, C, H, W), made when they are asked for.
-
-        A frame that repeats the one before it is not among them, see ``repeated``.
-        """
-        for few in self.pixels.split(num_frames):
-            yield self._for_tower(few)
-
-    def repeated(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows (T, ...) from those of the frames that ``split`` gave."""
-        if self.frame_of is None:
-            return rows
-        return rows[self.frame_of.to(rows.device, non_blocking=True)]
-
-    def whole(self) -> torch.Tensor:
-        """Return all pixels, (T, C, H, W)."""
-        return self.repeated(self._for_tower(self.pixels))
-
-    def _for_tower(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self.normalization is None or self.dtype is None:
-            return pixels
-        return normalized(pixels, self.normalization, self.dtype)
-
-
-def batched_pixels(videos: list[VideoPixels]) -> torch.Tensor | list[torch.Tensor]:
-    """Return all pixels as vLLM batches them: (B, T, C, H, W), a list where lengths differ."""
-    whole = [video.whole() for video in videos]
-    if len({len(pixels) for pixels in whole}) > 1:
-        return whole
-    return whole[0][None] if len(whole) == 1 else torch.stack(whole)
-
-
-def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoPixels]:
-    """Take ``VIDEO_FRAMES`` out of the fields of a batch and return them, [] if there are none.
-
-    Args:
-        fields: what vLLM calls ``embed_multimodal`` with: frames (B, T, H, W, C), or a list if
-            lengths differ, their normalization (B, 2, C), and if any their identities (B, 4) and
-            what repeats, (B, T) or a list.
-        dtype: the model's.
-    """
-    frames = fields.pop(VIDEO_FRAMES, None)
-    normalization = fields.pop(PIXEL_NORMALIZATION, None)
-    identities = fields.pop(VIDEO_IDENTITY, None)
-    repeats = fields.pop(FRAME_OF, None)
-    if frames is None:
-        return []
-    if identities is None:
-        names: list[bytes | None] = [None] * len(frames)
-    else:
-        names = [identity.numpy().tobytes() for identity in identities]
-    if repeats is None:
-        repeats = [None] * len(frames)
-    return [
-        VideoPixels(pixels, scale, dtype, name, frame_of)
-        for pixels, scale, name, frame_of in zip(frames, normalization, names, repeats, strict=True)
-    ]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scissor_vllm.bench.workload import ratio_name
+from scissor_vllm.loadtest.workload import ratio_name
 from scissor_vllm.metrics import VIDEO_CACHE_HITS, VIDEO_CACHE_QUERIES, VIDEO_STAGE_SECONDS
 
 PERCENTILES = (50, 90, 99)

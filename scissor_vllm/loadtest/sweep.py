@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scissor_vllm.bench.client import ChatSettings, measure
-from scissor_vllm.bench.clips import Clip
-from scissor_vllm.bench.results import ResultFile, find_cell
-from scissor_vllm.bench.server import Metrics, UsageSampler, check_health, difference
-from scissor_vllm.bench.summary import summarize
-from scissor_vllm.bench.workload import Cell, build_requests
+from scissor_vllm.loadtest.client import ChatSettings, measure
+from scissor_vllm.loadtest.clips import Clip
+from scissor_vllm.loadtest.results import ResultFile, find_cell
+from scissor_vllm.loadtest.server import Metrics, UsageSampler, check_health, difference
+from scissor_vllm.loadtest.summary import summarize
+from scissor_vllm.loadtest.workload import Cell, build_requests
 
 
 @dataclass(frozen=True)

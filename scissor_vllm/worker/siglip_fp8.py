@@ -23,9 +23,9 @@ from torch import nn
 from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from scissor_vllm.retention import VIDEO_ENCODER_DTYPE
-from scissor_vllm.siglip import encoding_by, plain_layers
-from scissor_vllm.siglip_kernels import add_norm_quantize, quantize
+from scissor_vllm.settings import VIDEO_ENCODER_DTYPE
+from scissor_vllm.worker.siglip import encoding_by, plain_layers
+from scissor_vllm.worker.siglip_kernels import add_norm_quantize, quantize
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max

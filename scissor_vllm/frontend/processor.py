@@ -25,43 +25,26 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from scissor_vllm.metrics import CLOCK
-from scissor_vllm.pixels import (
-    FRAME_OF,
-    PIXEL_NORMALIZATION,
-    VIDEO_FRAMES,
-    VIDEO_IDENTITY,
-    identity_of,
-    resized_frames,
-    without_repeats,
-)
-from scissor_vllm.refusal import Reason
+from scissor_vllm.frontend.frame_cache import FRAMES
+from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
+from scissor_vllm.frontend.refusal import RefusedRequestError
+from scissor_vllm.metrics import CLOCK, Reason
 from scissor_vllm.retention import (
     RETENTION,
     RETENTION_RATIO,
     RETENTION_REPORT,
-    RetentionPolicy,
     RetentionReport,
     num_retained_tokens,
-    without_own_keys,
 )
-from scissor_vllm.reuse import FRAMES, CacheSizes
-
-NUM_RETAINED = "num_retained"
-"""Field of each video's data: K, an int64 of its own, kept on the CPU."""
-
-NUM_VIDEO_TOKENS = "num_video_tokens"
-"""The same for N, by which the scheduler bounds what the tower does in one step."""
-
-
-class RefusedRequestError(VLLMValidationError):
-    """A client's mistake, which vLLM answers with 400, and its reason for who counts them."""
-
-    def __init__(
-        self, message: str, *, parameter: str | None = None, reason: Reason = Reason.OTHER
-    ) -> None:
-        super().__init__(message, parameter=parameter)
-        self.reason = reason
+from scissor_vllm.settings import CacheSizes, RetentionPolicy, without_own_keys
+from scissor_vllm.video_fields import (
+    FRAME_OF,
+    NUM_RETAINED,
+    NUM_VIDEO_TOKENS,
+    PIXEL_NORMALIZATION,
+    VIDEO_FRAMES,
+    VIDEO_IDENTITY,
+)
 
 
 def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingContext:
@@ -258,7 +241,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object], ratio: float
     ) -> BatchFeature:
         """Return what the Hugging Face processor makes of the items, videos resized only if that
-        comes to the same; see ``scissor_vllm.pixels``.
+        comes to the same; see ``scissor_vllm.frontend.frame_transport``.
         """
         videos = self._resized_videos(mm_items, hf_kwargs)
         if videos:
@@ -276,7 +259,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         videos: list[tuple[torch.Tensor, torch.Tensor]],
         ratio: float,
     ) -> None:
-        """Put resized videos among what goes to the engine, see ``scissor_vllm.pixels``."""
+        """Put resized videos among what goes to the engine, see ``frame_transport``."""
         frames = [resized for resized, _ in videos]
         normalizations = [normalization for _, normalization in videos]
         frame_of = [torch.arange(len(resized)) for resized in frames]

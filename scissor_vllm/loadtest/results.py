@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scissor_vllm.bench.record import write_json
-from scissor_vllm.bench.workload import Cell
+from scissor_vllm.loadtest.record import write_json
+from scissor_vllm.loadtest.workload import Cell
 
 FORMAT = 1
 _OF_EVERY_RUN = ("output_len", "ignore_eos", "question", "seed", "videos")

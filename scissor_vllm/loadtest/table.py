@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from scissor_vllm.bench.summary import STAGES
+from scissor_vllm.loadtest.summary import STAGES
 
 Row = dict[str, Any]
 MEBIBYTE = 2**20

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
 
-from scissor_vllm.siglip_kernels import add_norm
+from scissor_vllm.worker.siglip_kernels import add_norm
 
 _MAX_WIDTH = 1 << 14
 """A kernel holds a row in registers."""

@@ -21,9 +21,9 @@ from scissor_vllm.metrics import (
     count_cross_ratio_hit,
     record_threshold,
 )
-from scissor_vllm.pixels import VideoPixels
-from scissor_vllm.retention import VIDEO_ENCODER_DTYPE, RetentionPolicy
-from scissor_vllm.reuse import CacheSizes, FeatureCache
+from scissor_vllm.settings import VIDEO_ENCODER_DTYPE, CacheSizes, RetentionPolicy
+from scissor_vllm.worker.feature_cache import FeatureCache
+from scissor_vllm.worker.video_pixels import VideoPixels
 
 logger = init_logger(__name__)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scissor_vllm.bench.results import ResultError
-from scissor_vllm.bench.workload import STOCK
+from scissor_vllm.loadtest.results import ResultError
+from scissor_vllm.loadtest.workload import STOCK
 
 Row = dict[str, Any]
 MARKERS = "osD^vP*X"

@@ -11,19 +11,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scissor_vllm.bench import clips as videos
-from scissor_vllm.bench.record import environment, write_text
-from scissor_vllm.bench.results import ResultError, open_results, open_run, read_results
-from scissor_vllm.bench.server import (
+from scissor_vllm.loadtest import clips as videos
+from scissor_vllm.loadtest.record import environment, write_text
+from scissor_vllm.loadtest.results import ResultError, open_results, open_run, read_results
+from scissor_vllm.loadtest.server import (
     Metrics,
     ServerError,
     describe_server,
     has_plugin,
     kv_cache_bytes_per_token,
 )
-from scissor_vllm.bench.summary import parse_goodput, summarize_all
-from scissor_vllm.bench.table import csv_table, markdown_table, text_table
-from scissor_vllm.bench.workload import STOCK, cells, parse_ratios
+from scissor_vllm.loadtest.summary import parse_goodput, summarize_all
+from scissor_vllm.loadtest.table import csv_table, markdown_table, text_table
+from scissor_vllm.loadtest.workload import STOCK, cells, parse_ratios
 
 QUESTION = "Describe what happens in this video, step by step."
 NO_CACHES = ("--mm-processor-cache-gb", "0", "--no-enable-prefix-caching")
@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Measure a server; 1 if a cell had no answer at all."""
-    from scissor_vllm.bench.client import ChatSettings
-    from scissor_vllm.bench.sweep import Load, sweep
+    from scissor_vllm.loadtest.client import ChatSettings
+    from scissor_vllm.loadtest.sweep import Load, sweep
 
     args = _run_parser().parse_args(argv)
     if importlib.util.find_spec("vllm") is None:
@@ -158,7 +158,7 @@ def table(argv: Sequence[str]) -> int:
 
 def plot(argv: Sequence[str]) -> int:
     """Draw result files as PNG pictures."""
-    from scissor_vllm.bench.plot import read_accuracy, save_plots
+    from scissor_vllm.loadtest.plot import read_accuracy, save_plots
 
     parser = argparse.ArgumentParser(prog="scissor-vllm bench plot", description=plot.__doc__)
     _add_results(parser)

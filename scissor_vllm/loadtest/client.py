@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from scissor_vllm.bench.workload import Cell, VideoRequest
+from scissor_vllm.loadtest.workload import Cell, VideoRequest
 
 BACKEND = "scissor-vllm-chat"
 """Our request function's name among those of vLLM's benchmark."""

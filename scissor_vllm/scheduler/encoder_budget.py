@@ -11,7 +11,7 @@ from typing import Any
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
-from scissor_vllm.processor import NUM_VIDEO_TOKENS
+from scissor_vllm.video_fields import NUM_VIDEO_TOKENS
 
 CACHE_MANAGER = f"{__name__}.UncompressedBudgetCacheManager"
 """For ``encoder_cache_manager_cls`` of vLLM's ``--ec-manager-config``."""

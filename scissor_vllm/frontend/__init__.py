@@ -1,0 +1,1 @@
+"""The API server's process: requests, video reading, the multimodal processor."""

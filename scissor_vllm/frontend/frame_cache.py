@@ -1,0 +1,111 @@
+"""Caches decoded frames, so that a video asked about again is not decoded again.
+
+Found by content, by a cryptographic hash, never by a name that a client chose; bounded in bytes,
+least recently used first out.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scissor_vllm.metrics import count_cache_query
+
+
+@dataclass
+class _Decoding:
+    """A video that some thread decodes; others that want it wait."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    num_threads: int = 0
+
+
+class FrameCache:
+    """Decoded frames with their metadata. Safe to use from several threads."""
+
+    def __init__(self, max_bytes: int = 0) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+        self._videos: OrderedDict[Hashable, tuple[np.ndarray, dict[str, Any]]] = OrderedDict()
+        self._decoding: dict[Hashable, _Decoding] = {}
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything may be kept."""
+        return self._max_bytes > 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the frames that are kept now."""
+        return self._num_bytes
+
+    def resize(self, max_bytes: int) -> None:
+        """Set what all frames together may take; 0 switches the cache off."""
+        with self._lock:
+            self._max_bytes = max_bytes
+            self._drop_oldest()
+
+    def get(
+        self, key: Hashable, decode: Callable[[], tuple[Any, dict[str, Any]]]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return frames and metadata, decoded if they are not kept; by one thread at a time.
+
+        Kept frames are shared and must not be written to: the array says so. What `decode` raises
+        is passed on and nothing is kept.
+        """
+        if not self.is_on:
+            return decode()
+        with self._turn(key):
+            with self._lock:
+                kept = self._videos.get(key)
+                if kept is not None:
+                    self._videos.move_to_end(key)
+            count_cache_query("frames", is_hit=kept is not None)
+            if kept is None:
+                frames, metadata = decode()
+                if not isinstance(frames, np.ndarray):
+                    return frames, metadata
+                frames.flags.writeable = False
+                kept = frames, metadata
+                self._keep(key, frames, metadata)
+        frames, metadata = kept
+        return frames, copy.deepcopy(metadata)
+
+    @contextmanager
+    def _turn(self, key: Hashable) -> Iterator[None]:
+        with self._lock:
+            decoding = self._decoding.setdefault(key, _Decoding())
+            decoding.num_threads += 1
+        try:
+            with decoding.lock:
+                yield
+        finally:
+            with self._lock:
+                decoding.num_threads -= 1
+                if decoding.num_threads == 0:
+                    del self._decoding[key]
+
+    def _keep(self, key: Hashable, frames: np.ndarray, metadata: dict[str, Any]) -> None:
+        with self._lock:
+            if frames.nbytes > self._max_bytes:
+                return
+            self._videos[key] = frames, metadata
+            self._num_bytes += frames.nbytes
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        while self._num_bytes > self._max_bytes:
+            _, (frames, _) = self._videos.popitem(last=False)
+            self._num_bytes -= frames.nbytes
+
+
+FRAMES = FrameCache()
+"""The one of this process: vLLM calls a loader without telling it any setting."""

@@ -1,0 +1,1 @@
+"""Video reading: bytes in, sampled RGB frames out."""

@@ -1,0 +1,1 @@
+"""The worker's process: vision tower, compression, positions, feature cache."""
