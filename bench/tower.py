@@ -1,4 +1,4 @@
-"""Prints how long SigLIP's encoder takes as vLLM runs it, with fewer passes over memory, in FP8.
+"""Prints how long SigLIP's encoder takes as vLLM runs it, and with fewer passes over memory.
 
     python bench/tower.py [--frames 32] [--repeats 20] [--json FILE]
 
@@ -86,16 +86,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    from vllm.platforms import current_platform
-
     from scissor_vllm.worker.siglip import fused_encoder
-    from scissor_vllm.worker.siglip_fp8 import Fp8Encoder
 
     device = torch.device("cuda")
     tower = make_tower(SO400M, device, torch.bfloat16)
     exact = make_tower(SO400M, device, torch.float32)
     exact.load_state_dict({name: w.float() for name, w in tower.state_dict().items()})
-    encoder = Fp8Encoder(tower, current_platform)
     record: dict[str, Any] = {"environment": environment(), "dtype": "bfloat16", "cases": []}
 
     def fused(pixels: torch.Tensor) -> torch.Tensor:
@@ -104,15 +100,9 @@ def main() -> None:
             tokens: torch.Tensor = tower(pixels)
             return tokens
 
-    def fp8(pixels: torch.Tensor) -> torch.Tensor:
-        with encoder.encoding():
-            tokens: torch.Tensor = tower(pixels)
-            return tokens
-
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "vllm": tower,
         "fused": fused,
-        "fp8": fp8,
     }
     print("frames       " + "        ".join(ways) + "    relative errors")
     for num_frames in args.frames:

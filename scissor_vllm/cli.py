@@ -12,12 +12,9 @@ from scissor_vllm.settings import (
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
     DEFAULT_VIDEO_COMPRESSION,
-    ENCODER_DTYPES,
-    KEEP_VIDEO_POSITIONS,
     MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
     VIDEO_COMPRESSION,
-    VIDEO_ENCODER_DTYPE,
     VIDEO_FEATURE_CACHE_GB,
     VIDEO_FRAME_CACHE_GB,
 )
@@ -112,7 +109,6 @@ def _serve(argv: list[str]) -> int:
         if args.model_tag == DEMO_MODEL:
             use_demo_model(args)
     apply_retention_options(args)
-    apply_position_options(args)
     bound_encoder_steps(args)
     if not current_platform.is_cpu():
         # There the engine needs the CPUs itself.
@@ -177,20 +173,6 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         f"(default {DEFAULT_VIDEO_COMPRESSION})",
     )
     group.add_argument(
-        "--video-encoder-dtype",
-        choices=ENCODER_DTYPES,
-        default=None,
-        help="fp8: the vision tower of LLaVA models with SigLIP computes its matrix products for "
-        "compressed videos in FP8, on a GPU that has it (default auto: in the model's dtype)",
-    )
-    group.add_argument(
-        "--keep-video-positions",
-        action="store_true",
-        help="give a kept token the position that it, or of a merged one its last member, has in "
-        "the uncompressed prompt, and the text behind a video likewise; models with M-RoPE always "
-        "keep positions (default: tokens follow each other, as in the paper)",
-    )
-    group.add_argument(
         "--video-frame-cache-gb",
         type=_gigabytes,
         default=None,
@@ -239,7 +221,6 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         MIN_RETENTION_RATIO: args.min_retention_ratio,
         MAX_VIDEO_TOKENS: args.max_video_tokens,
         VIDEO_COMPRESSION: args.video_compression,
-        VIDEO_ENCODER_DTYPE: args.video_encoder_dtype,
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
     }
@@ -252,30 +233,6 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         raise SystemExit(f"scissor-vllm serve: {error}") from error
     if merged:
         args.mm_processor_kwargs = merged
-
-
-def apply_position_options(args: argparse.Namespace) -> None:
-    """Have the model keep the positions of a video's tokens, if the operator asks for it.
-
-    Raises:
-        SystemExit: videos of such a model are not compressed.
-    """
-    if not args.keep_video_positions:
-        return
-    from vllm.transformers_utils.config import get_config
-
-    from scissor_vllm.models import MODELS
-
-    config = get_config(
-        args.model_tag or args.model, args.trust_remote_code, args.revision, args.code_revision
-    )
-    architectures = config.architectures or []
-    if not MODELS.keys() & set(architectures):
-        raise SystemExit(
-            "scissor-vllm serve: --keep-video-positions needs a model whose videos are compressed "
-            f"({', '.join(MODELS)}), got {', '.join(architectures)}: leave it out"
-        )
-    args.hf_overrides = {**(args.hf_overrides or {}), **KEEP_VIDEO_POSITIONS}
 
 
 def bound_encoder_steps(args: argparse.Namespace) -> None:

@@ -64,18 +64,12 @@ def check_cache_gb(name: str, size: object) -> float:
 MIN_RETENTION_RATIO = "min_retention_ratio"
 VIDEO_COMPRESSION = "video_compression"
 MAX_VIDEO_TOKENS = "max_video_tokens"
-VIDEO_ENCODER_DTYPE = "video_encoder_dtype"
 VIDEO_FRAME_CACHE_GB = "video_frame_cache_gb"
 VIDEO_FEATURE_CACHE_GB = "video_feature_cache_gb"
-KEEP_VIDEO_POSITIONS = {"mrope_section": [1, 1, 1]}
-"""vLLM's ``hf_overrides`` with which a model of 1-D positions keeps those of a video's tokens; see
-``scissor_vllm.models.frames``."""
-
 DEFAULT_RETENTION_RATIO = 1.0
 DEFAULT_MIN_RETENTION_RATIO = 0.01
 DEFAULT_VIDEO_COMPRESSION = "scc-windows"
 DEFAULT_MAX_VIDEO_TOKENS = 1 << 15
-ENCODER_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -91,16 +85,8 @@ class RetentionPolicy:
     max_video_tokens: int = DEFAULT_MAX_VIDEO_TOKENS
     """Most tokens of a video that is compressed, N. All of them are in the GPU's memory at once,
     however few are kept; what is not compressed is bounded by the model's length."""
-    encoder_dtype: str = ENCODER_DTYPES[0]
-    """Of the vision tower's matrix products for videos that are compressed: "auto" for the model's,
-    or "fp8"."""
 
     def __post_init__(self) -> None:
-        if self.encoder_dtype not in ENCODER_DTYPES:
-            raise ValueError(
-                f"{VIDEO_ENCODER_DTYPE} must be one of {', '.join(ENCODER_DTYPES)}, got "
-                f"{self.encoder_dtype!r}: leave it out for the model's own"
-            )
         limit = self.max_video_tokens
         if isinstance(limit, bool) or not isinstance(limit, int):
             raise TypeError(f"{MAX_VIDEO_TOKENS} must be an int, got {limit!r}")
@@ -123,8 +109,7 @@ class RetentionPolicy:
         ratio = check_retention_ratio(kwargs.get(RETENTION_RATIO, DEFAULT_RETENTION_RATIO))
         method = kwargs.get(VIDEO_COMPRESSION, DEFAULT_VIDEO_COMPRESSION)
         limit = kwargs.get(MAX_VIDEO_TOKENS, DEFAULT_MAX_VIDEO_TOKENS)
-        dtype = str(kwargs.get(VIDEO_ENCODER_DTYPE, ENCODER_DTYPES[0]))
-        return cls(ratio, min_ratio, str(method), limit, dtype)  # type: ignore[arg-type]
+        return cls(ratio, min_ratio, str(method), limit)  # type: ignore[arg-type]
 
     def check_num_tokens(self, num_tokens: int, ratio: float) -> None:
         """Raise ValueError if a video of N tokens is too long to be compressed to the ratio."""
@@ -149,7 +134,6 @@ def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
         MIN_RETENTION_RATIO,
         VIDEO_COMPRESSION,
         MAX_VIDEO_TOKENS,
-        VIDEO_ENCODER_DTYPE,
         VIDEO_FRAME_CACHE_GB,
         VIDEO_FEATURE_CACHE_GB,
     }

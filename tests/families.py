@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.llava_onevision import build_config, build_tokenizer
-from scissor_vllm.settings import KEEP_VIDEO_POSITIONS
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -539,8 +538,6 @@ def _name_tower_as_the_hub_does(path: Path) -> None:
 
 WIDE, TALL, SHORT = Media(320, 200, 12, 1), Media(120, 400, 7, 2), Media(160, 160, 2, 3)
 PICTURE = Media(200, 120, 0, 4)
-KEEPING = {"hf_overrides": KEEP_VIDEO_POSITIONS}
-"""Options with which models of 1-D positions keep those of a video's tokens."""
 RATIOS = (1.0, 0.5, 0.25, 0.1, 0.01)
 
 
@@ -654,20 +651,6 @@ def tiny_families(folder: Path) -> dict[str, Family]:
             of_llava,
             folder / "llava_next_video",
             takes_several=False,
-        ),
-        "llava_next_video, positions kept": Family(
-            build_llava_next_video,
-            of_llava,
-            folder / "llava_next_video_positions",
-            takes_several=False,
-            options=KEEPING,
-        ),
-        "llava_onevision, positions kept": Family(
-            build_llava_onevision,
-            of_llava,
-            folder / "llava_onevision_positions",
-            stock_takes_several=False,
-            options=KEEPING,
         ),
         "qwen2_5_vl": Family(
             build_qwen2_5_vl, {WIDE: 6 * 60, TALL: 4 * 56, SHORT: 36}, folder / "qwen2_5_vl"

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from scissor_vllm.cli import (
     add_retention_options,
-    apply_position_options,
     apply_retention_options,
     main,
     set_environment,
     widen_front_end,
 )
 from scissor_vllm.compression import METHODS
-from scissor_vllm.demo.model import demo_model_path
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -46,12 +42,6 @@ def test_our_flags_reach_the_engine_beside_the_operators_own_options() -> None:
         "retention_ratio": 0.5,
         "video_compression": "uniform",
     }
-
-
-def test_the_towers_dtype_reaches_the_engine() -> None:
-    args = parse("--video-encoder-dtype", "fp8")
-    apply_retention_options(args)
-    assert args.mm_processor_kwargs == {"video_encoder_dtype": "fp8"}
 
 
 def test_cache_sizes_reach_the_engine() -> None:
@@ -100,30 +90,6 @@ def test_where_vllm_allows_one_api_server_there_is_one(
     args = vllm_parser.parse_args(["serve", "model"])
     widen_front_end(args, 64)
     assert args.api_server_count is None
-
-
-def parse_for(model: Path, *argv: str) -> argparse.Namespace:
-    args = parse(*argv)
-    args.model_tag, args.trust_remote_code = str(model), False
-    args.revision = args.code_revision = None
-    args.hf_overrides = {"max_window_layers": 3}
-    return args
-
-
-def test_positions_are_kept_where_the_operator_asks_for_it_alone() -> None:
-    args = parse_for(demo_model_path())
-    apply_position_options(args)
-    assert args.hf_overrides == {"max_window_layers": 3}
-    args = parse_for(demo_model_path(), "--keep-video-positions")
-    apply_position_options(args)
-    assert args.hf_overrides == {"max_window_layers": 3, "mrope_section": [1, 1, 1]}
-
-
-def test_positions_of_a_model_that_is_not_compressed_cannot_be_kept(tmp_path: Path) -> None:
-    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match=r"got Qwen2ForCausalLM: leave it out"):
-        apply_position_options(parse_for(tmp_path, "--keep-video-positions"))
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "much"])

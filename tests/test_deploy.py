@@ -126,8 +126,7 @@ def test_the_example_settings_are_the_defaults_and_all_of_them() -> None:
 
 def test_the_copied_example_is_what_compose_reads(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, tmp_path / "deploy")
-    command, dashboard = (text for mark, text in shell_blocks() if not mark)
-    assert "dashboard.py" in dashboard  # tests/test_observation.py runs it.
+    (command,) = (text for mark, text in shell_blocks() if not mark)
     run("bash", "-c", command, cwd=tmp_path / "deploy")
     changed = (tmp_path / "deploy/.env").read_text().replace("API_PORT=8000", "API_PORT=8123")
     (tmp_path / "deploy/.env").write_text(changed)
@@ -1067,8 +1066,7 @@ def shell_blocks() -> list[tuple[str, str]]:
 
 def test_every_command_of_the_readme_is_run_here_or_needs_docker_or_a_cluster() -> None:
     needs = [(mark, text.split()[0]) for mark, text in shell_blocks()]
-    # The second is run by tests/test_observation.py.
-    assert [command for mark, command in needs if not mark] == ["cp", "python"]
+    assert [command for mark, command in needs if not mark] == ["cp"]
     assert {mark for mark, _ in needs} == {"", "Docker", "Kubernetes"}
 
 

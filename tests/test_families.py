@@ -14,11 +14,10 @@ from tests.families import Family, Question, build_draft, largest_difference, ob
 NUM_BEHIND = 24
 """Tokens of the prompt of ``Family.other`` behind its video."""
 M_ROPE = ["qwen2_5_vl", "qwen3_vl"]
-WITH_POSITIONS = [*M_ROPE, "llava_onevision, positions kept"]
 """Families whose rows carry their own positions."""
 
 
-@pytest.fixture(params=["llava_next_video", *WITH_POSITIONS])
+@pytest.fixture(params=["llava_next_video", *M_ROPE])
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     return families[request.param]
 
@@ -72,7 +71,7 @@ def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family)
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("family", WITH_POSITIONS, indirect=True)
+@pytest.mark.parametrize("family", M_ROPE, indirect=True)
 def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Family) -> None:
     # 23 blocks of 32 tokens hold a few of them at a time; guesses come from the prompt.
     questions = [each for each in [*family.single, *family.several] if each.ratio != 1.0]

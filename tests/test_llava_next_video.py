@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.compression.members import last_members
-from scissor_vllm.models.frames import FramesModel
 from scissor_vllm.show.encoder import Encoder
 from tests.families import (
-    SHORT,
     TALL,
     WIDE,
     Answer,
@@ -41,44 +36,25 @@ def video_tokens(family: Family, media: Media) -> torch.Tensor:
     return rows.view(media.num_frames, -1, rows.shape[-1])
 
 
-def logprobs_by_transformers(
-    family: Family, question: Question, *, keeps_positions: bool, in_order: bool = False
-) -> torch.Tensor:
-    """Return the first step's log probabilities for a question about one video.
-
-    Args:
-        family: whose model is asked.
-        question: about one video.
-        keeps_positions: of the tokens in the uncompressed prompt.
-        in_order: whether rows are in the order of their members at least.
-    """
+def logprobs_by_transformers(family: Family, question: Question) -> torch.Tensor:
+    """Return the first step's log probabilities for a question about one video."""
     from transformers import AutoTokenizer
 
     model = family.model
     (media,) = question.media
     tokens = video_tokens(family, media)
-    rows, places = tokens.flatten(0, 1), torch.arange(tokens.shape[0] * tokens.shape[1])
-    end = len(places)
+    rows = tokens.flatten(0, 1)
     if question.ratio != 1.0:
-        compressed = compress_as_served(tokens, num_retained_tokens(end, question.ratio or 1.0))
-        rows, places = compressed.tokens, torch.arange(len(compressed.tokens))
-        members, order = last_members(compressed).sort(stable=True)
-        if keeps_positions or in_order:
-            rows = rows[order]
-        if keeps_positions:
-            places = members
-        else:
-            end = len(rows)
+        num_retained = num_retained_tokens(len(rows), question.ratio or 1.0)
+        rows = compress_as_served(tokens, num_retained).tokens
     before, behind = question.prompt().split("<|video_pad|>")
     encode = AutoTokenizer.from_pretrained(family.folder).encode
     with torch.no_grad():
         embed = model.get_input_embeddings()
-        text = [embed(torch.tensor(encode(each))) for each in (before, behind)]
+        text = [embed(torch.tensor(encode(part))) for part in (before, behind)]
         embeddings = torch.cat([text[0], rows, text[1]])[None]
-        first, number = len(text[0]), torch.arange(len(text[0]) + len(text[1]))
-        positions = torch.cat([number[:first], first + places, end + number[first:]])[None]
         hidden = model.model.language_model(
-            inputs_embeds=embeddings, position_ids=positions
+            inputs_embeds=embeddings, position_ids=torch.arange(embeddings.shape[1])[None]
         ).last_hidden_state
         return torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
 
@@ -89,64 +65,19 @@ def difference(answer: Answer, logprobs: torch.Tensor) -> float:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("keeps_positions", [False, True])
-def test_transformers_fed_the_same_rows_agrees(
-    families: dict[str, Family], keeps_positions: bool
-) -> None:
-    family = families["llava_next_video, positions kept" if keeps_positions else "llava_next_video"]
+def test_transformers_fed_the_same_rows_agrees(families: dict[str, Family]) -> None:
+    family = families["llava_next_video"]
     for question in family.single:
-        expected = logprobs_by_transformers(family, question, keeps_positions=keeps_positions)
+        expected = logprobs_by_transformers(family, question)
         assert difference(family.whole[question], expected) < 1e-2, question
 
 
 @pytest.mark.server
-def test_the_ratio_and_the_positions_are_seen_in_an_answer(families: dict[str, Family]) -> None:
-    family = families["llava_next_video, positions kept"]
-    question = Question((WIDE,), 0.1)
-    answer = family.whole[question]
-    other = logprobs_by_transformers(family, Question((WIDE,), 0.5), keeps_positions=True)
+def test_the_ratio_is_seen_in_an_answer(families: dict[str, Family]) -> None:
+    family = families["llava_next_video"]
+    answer = family.whole[Question((WIDE,), 0.1)]
+    other = logprobs_by_transformers(family, Question((WIDE,), 0.5))
     assert difference(answer, other) > 2e-2
-    assert difference(answer, logprobs_by_transformers(family, question, keeps_positions=False)) > (
-        2e-2
-    )
-
-
-@pytest.mark.server
-def test_a_prompt_longer_than_the_language_model_knows_positions_for_keeps_none(
-    families: dict[str, Family], tmp_path: Path
-) -> None:
-    family = families["llava_next_video, positions kept"]
-    few = tmp_path / "few"
-    shutil.copytree(family.folder, few)
-    config = json.loads((few / "config.json").read_text())
-    # Uncompressed the long one is 226 tokens, and behind its 54 at 0.1 there may come 74 more.
-    config["text_config"]["max_position_embeddings"] = 256
-    (few / "config.json").write_text(json.dumps(config))
-    questions = [Question((WIDE,), 0.1), Question((SHORT,), 0.25)]
-    rounds = ask(few, [questions], plugins="scissor_vllm", max_model_len=128, **family.options)
-    kept = zip(rounds[0], questions, (False, True), strict=True)
-    for answer, question, keeps_positions in kept:
-        assert len(answer.tokens) == 6
-        expected = logprobs_by_transformers(
-            family, question, keeps_positions=keeps_positions, in_order=True
-        )
-        assert difference(answer, expected) < 1e-2, question
-
-
-def test_an_answer_that_comes_to_the_last_position_stays_there() -> None:
-    class Stock:
-        def forward(self, _: None, positions: torch.Tensor, *others: object) -> torch.Tensor:
-            return positions
-
-    class Model(FramesModel, Stock):  # type: ignore[misc]
-        pass
-
-    model: Any = object.__new__(Model)
-    model.keeps_positions, model._num_positions = True, 8
-    buffer = torch.tensor([[3, 7, 8, 9]] * 3)
-    given = model.forward(None, buffer)
-    assert given.tolist() == [3, 7, 7, 7]
-    assert given.data_ptr() == buffer.data_ptr()
 
 
 @pytest.mark.server

@@ -6,9 +6,6 @@ One server for all: two API-server processes, a metrics directory that the opera
 from __future__ import annotations
 
 import math
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,24 +17,21 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from bench.dashboard import (
-    DEPLOY,
-    PrometheusError,
-    Span,
-    ask,
-    ask_target,
-    buckets,
-    draw,
-    find_prometheus,
-    load_panels,
-    main,
-    scraping,
-)
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from tests.clips import make_clip
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME
+from tests.prometheus import (
+    PrometheusError,
+    Span,
+    ask,
+    ask_target,
+    buckets,
+    find_prometheus,
+    load_panels,
+    scraping,
+)
 from tests.serving import SCISSOR, OneServer, Server, message
 
 PANELS = [panel for panel in load_panels() if panel["type"] != "row"]
@@ -195,36 +189,6 @@ def test_every_panel_has_data_and_the_counters_are_the_requests_that_were_sent(
         lines = ask_target(url, asked["targets"][0], span)
         assert buckets(lines)[0] == ["0.01", "0.1", "0.25", "0.5", "1.0"]
 
-        status = main(
-            ["--prometheus-url", url, "--seconds", "60", "--output", str(tmp_path / "panels.png")]
-        )
-        assert status == 0
-        picture = (tmp_path / "panels.png").read_bytes()
-        assert picture.startswith(b"\x89PNG")
-        draw(url, Span(start - 7200, start - 3600), tmp_path / "panels.png")
-        assert len((tmp_path / "panels.png").read_bytes()) < len(picture), "data are drawn"
-
-
-@pytest.mark.server
-def test_the_documented_command_draws_a_servers_dashboard(
-    observed: Server, prometheus_program: Path, tmp_path: Path
-) -> None:
-    readme = (DEPLOY / "README.md").read_text()
-    (command,) = re.findall(r"^python (\S+dashboard.py .*)$", readme, re.M)
-    command = command.replace("localhost:8000", f"127.0.0.1:{observed.port}")
-    command = command.replace("--seconds 120", "--seconds 5")
-    command = command.replace("panels.png", str(tmp_path / "panels.png"))
-    run = subprocess.run(
-        [sys.executable, *command.split()],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=DEPLOY,
-    )
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "panels.png").read_bytes().startswith(b"\x89PNG")
-
 
 def counters(url: str, span: Span) -> dict[str, float]:
     """Return the values that are not 0 of what the test counts, summed over `method`."""
@@ -293,7 +257,7 @@ def test_a_chat_with_a_video_is_a_span_around_vllms(
         "scissor_vllm.num_video_tokens": num_tokens,
         "scissor_vllm.num_retained_video_tokens": num_retained_tokens(num_tokens, 0.25),
         "scissor_vllm.method": DEFAULT_VIDEO_COMPRESSION,
-        "scissor_vllm.frontend.outcome": "answered",
+        "scissor_vllm.outcome": "answered",
     }
 
 
@@ -330,7 +294,7 @@ def test_a_refused_chat_is_in_the_trace_and_one_without_a_video_is_vllms_alone(
     (ours,) = collector.of_trace(refused, 1).values()
     assert ours.attributes == {
         "scissor_vllm.method": DEFAULT_VIDEO_COMPRESSION,
-        "scissor_vllm.frontend.outcome": "refused",
+        "scissor_vllm.outcome": "refused",
     }
     (stock,) = collector.of_trace(text, 1).values()
     assert (stock.name, stock.parent) == ("llm_request", PARENT)

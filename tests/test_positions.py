@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 
 from scissor_vllm import compress
 from scissor_vllm.compression import CompressedTokens, get_compressor
-from scissor_vllm.compression.members import last_members, member_means, representative_members
+from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.models.patch_grid import PatchGridModel
 from scissor_vllm.worker.positions import (
     CarriedPositions,
@@ -59,22 +59,6 @@ def test_a_row_without_members_stands_where_the_row_before_it_does() -> None:
     rows = torch.cat([seeded(1, 8), tokens[0, 2:3], seeded(1, 8), tokens[0, 1:2]])
     compressed = CompressedTokens(rows, torch.tensor([-1, 3, 1, 1]))
     assert representative_members(tokens, compressed).tolist() == [0, 2, 2, 1]
-
-
-@pytest.mark.parametrize("method", ["scc", "uniform", "l2norm", "uniform+merge"])
-@pytest.mark.parametrize("num_retained", [1, 5, 23, 60])
-def test_the_last_member_of_a_row_is_known(method: str, num_retained: int) -> None:
-    compressed = get_compressor(method)(seeded(5, 12, 16), num_retained)
-    assignment = compressed.assignment.tolist()
-    last = last_members(compressed).tolist()
-    for row, found in enumerate(last):
-        members = [number for number, of in enumerate(assignment) if of == row]
-        assert found == (members[-1] if members else last[row - 1])
-
-
-def test_a_row_without_members_ends_where_the_row_before_it_does() -> None:
-    compressed = CompressedTokens(seeded(4, 8), torch.tensor([-1, 3, 1, 1]))
-    assert last_members(compressed).tolist() == [0, 3, 3, 1]
 
 
 def test_of_equal_members_the_first_stands_for_the_row() -> None:

@@ -153,13 +153,3 @@ def test_the_limit_of_video_tokens_is_of_what_is_compressed() -> None:
     policy.check_num_tokens(101, 1.0)
     with pytest.raises(ValueError, match=r"100 tokens before compression.*got 101"):
         policy.check_num_tokens(101, 0.99)
-
-
-def test_the_towers_dtype_is_the_models_or_fp8() -> None:
-    assert RetentionPolicy.from_mm_processor_kwargs({}).encoder_dtype == "auto"
-    policy = RetentionPolicy.from_mm_processor_kwargs({"video_encoder_dtype": "fp8"})
-    assert policy.encoder_dtype == "fp8"
-    with pytest.raises(
-        ValueError, match="video_encoder_dtype must be one of auto, fp8, got 'int8'"
-    ):
-        RetentionPolicy.from_mm_processor_kwargs({"video_encoder_dtype": "int8"})

@@ -32,13 +32,11 @@ def num_video_tokens(name: str) -> int:
 # Law 4: ratio 1.0 is stock vLLM.
 
 
-@pytest.fixture(scope="module", params=[(), ("--keep-video-positions",)], ids=["", "positions"])
-def opencv_server(
-    request: pytest.FixtureRequest, servers: OneServer, stock_answers: dict[str, Any]
-) -> Server:
+@pytest.fixture(scope="module")
+def opencv_server(servers: OneServer, stock_answers: dict[str, Any]) -> Server:
     """Ours with the video loader that stock vLLM uses, so that pixels are the same to the bit."""
     environment = {"VLLM_VIDEO_LOADER_BACKEND": "opencv"}
-    return servers.get(*SCISSOR, "demo", *request.param, environment=environment)
+    return servers.get(*SCISSOR, "demo", environment=environment)
 
 
 @pytest.mark.parametrize("ratio", [None, 1.0, 1])

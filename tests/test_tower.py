@@ -23,12 +23,10 @@ def make_compression(
     budget: int = 40,
     cache_gb: float = 0,
     lora: Any = None,
-    dtype: str = "auto",
 ) -> VideoCompression:
     settings = {
         "video_compression": method,
         "video_feature_cache_gb": cache_gb,
-        "video_encoder_dtype": dtype,
     }
     mm_config = SimpleNamespace(mm_processor_kwargs=settings, mm_processor_cache_gb=4)
     config: Any = SimpleNamespace(
@@ -160,14 +158,6 @@ def test_a_frame_that_repeats_is_encoded_once(method: str) -> None:
         assert tower.calls == [5]
         assert torch.allclose(rows, expected, atol=1e-5)
     assert compression.keeps_all([video], [36])
-
-
-def test_adapters_of_the_tower_and_fp8_exclude_each_other() -> None:
-    lora = SimpleNamespace(enable_tower_connector_lora=True)
-    with pytest.raises(ValueError, match="video_encoder_dtype fp8 and --enable-tower-connector"):
-        make_compression(lora=lora, dtype="fp8")
-    lora.enable_tower_connector_lora = False
-    assert make_compression(lora=lora, dtype="fp8").encoder_dtype == "fp8"
 
 
 def test_with_an_adapter_in_the_tower_nothing_is_kept() -> None:

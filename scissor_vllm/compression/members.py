@@ -43,23 +43,6 @@ def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -
 
 
 @torch.no_grad()
-def last_members(compressed: CompressedTokens) -> torch.Tensor:
-    """Return of each row the last of its members, (K,) int64 in 0..N-1.
-
-    All that a row holds was seen by there. A row that no token was merged into stands where the row
-    before it does. No look of the host.
-
-    Args:
-        compressed: what was made of N tokens.
-    """
-    assignment, num_rows = compressed.assignment, len(compressed.tokens)
-    number = torch.arange(len(assignment), device=assignment.device)
-    last = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=assignment.device)
-    last = last.scatter_reduce(0, _row_of(assignment, num_rows), number, "amax")[:num_rows]
-    return _filled(last, -1)
-
-
-@torch.no_grad()
 def member_means(
     values: torch.Tensor, assignment: torch.Tensor, members: torch.Tensor
 ) -> torch.Tensor:

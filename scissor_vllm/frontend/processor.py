@@ -188,12 +188,10 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if RETENTION_RATIO not in kwargs:
             return super()._get_mm_hashes(inputs)
         plain = {key: value for key, value in kwargs.items() if key != RETENTION_RATIO}
-        # Two servers with different methods or positions may share a cache that outlives them.
+        # Two servers with different methods may share a cache that outlives them.
         of_video = {
             **kwargs,
             "video_compression": self.info.retention_policy.method,
-            "video_encoder_dtype": self.info.retention_policy.encoder_dtype,
-            "keeps_positions": self.info.ctx.model_config.uses_mrope,
         }
         hashes: dict[str, Any] = {}
         for modality, items in inputs.mm_data_items.items():

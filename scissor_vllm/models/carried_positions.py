@@ -43,10 +43,6 @@ class CarriedPositionsModel:
         """Return an uncompressed prompt's positions, (3, n) int64, and vLLM's delta."""
         raise NotImplementedError
 
-    def _is_of_uncompressed(self, positions: torch.Tensor) -> bool:
-        """Return whether a prompt's positions (3, n) are those in the uncompressed prompt."""
-        return True
-
     # What model runners call.
 
     def get_mrope_input_positions(
@@ -82,7 +78,7 @@ class CarriedPositionsModel:
         rows = [each[:, : self.row_width] for each in multimodal_embeddings]
         carried = [carried_positions(each, self.row_width) for each in multimodal_embeddings]
         found = [each for each in carried if each is not None]
-        if not found or not self._is_of_uncompressed(mrope_positions):
+        if not found:
             return rows, mrope_positions, delta_of(mrope_positions)
         tokens = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else input_ids
         runs = runs_of(self.video_token, tokens)

@@ -4,18 +4,12 @@ Their tokens are N = T*P in one run of placeholders, with 1-D positions. Changed
 classes:
 - a video of N tokens has K placeholders in place of N; what the model puts behind a video stays;
 - videos of a batch with any ratio below 1.0 go through the vision tower one by one;
-- checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level;
-- where the operator asks for it (``KEEP_VIDEO_POSITIONS``), a video's rows are in the order of
-  their last members and stand where these do in the uncompressed prompt, and so does all behind the
-  video. (Attention goes back only: what reads a row before its last member's place would read what
-  was not shown yet.) Else rows follow each other, as in the paper.
+- checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level.
 
-vLLM lets positions differ from a token's number for models with M-RoPE alone. So these are such
-models then, with three equal rows of positions, of which the language model gets one: it computes
-what it does without.
+Rows follow each other, as in the paper.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import regex as re
@@ -25,22 +19,11 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import WeightsMapper
-from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.platforms import current_platform
-from vllm.sequence import IntermediateTensors
 
-from scissor_vllm.compression.members import last_members
 from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
-from scissor_vllm.models.carried_positions import CarriedPositionsModel, delta_of
 from scissor_vllm.video_fields import FRAME_OF, NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_FRAMES
-from scissor_vllm.vllm_compat import ask_model_for_positions
-from scissor_vllm.worker.positions import VideoPlace, with_positions
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels, batched_pixels, take_video_pixels
-
-_ROOM_FOR_ANSWERS = 4096
-"""Positions behind a prompt that there must be for its videos' to be kept, if answers may be so
-long. Tokens of one that is longer still, and comes to the end, share the last position."""
 
 FUSED_FRAMES = 16
 """Fewer frames are encoded as vLLM does: a GPU is done with a tower's kernels before the host has
@@ -93,10 +76,8 @@ class FramesProcessor(RetentionProcessor):
         )
 
 
-class FramesModel(CarriedPositionsModel):
+class FramesModel:
     """Mixin of a family's model, placed before vLLM's class."""
-
-    place_fields = (NUM_VIDEO_TOKENS,)
 
     config: Any
     multi_modal_projector: Any
@@ -104,29 +85,9 @@ class FramesModel(CarriedPositionsModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
-        keeps_positions = bool(model_config.uses_mrope)
-        if keeps_positions:
-            if vllm_config.parallel_config.pipeline_parallel_size > 1:
-                raise ValueError(
-                    "--keep-video-positions needs --pipeline-parallel-size 1, got "
-                    f"{vllm_config.parallel_config.pipeline_parallel_size}: vLLM tells later ranks "
-                    "no positions that are known after encoding; leave one of the two out"
-                )
-            ask_model_for_positions(model_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_dtype = model_config.dtype
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
-        self._fp8_encoder: Any = None
-        if self.video_compression.encoder_dtype == "fp8":
-            from scissor_vllm.worker.siglip_fp8 import Fp8Encoder
-
-            self._fp8_encoder = Fp8Encoder(self.vision_tower, current_platform)
-        self.keeps_positions = keeps_positions
-        if keeps_positions:
-            # By these the model runners know who has the methods.
-            self.supports_mrope = self.supports_multimodal_pruning = True
-            self._max_model_len = model_config.max_model_len
-            self._num_positions = num_positions_of(self.get_language_model())  # type: ignore[attr-defined]
 
     @property
     def tokens_per_frame(self) -> int:
@@ -136,10 +97,7 @@ class FramesModel(CarriedPositionsModel):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""
         self.video_compression.forget_features()
-        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
-        if self._fp8_encoder is not None:
-            self._fp8_encoder.quantize()
-        return loaded
+        return super().load_weights(weights)  # type: ignore[misc]
 
     # What a family may do otherwise.
 
@@ -165,9 +123,6 @@ class FramesModel(CarriedPositionsModel):
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the same but for rounding, and faster on a GPU."""
-        if self._fp8_encoder is not None:
-            with self._fp8_encoder.encoding():
-                return self._features(pixels)
         if not pixels.is_cuda or len(pixels) < FUSED_FRAMES:
             return self._features(pixels)
         from scissor_vllm.worker.siglip import fused_encoder
@@ -204,86 +159,8 @@ class FramesModel(CarriedPositionsModel):
         )
 
     def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
-        """Return a video's rows and what stands behind it, with positions where they are kept."""
+        """Return a video's rows and what stands behind it."""
         is_whole = self.video_compression.keeps_all([video], [num_retained])
         encode = self._encode_as_vllm if is_whole else self._encode
-        tokens, compressed = self.video_compression.compressed(video, num_retained, encode)
-        if is_whole or not self.keeps_positions:
-            return torch.cat([compressed.tokens, behind])
-        num_tokens = tokens.shape[0] * tokens.shape[1]
-        members, order = last_members(compressed).sort(stable=True)
-        rows = torch.cat([compressed.tokens[order], behind])
-        end = num_tokens + len(behind)
-        kept = torch.cat([members, torch.arange(num_tokens, end, device=members.device)])
-        place = VideoPlace(num_rows=len(rows), first_pad=0, num_pads=len(rows), end=end)
-        return with_positions(rows, kept.expand(3, -1), place)
-
-    # Positions, where they are kept.
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: object,
-    ) -> torch.Tensor | IntermediateTensors:
-        """Return what vLLM's class does, of one of three equal rows of positions."""
-        if self.keeps_positions:
-            # In place: CUDA graphs of the layers read what the runner's buffer holds.
-            positions = positions[0].clamp_(max=self._num_positions - 1)
-        output: torch.Tensor | IntermediateTensors = super().forward(  # type: ignore[misc]
-            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
-        )
-        return output
-
-    @property
-    def row_width(self) -> int:
-        """Values of a row."""
-        return int(self._rows_behind().shape[1])
-
-    @property
-    def video_token(self) -> int:
-        """The token that all placeholders of a video are."""
-        return int(self.config.video_token_index)
-
-    def _full_video_tokens(self, fields: Mapping[str, Any]) -> list[int]:
-        num_tokens = int(fields[NUM_VIDEO_TOKENS]) + len(self._rows_behind())
-        return [self.video_token] * num_tokens
-
-    def _whole_positions(
-        self, tokens: list[int], features: list[MultiModalFeatureSpec]
-    ) -> tuple[torch.Tensor, int]:
-        return torch.arange(len(tokens)).expand(3, -1).clone(), 0
-
-    def get_mrope_input_positions(
-        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
-    ) -> tuple[torch.Tensor, int]:
-        """Return the prompt's positions in the uncompressed one, where the language model has so
-        many; else in the prompt as it is, whatever rows carry.
-        """
-        positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
-        num_tokens = len(input_tokens)
-        room = min(self._max_model_len - num_tokens, _ROOM_FOR_ANSWERS)
-        if num_tokens + delta + room > self._num_positions and delta > 0:
-            return self._whole_positions(input_tokens, mm_features)
-        return positions, delta
-
-    def _is_of_uncompressed(self, positions: torch.Tensor) -> bool:
-        return delta_of(positions) > 0
-
-
-def num_positions_of(language_model: torch.nn.Module) -> int:
-    """Return how many positions a language model has rotations for.
-
-    Raises:
-        ValueError: it has no table of rotations.
-    """
-    found = (getattr(module, "cos_sin_cache", None) for module in language_model.modules())
-    tables = [len(table) for table in found if isinstance(table, torch.Tensor)]
-    if not tables:
-        raise ValueError(
-            f"--keep-video-positions needs a language model with rotary positions, "
-            f"{type(language_model).__name__} has none: leave it out"
-        )
-    return min(tables)
+        _, compressed = self.video_compression.compressed(video, num_retained, encode)
+        return torch.cat([compressed.tokens, behind])

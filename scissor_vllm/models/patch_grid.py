@@ -33,7 +33,6 @@ from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
 from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
 from scissor_vllm.models.carried_positions import CarriedPositionsModel
-from scissor_vllm.settings import VIDEO_ENCODER_DTYPE, RetentionPolicy
 from scissor_vllm.video_fields import (
     FRAME_SIZE,
     NUM_RETAINED,
@@ -170,14 +169,6 @@ class PatchGridModel(CarriedPositionsModel):
             raise ValueError(
                 "--video-pruning-rate and scissor_vllm exclude each other: leave the first out and "
                 "send a retention_ratio, or start vLLM with VLLM_PLUGINS= to prune"
-            )
-        dtype = RetentionPolicy.from_mm_processor_kwargs(
-            model_config.get_multimodal_config().mm_processor_kwargs
-        ).encoder_dtype
-        if dtype != "auto":
-            raise ValueError(
-                f"{VIDEO_ENCODER_DTYPE} must be auto for {type(self).__name__}, got {dtype}: only "
-                "SigLIP's vision tower is encoded otherwise; leave it out"
             )
         # Before the layers are made: some size their table of rotations by the answer, since
         # positions go on behind a whole video, however few tokens it has.

@@ -1,5 +1,4 @@
-"""Positions of a compressed video's tokens in the uncompressed prompt, for models that keep them:
-those with M-RoPE, and others where the operator asks for it (three equal rows then).
+"""Positions of a compressed video's tokens in the uncompressed prompt, for models with M-RoPE.
 
 A merged token stands at the (t, h, w) of one of the video's own tokens, which is known only once
 the video was encoded. Everything else in a prompt stands where it does in the uncompressed prompt:

@@ -21,7 +21,7 @@ from scissor_vllm.metrics import (
     count_cross_ratio_hit,
     record_threshold,
 )
-from scissor_vllm.settings import VIDEO_ENCODER_DTYPE, CacheSizes, RetentionPolicy
+from scissor_vllm.settings import CacheSizes, RetentionPolicy
 from scissor_vllm.worker.feature_cache import FeatureCache
 from scissor_vllm.worker.video_pixels import VideoPixels
 
@@ -61,12 +61,6 @@ class VideoCompression:
         mm_config = vllm_config.model_config.get_multimodal_config()
         policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         self.method = policy.method
-        self.encoder_dtype = policy.encoder_dtype
-        if self.encoder_dtype != "auto" and adapts_tower(vllm_config):
-            raise ValueError(
-                f"{VIDEO_ENCODER_DTYPE} {self.encoder_dtype} and --enable-tower-connector-lora "
-                "exclude each other, since adapters would be passed by: leave one of the two out"
-            )
         self._compress: Compressor = get_compressor(policy.method)
         self._budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tokens_per_frame = tokens_per_frame

@@ -1,24 +1,15 @@
-"""Draws what Prometheus answers to each panel of the Grafana dashboard, without Grafana.
-
-    python bench/dashboard.py --base-url http://localhost:8000 --output panels.png
-    python bench/dashboard.py --prometheus-url http://localhost:9090 --output panels.png
-
-The first runs a Prometheus of its own for `--seconds`, against a server that is asked meanwhile by
-others; the second asks one that has been running. Its own is the ``prometheus`` in the ``PATH``, or
-Debian's package, downloaded by apt-get and unpacked under ``$XDG_CACHE_HOME/scissor_vllm``
-(``~/.cache``); no root is needed, nothing is installed.
+"""A real Prometheus for tests: the one in the ``PATH``, or Debian's package, unpacked
+under ``$XDG_CACHE_HOME/scissor_vllm``. No root is needed, nothing is installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -32,12 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-from scissor_vllm.loadtest.plot import save_figure  # noqa: E402
 
 DEPLOY = ROOT / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "scissor-vllm.json"
@@ -49,8 +37,6 @@ START_SECONDS = 60
 SCRAPE_SECONDS = 1
 NUM_STEPS = 120
 """Points of a line."""
-
-_INCHES_PER_COLUMN, _INCHES_PER_ROW = 0.75, 0.32
 
 
 class PrometheusError(Exception):
@@ -254,60 +240,6 @@ def _get(url: str, route: str, **parameters: object) -> list[dict[str, Any]]:
     return result
 
 
-# --- the picture ----------------------------------------------------------------------------------
-
-
-def draw(url: str, span: Span, path: Path) -> None:
-    """Write a picture of all panels, where the dashboard has them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    panels = load_panels()
-    height = max(each["gridPos"]["y"] + each["gridPos"]["h"] for each in panels)
-    figure = Figure(figsize=(24 * _INCHES_PER_COLUMN, height * _INCHES_PER_ROW))
-    for panel in panels:
-        place = panel["gridPos"]
-        left, top = place["x"] / 24, 1 - place["y"] / height
-        if panel["type"] == "row":
-            figure.text(0.01, top - 0.4 / height, panel["title"], weight="bold", fontsize=12)
-            continue
-        # A margin for title, legend and numbers.
-        box = (left + 0.032, top - (place["h"] - 1.1) / height)
-        axes = figure.add_axes((*box, place["w"] / 24 - 0.045, (place["h"] - 2.3) / height))
-        axes.set_title(panel["title"], fontsize=9, loc="left")
-        _draw_panel(axes, panel, ask(url, panel, span), span)
-    save_figure(figure, path)
-
-
-def _draw_panel(axes: Any, panel: dict[str, Any], lines: list[Line], span: Span) -> None:
-    settings = panel["fieldConfig"]["defaults"]
-    unit = settings["unit"]
-    if panel["type"] == "stat":
-        axes.axis("off")
-        value = lines[0].values[-1] if lines else float("nan")
-        axes.text(0.5, 0.4, _with_unit(value, unit), fontsize=22, ha="center", va="center")
-        return
-    axes.tick_params(labelsize=7)
-    if panel["type"] == "bargauge":
-        names, counts = buckets(lines)
-        axes.barh(names, counts)
-        axes.invert_yaxis()
-        return
-    axes.yaxis.set_major_formatter(lambda value, _: _with_unit(value, unit))
-    for line in lines:
-        axes.plot([when - span.start for when in line.times], line.values, label=line.legend)
-    axes.set_xlim(0, span.end - span.start)
-    if "min" in settings:
-        axes.set_ylim(bottom=settings["min"])
-    # Of a dozen reasons most never came: a legend of all would hide the lines.
-    pairs = zip(lines, axes.lines, strict=True)
-    seen = [drawn for line, drawn in pairs if any(value > 0 for value in line.values)]
-    if lines:
-        axes.legend(handles=seen or axes.lines, fontsize=6, loc="best", framealpha=0.5)
-
-
 def buckets(lines: list[Line]) -> tuple[list[str], list[float]]:
     """Return a histogram's buckets that hold anything, and how much each holds alone."""
     ordered = sorted(lines, key=lambda line: float(line.labels["le"]))
@@ -315,41 +247,3 @@ def buckets(lines: list[Line]) -> tuple[list[str], list[float]]:
     counts = [after - before for before, after in pairwise(totals)]
     held = [(line.legend, count) for line, count in zip(ordered, counts, strict=True) if count > 0]
     return [name for name, _ in held], [count for _, count in held]
-
-
-def _with_unit(value: float, unit: str) -> str:
-    if unit == "percentunit":
-        return f"{value:.1%}"
-    if unit == "s":
-        return f"{value:.3g} s" if value >= 1 or value == 0 else f"{value * 1000:.3g} ms"
-    return f"{value:.3g}" + ("/s" if unit == "reqps" else "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(description="Draw the data of the dashboard's panels.")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--base-url", help="server to scrape from now on")
-    where.add_argument("--prometheus-url", help="Prometheus that has scraped one")
-    parser.add_argument("--seconds", type=float, default=120, help="time that is shown")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    args = parser.parse_args(argv)
-    try:
-        if args.prometheus_url:
-            now = time.time()
-            draw(args.prometheus_url, Span(now - args.seconds, now), args.output)
-        else:
-            with scraping(find_prometheus(), args.base_url) as url:
-                start = time.time()
-                for _ in tqdm(range(int(args.seconds)), unit="s", disable=None):
-                    time.sleep(1)
-                draw(url, Span(start, time.time()), args.output)
-    except PrometheusError as error:
-        print(f"dashboard.py: {error}", file=sys.stderr)
-        return 1
-    print(args.output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
