@@ -1,7 +1,7 @@
 """Prints how alike the tokens of videos are, and the components that SCC's budgets make of them.
 
-    python bench/component_report.py --tokens FILE... --json FILE
-    python bench/component_report.py --model FOLDER --videos FOLDER [--save-tokens FILE] --json FILE
+    python -m bench.component_report --tokens FILE... --json FILE
+    python -m bench.component_report --model FOLDER --videos FOLDER [--save-tokens FILE] --json FILE
 
 Tokens are those of ``.pt`` or ``.npz`` files, (T, P, D) a video, or what a LLaVA-OneVision
 checkpoint makes of mp4 files by transformers. The report is to explain where SCC falls behind:
@@ -31,14 +31,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.record import environment, write_json  # noqa: E402
-from scissor_vllm import num_retained_tokens  # noqa: E402
-from scissor_vllm.compression import METHODS, get_compressor  # noqa: E402
-from scissor_vllm.compression.components import count_components, threshold_labels  # noqa: E402
-from scissor_vllm.compression.similarity import Similarity, most_similar, unit_rows  # noqa: E402
+from scissor_vllm import num_retained_tokens
+from scissor_vllm.compression import METHODS, get_compressor
+from scissor_vllm.compression.components import count_components, threshold_labels
+from scissor_vllm.compression.similarity import Similarity, most_similar, unit_rows
+from scissor_vllm.loadtest.record import environment, write_json
 
 RATIOS = (0.5, 0.35, 0.25, 0.1, 0.07, 0.05)
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

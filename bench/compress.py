@@ -1,6 +1,6 @@
 """Prints how long compression of one video takes, in each form, on three kinds of tokens.
 
-    python bench/compress.py [--shape T P D] [--batch B] [--dtype bfloat16] [--device cuda]
+    python -m bench.compress [--shape T P D] [--batch B] [--dtype bfloat16] [--device cuda]
         [--tokens KIND ...] [--forms NAME ...] [--json FILE]
 
 On a GPU times are those of CUDA events, from the call to its end, host work included, and memory is
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,17 +21,14 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.record import environment, write_json  # noqa: E402
-from scissor_vllm import (  # noqa: E402
+from scissor_vllm import (
     CompressedTokens,
     compress,
     compress_batch,
     num_retained_tokens,
 )
-from scissor_vllm.compression import captures, get_compressor  # noqa: E402
+from scissor_vllm.compression import captures, get_compressor
+from scissor_vllm.loadtest.record import environment, write_json
 
 NUM_THINGS = 200
 NOISE = 0.5

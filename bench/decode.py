@@ -1,6 +1,6 @@
 """Prints how long decord's loader and vLLM's OpenCV loader take to sample frames of a video.
 
-    python bench/decode.py [--json FILE] [--repeats N] [--frames N] [--quick]
+    python -m bench.decode [--json FILE] [--repeats N] [--frames N] [--quick]
 
 Both loaders run in turns on the same bytes, in one process. Each clip is one that a loader may find
 hard: few frames, many pixels, few or many key frames, groups of pictures that are not closed.
@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY  # noqa: E402
-
-from bench.record import environment, write_json  # noqa: E402
-from scissor_vllm.frontend.video.loader import register_video_loader  # noqa: E402
-from tests.clips import make_clip  # noqa: E402
+from bench.numbered_clips import make_clip
+from scissor_vllm.frontend.video.loader import register_video_loader
+from scissor_vllm.loadtest.record import environment, write_json
 
 LOADERS = ("decord", "opencv")
 MINUTE = 60 * 30

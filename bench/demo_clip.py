@@ -1,19 +1,15 @@
-"""Makes the clip that the demo sends: ``python bench/demo_clip.py scissor_vllm/demo/clip.mp4``.
+"""Makes the clip that the demo sends: ``python -m bench.demo_clip scissor_vllm/demo/clip.mp4``.
 
 A held-out clip of the made-up world, which the demo model was never trained on. Also printed: what
 can be asked about it, of which ``scissor_vllm/demo/client.py`` asks one.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.world.heldout import SEEDS, write_clip  # noqa: E402
-from bench.world.questions import SKILLS, ask  # noqa: E402
-from bench.world.scene import sample_scene  # noqa: E402
+from bench.world.heldout import SEEDS, write_clip
+from bench.world.questions import SKILLS, ask
+from bench.world.scene import sample_scene
 
 SKILL = "glyph"
 SEED = SEEDS["heldout"][52]

@@ -1,6 +1,6 @@
 """Prints what one video costs the API server's CPU before the engine has it, stock against ours.
 
-    python bench/front_end.py [--threads N] [--frames N] [--size WxH] [--repeats N] [--burst N]
+    python -m bench.front_end [--threads N] [--frames N] [--size WxH] [--repeats N] [--burst N]
         [--json FILE]
 
 The stages are run as the server runs them, on one clip in the shapes of LLaVA-OneVision-7B, stock
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,26 +24,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import zmq
+from vllm.config import ModelConfig
+from vllm.model_executor.models import llava_onevision as stock
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-import torch  # noqa: E402
-import zmq  # noqa: E402
-from vllm.config import ModelConfig  # noqa: E402
-from vllm.model_executor.models import llava_onevision as stock  # noqa: E402
-from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
-from vllm.multimodal.inputs import MultiModalKwargsItem  # noqa: E402
-from vllm.multimodal.media import MediaWithBytes  # noqa: E402
-from vllm.multimodal.processing import TimingContext  # noqa: E402
-from vllm.multimodal.processing.inputs import ProcessorInputs  # noqa: E402
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY  # noqa: E402
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
-
-from bench.record import environment, write_json  # noqa: E402
-from bench.shapes import build  # noqa: E402
-from scissor_vllm.plugin import register  # noqa: E402
-from scissor_vllm.worker.video_pixels import take_video_pixels  # noqa: E402
-from tests.clips import make_clip  # noqa: E402
+from bench.model_shapes.llava_onevision import build
+from bench.numbered_clips import make_clip
+from scissor_vllm.loadtest.record import environment, write_json
+from scissor_vllm.plugin import register
+from scissor_vllm.worker.video_pixels import take_video_pixels
 
 RATIO = 0.1
 MEDIA_THREADS = 8

@@ -1,6 +1,6 @@
 """Prints what metrics and traces cost a chat with a video, beside what the whole chat takes.
 
-    python bench/metrics_cost.py [--base-url URL] [--repeats N] [--json FILE]
+    python -m bench.metrics_cost [--base-url URL] [--repeats N] [--json FILE]
 
 The cost is the time of all that is recorded for one streamed answer of 64 tokens about one new
 video: stages, caches, threshold, tokens, ratios, outcome, into files that several processes share
@@ -23,26 +23,22 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from openai import OpenAI
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+
+from scissor_vllm import metrics
+from scissor_vllm.frontend.outcome import Chat, has_video
+from scissor_vllm.frontend.tracing import begin_span
+from scissor_vllm.loadtest.record import environment, write_json
+from scissor_vllm.retention import RetentionReport
+from scissor_vllm.worker.feature_cache import FeatureCache
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-cost-")
-
-import torch  # noqa: E402
-from fastapi import Request  # noqa: E402
-from fastapi.responses import StreamingResponse  # noqa: E402
-from openai import OpenAI  # noqa: E402
-from opentelemetry import trace  # noqa: E402
-from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter  # noqa: E402
-
-from bench.record import environment, write_json  # noqa: E402
-from scissor_vllm import metrics  # noqa: E402
-from scissor_vllm.frontend.outcome import Chat, has_video  # noqa: E402
-from scissor_vllm.frontend.tracing import begin_span  # noqa: E402
-from scissor_vllm.retention import RetentionReport  # noqa: E402
-from scissor_vllm.worker.feature_cache import FeatureCache  # noqa: E402
-
 NUM_EVENTS = 64
 CLIP = ROOT / "scissor_vllm" / "demo" / "clip.mp4"
 MESSAGES: list[Any] = [
@@ -206,4 +202,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        # prometheus_client chooses files or memory when it is imported: begin anew with the folder.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-cost-")
+        os.execv(sys.executable, [sys.executable, "-m", "bench.metrics_cost", *sys.argv[1:]])
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Compares whose place a merged token could take, by what a language model then makes of it.
 
-    python bench/representatives.py [--clips N] [--models N] [--ratios R ...] [--json FILE]
+    python -m bench.representatives [--clips N] [--models N] [--ratios R ...] [--json FILE]
 
 Made-up clips and questions go through Qwen2.5-VL's architecture, small and with random weights:
 with all tokens of the video, and with merged ones at the places that a rule says. The distance is
@@ -13,7 +13,6 @@ of 95 % (bootstrap over clips, paired).
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,13 @@ import torch
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.record import environment, write_json  # noqa: E402
-from bench.world.questions import ask  # noqa: E402
-from bench.world.render import render  # noqa: E402
-from bench.world.scene import sample_scene  # noqa: E402
-from scissor_vllm import compress  # noqa: E402
-from scissor_vllm.compression import CompressedTokens  # noqa: E402
-from scissor_vllm.compression.members import representative_members  # noqa: E402
+from bench.world.questions import ask
+from bench.world.render import render
+from bench.world.scene import sample_scene
+from scissor_vllm import compress
+from scissor_vllm.compression import CompressedTokens
+from scissor_vllm.compression.members import representative_members
+from scissor_vllm.loadtest.record import environment, write_json
 
 TEXT: dict[str, Any] = {
     "vocab_size": 259,

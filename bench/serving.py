@@ -1,6 +1,6 @@
 """Serves a model in several ways in turn, loads each alike, and prints one table.
 
-    python bench/serving.py PLAN.toml MODEL [--output FILE] [--only LABEL ...] [--videos FOLDER]
+    python -m bench.serving PLAN.toml MODEL [--output FILE] [--only LABEL ...] [--videos FOLDER]
 
 A plan names servers and what is measured of each; see ``bench/serving-7b.toml``. The first is what
 the others are compared with. Each is started, swept by ``scissor-vllm bench``, and stopped with all

@@ -1,6 +1,6 @@
 """Prints how long SigLIP's encoder takes as vLLM runs it, and with fewer passes over memory.
 
-    python bench/tower.py [--frames 32] [--repeats 20] [--json FILE]
+    python -m bench.tower [--frames 32] [--repeats 20] [--json FILE]
 
 LLaVA-OneVision-7B's tower (SigLIP so400m, 384 pixels) with random weights on a GPU, in bfloat16.
 All take turns, so that a clock that changes is the same for all; times are those of CUDA events.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,7 @@ from typing import Any
 import torch
 from transformers import SiglipVisionConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.record import environment, write_json  # noqa: E402
+from scissor_vllm.loadtest.record import environment, write_json
 
 SO400M = SiglipVisionConfig(
     hidden_size=1152,
@@ -38,7 +34,7 @@ SO400M = SiglipVisionConfig(
 
 
 def make_tower(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """Return vLLM's tower with matrices of deviation 0.02, as ``random_weights.py`` draws them."""
+    """Return vLLM's tower with matrices of deviation 0.02, as ``model_shapes/weights.py`` does."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         ensure_model_parallel_initialized,

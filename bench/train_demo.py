@@ -1,6 +1,6 @@
 """Trains the demo model from random weights on made-up clips and writes it with its record.
 
-    python bench/train_demo.py --output DIR [--seed 0] [--minutes-limit M]
+    python -m bench.train_demo --output DIR [--seed 0] [--minutes-limit M]
         [--steps N] [--batch-size B] [--checkpoint DIR]
 
 Runs on one GPU, or slowly on the CPU. Clips are sampled by worker processes and painted on the
@@ -27,11 +27,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.demo_training import validation  # noqa: E402
-from bench.demo_training.batches import (  # noqa: E402
+from bench.demo_training import validation
+from bench.demo_training.batches import (
     EXERCISE,
     STAGES,
     Batch,
@@ -39,23 +36,23 @@ from bench.demo_training.batches import (  # noqa: E402
     Curriculum,
     batch_loader,
 )
-from bench.demo_training.card import CARD, RECORD, card  # noqa: E402
-from bench.demo_training.forward import PackedModel  # noqa: E402
-from bench.demo_training.lessons import PlaceReader, WordReader, length_penalty  # noqa: E402
-from bench.demo_training.model import (  # noqa: E402
+from bench.demo_training.card import CARD, RECORD, card
+from bench.demo_training.forward import PackedModel
+from bench.demo_training.lessons import PlaceReader, WordReader, length_penalty
+from bench.demo_training.model import (
     ModelSize,
     build_model,
     build_tokenizer,
     load,
     save,
 )
-from bench.demo_training.packing import IGNORED, Encoder, PackedQuestions  # noqa: E402
-from bench.demo_training.pixels import as_values, filmed, normalised  # noqa: E402
-from bench.demo_training.places import drawn_places  # noqa: E402
-from bench.demo_training.validation import Score, autocast, make_batches  # noqa: E402
-from bench.record import environment  # noqa: E402
-from bench.world.questions import SKILLS, VOCABULARY  # noqa: E402
-from bench.world.render import cover, render  # noqa: E402
+from bench.demo_training.packing import IGNORED, Encoder, PackedQuestions
+from bench.demo_training.pixels import as_values, filmed, normalised
+from bench.demo_training.places import drawn_places
+from bench.demo_training.validation import Score, autocast, make_batches
+from bench.world.questions import SKILLS, VOCABULARY
+from bench.world.render import cover, render
+from scissor_vllm.loadtest.record import environment
 
 VALIDATION_SEED = 2**32
 NUM_FINAL_CLIPS_PER_SKILL = 64
@@ -364,7 +361,7 @@ class Run:
         trainer, progress = self.trainer, self.trainer.progress
         num_parameters = sum(weight.numel() for weight in trainer.hf_model.parameters())
         return {
-            "command": shlex.join(["python", "bench/train_demo.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "bench.train_demo", *sys.argv[1:]]),
             "seed": trainer.recipe.seed,
             "batch_size": trainer.recipe.batch_size,
             "recipe": asdict(trainer.recipe),

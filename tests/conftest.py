@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.numbered_clips import make_clip
 from scissor_vllm.demo.model import demo_model_path
-from tests.clips import make_clip
 from tests.families import Family, tiny_families
 from tests.serving import SCISSOR, STOCK, OneServer, Server
 

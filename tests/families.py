@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.llava_onevision import build_config, build_tokenizer
+from bench.model_shapes.llava_onevision import build_config, build_tokenizer
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from bench.model_shapes.weights import save_weights
 from scissor_vllm.demo.model import demo_model_path
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +24,7 @@ RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 
 
 def run_command(script: str, *arguments: str) -> None:
-    command = [sys.executable, f"bench/{script}", *arguments]
+    command = [sys.executable, "-m", f"bench.{script}", *arguments]
     subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=ROOT)
 
 
@@ -33,7 +36,7 @@ def run(script: str, result: Path, *arguments: str) -> dict[str, Any]:
 
 def test_compress_measures_every_form(tmp_path: Path) -> None:
     shape = ("--shape", "4", "40", "16", "--dtype", "float32", "--device", "cpu", "--repeats", "2")
-    measured = run("compress.py", tmp_path / "result.json", *shape)
+    measured = run("compress", tmp_path / "result.json", *shape)
     assert {row["form"] for row in measured["runs"]} >= {"budget 0.1", "threshold 0.8"}
     assert all(len(row["milliseconds"]) == 2 for row in measured["runs"])
     assert all(row["kept"] == 16 for row in measured["runs"] if row["form"] == "budget 0.1")
@@ -42,13 +45,13 @@ def test_compress_measures_every_form(tmp_path: Path) -> None:
 
 
 def test_decode_measures_both_loaders(tmp_path: Path) -> None:
-    measured = run("decode.py", tmp_path / "result.json", "--quick", "--repeats", "1")
+    measured = run("decode", tmp_path / "result.json", "--quick", "--repeats", "1")
     assert all(row["seconds"].keys() == {"decord", "opencv"} for row in measured["runs"])
 
 
 def test_front_end_measures_stock_and_ours_and_sends_fewer_bytes(tmp_path: Path) -> None:
     small = ("--frames", "4", "--size", "64x48", "--repeats", "2", "--burst", "3")
-    measured = run("front_end.py", tmp_path / "result.json", *small)
+    measured = run("front_end", tmp_path / "result.json", *small)
     stock, ours = measured["runs"]["stock"], measured["runs"]["ours"]
     assert len(stock) == len(ours) == 2
     assert stock[0].keys() == ours[0].keys() >= {"decode", "name", "prepare", "send"}
@@ -60,7 +63,7 @@ def test_front_end_measures_stock_and_ours_and_sends_fewer_bytes(tmp_path: Path)
 
 
 def test_shapes_are_those_of_the_published_model(tmp_path: Path) -> None:
-    run_command("shapes.py", "7b", str(tmp_path / "model"))
+    run_command("model_shapes", "7b", str(tmp_path / "model"))
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["text_config"]["hidden_size"] == 3584
     assert config["vision_config"]["image_size"] // config["vision_config"]["patch_size"] == 27
@@ -71,7 +74,7 @@ def test_random_weights_fill_a_models_shapes_and_follow_the_seed(tmp_path: Path)
     folders = [tmp_path / name for name in ("one", "same", "other")]
     for folder, seed in zip(folders, (1, 1, 2), strict=True):
         shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-        run_command("random_weights.py", str(folder), "--seed", str(seed))
+        save_weights(folder, seed)
     one, same, other = (load_file(folder / "model.safetensors") for folder in folders)
     loaded = LlavaOnevisionForConditionalGeneration.from_pretrained(folders[0])
     tied = {"lm_head.weight"} if loaded.config.tie_word_embeddings else set()
@@ -94,3 +97,40 @@ def test_a_kept_result_names_its_hardware_and_its_commit(path: Path) -> None:
         assert environment["cpu"]
         assert len(environment["commit"]) == 40
         assert environment["versions"]
+
+
+MODULES = sorted((ROOT / "bench").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_bench_module_is_of_a_package_and_needs_no_test(path: Path) -> None:
+    assert (path.parent / "__init__.py").exists()
+    text = path.read_text()
+    assert "sys.path" not in text
+    assert "E402" not in text
+    imported = [
+        name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+        )
+    ]
+    assert not [name for name in imported if name.split(".")[0] == "tests"]
+
+
+def test_the_table_of_benchmarks_has_every_command_once() -> None:
+    commands = {
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__main__")
+        for path in MODULES
+        if path.name == "__main__.py" or 'if __name__ == "__main__"' in path.read_text()
+    }
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| .*\? \| `python -m ([\w.]+)",
+        (ROOT / "bench" / "README.md").read_text(),
+        re.M,
+    )
+    assert sorted(name for name, _ in rows) == sorted(commands)
+    assert all(name == command for name, command in rows)

@@ -26,11 +26,11 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
 )
 
+from bench.numbered_clips import decode_all
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.convert.command import REPORT, convert, main
 from scissor_vllm.convert.config import Newlines, converted_config, tower_config
 from tests import original_llava as original
-from tests.clips import decode_all
 from tests.conftest import NUM_FRAMES
 from tests.original_llava import TOKENS_PER_FRAME, TOWER, Weights
 from tests.serving import SCISSOR, STOCK, OneServer, Server, compress_as_served, steps

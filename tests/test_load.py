@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.numbered_clips import decode_all
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.loadtest.client import measure, read_stream
@@ -28,7 +29,6 @@ from scissor_vllm.loadtest.server import difference, kv_cache_bytes_per_token, p
 from scissor_vllm.loadtest.summary import parse_goodput, summarize_all
 from scissor_vllm.loadtest.table import csv_table, markdown_table, text_table
 from scissor_vllm.loadtest.workload import Cell, build_requests, cells, draw_ratios, parse_ratios
-from tests.clips import decode_all
 from tests.conftest import TOKENS_PER_FRAME
 from tests.fake_vllm import METRICS, NUM_VIDEO_TOKENS, STAGES, fake_server
 from tests.serving import Server

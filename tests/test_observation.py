@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from bench.numbered_clips import make_clip
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
-from tests.clips import make_clip
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME
 from tests.prometheus import (
     PrometheusError,

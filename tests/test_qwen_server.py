@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import qwen_shapes
+from bench.model_shapes import qwen_vl
+from bench.numbered_clips import make_clip
 from scissor_vllm import num_retained_tokens
-from tests.clips import make_clip
 from tests.serving import SCISSOR, OneServer, Server
 
 TOKENS_PER_PATCH = {"qwen2.5-vl-tiny": 3 * 5, "qwen3-vl-tiny": 3 * 4}
@@ -27,7 +27,7 @@ def qwen(size: str, servers: OneServer, tmp_path_factory: pytest.TempPathFactory
     """A server of it, with random weights."""
     folder = tmp_path_factory.getbasetemp() / size
     if not folder.exists():
-        qwen_shapes.build(size, folder)
+        qwen_vl.build(size, folder)
     return servers.get(
         *(*SCISSOR, str(folder), "--served-model-name=demo", "--load-format=dummy"),
         *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),

@@ -1,4 +1,4 @@
-"""``bench/qwen_shapes.py`` and the plans that compare servers on its models."""
+"""``bench/model_shapes/qwen_vl.py`` and the plans that compare servers on its models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from transformers import AutoProcessor
 from vllm.multimodal.video_prune import evs, vidcom2
 
-from bench import qwen_shapes, serving
+from bench import serving
+from bench.model_shapes import qwen_vl
 from scissor_vllm import num_retained_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -28,15 +29,15 @@ COUNTS: dict[str, Any] = {
 def grid_of_the_clips(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     """Return temporal patches and tokens of each, as the processor makes them of 4 seconds."""
     processor = AutoProcessor.from_pretrained(folder).video_processor
-    frames = torch.zeros(qwen_shapes.NUM_FRAMES, 3, 360, 640, dtype=torch.uint8)
+    frames = torch.zeros(qwen_vl.NUM_FRAMES, 3, 360, 640, dtype=torch.uint8)
     output = processor([frames], do_sample_frames=False, return_tensors="pt")
     t, h, w = output["video_grid_thw"][0].tolist()
     return t, h * w // config["vision_config"]["spatial_merge_size"] ** 2
 
 
-@pytest.mark.parametrize("size", qwen_shapes.SIZES)
+@pytest.mark.parametrize("size", qwen_vl.SIZES)
 def test_all_methods_of_a_plan_keep_equally_many_tokens(size: str, tmp_path: Path) -> None:
-    qwen_shapes.build(size, tmp_path)
+    qwen_vl.build(size, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     num_frames, per_frame = grid_of_the_clips(tmp_path, config)
     assert num_frames * per_frame == (960 if size.endswith("tiny") else 6480)
@@ -63,7 +64,7 @@ def test_all_servers_of_a_plan_have_the_same_front_end(plan: Path) -> None:
 
 def test_the_language_models_are_those_of_the_published_sizes(tmp_path: Path) -> None:
     for size, width, layers in (("qwen2.5-vl-7b", 3584, 28), ("qwen3-vl-8b", 4096, 36)):
-        qwen_shapes.build(size, tmp_path / size)
+        qwen_vl.build(size, tmp_path / size)
         config = json.loads((tmp_path / size / "config.json").read_text())
         text, vision = config["text_config"], config["vision_config"]
         assert (text["hidden_size"], text["num_hidden_layers"]) == (width, layers)

@@ -14,9 +14,9 @@ import openai
 import pytest
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
+from bench.numbered_clips import make_audio, make_clip
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
-from tests.clips import make_audio, make_clip
 from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME, stock_questions
 from tests.serving import SCISSOR, OneServer, Server, message, same_answer, steps
 

@@ -11,12 +11,12 @@ from bench.accuracy.command import main
 from bench.accuracy.results import read_results
 from bench.accuracy.summary import Summary
 from bench.demo_clip import SEED, SKILL
+from bench.numbered_clips import decode_all
 from bench.world.heldout import write_clip, write_split
 from bench.world.questions import ask
 from bench.world.scene import sample_scene
 from scissor_vllm.demo.client import ANSWER, CLIP, QUESTION
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
-from tests.clips import decode_all
 from tests.serving import Server
 
 NUM_PER_SKILL = 5

@@ -28,15 +28,7 @@ from vllm.multimodal.video import (
     get_video_loader_backend_for_processor,
 )
 
-from scissor_vllm.frontend.frame_cache import FrameCache
-from scissor_vllm.frontend.video.loader import (
-    _DECODING,
-    MAX_DECODE_BYTES_VARIABLE,
-    DecordVideoBackend,
-    max_decode_bytes,
-    register_video_loader,
-)
-from tests.clips import (
+from bench.numbered_clips import (
     decode_all,
     draw_frame,
     has_codec,
@@ -44,6 +36,14 @@ from tests.clips import (
     make_clip,
     read_number,
     trim_clip,
+)
+from scissor_vllm.frontend.frame_cache import FrameCache
+from scissor_vllm.frontend.video.loader import (
+    _DECODING,
+    MAX_DECODE_BYTES_VARIABLE,
+    DecordVideoBackend,
+    max_decode_bytes,
+    register_video_loader,
 )
 
 # Two converters of YUV to RGB round differently.

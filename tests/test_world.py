@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.numbered_clips import decode_all
 from bench.world.heldout import SEEDS, Item, sample_items, write_clip, write_split
 from bench.world.questions import NUMBERS, PLURALS, SKILLS, VOCABULARY, Question, ask
 from bench.world.render import NUM_CLASSES, class_of, cover, pack, render
@@ -32,7 +33,6 @@ from bench.world.scene import (
     Thing,
     sample_scene,
 )
-from tests.clips import decode_all
 
 MIXED = (None, *SKILLS)
 KINDS = [(skill, NUM_FRAMES) for skill in MIXED] + [

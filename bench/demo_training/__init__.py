@@ -1,1 +1,1 @@
-"""Training of the demo model; `bench/train_demo.py` is the command."""
+"""Training of the demo model; `python -m bench.train_demo` is the command."""

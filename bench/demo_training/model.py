@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.llava_onevision import CHAT_TEMPLATE, build_config, save_processor
+from bench.model_shapes.llava_onevision import CHAT_TEMPLATE, build_config, save_processor
 from bench.world.scene import FRAME_SIZE
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")

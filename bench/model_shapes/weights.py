@@ -1,13 +1,11 @@
-"""Fills a folder of `bench/shapes.py` with weights: ``python bench/random_weights.py FOLDER``.
+"""Random weights for a LLaVA-OneVision folder of this package.
 
-Matrices are normal with deviation 0.02, as most models begin, norms 1 and biases 0. vLLM's
-``--load-format dummy`` draws all from so narrow a range that a video's tokens come out alike in all
-but the last bits: no real tower does that, and searching for components takes longest there. With
-these, what is unlike in the pixels stays unlike. Answers mean nothing all the same.
+Matrices are normal with deviation 0.02, as most models begin; norms are 1 and biases 0. vLLM's
+``--load-format dummy`` draws from a far narrower range. A video's tokens then come out nearly
+equal, as no real tower makes them, and the search for components takes longest there. With these
+weights, pixels that differ give tokens that differ.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.demo_training.model import hub_name  # noqa: E402
+from bench.demo_training.model import hub_name
 
 DEVIATION = 0.02
 
@@ -45,17 +40,8 @@ def weights(folder: Path, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         yield hub_name(name), drawn.cpu()
 
 
-def main() -> None:
-    """Write the weights into the folder that the command line names."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="with config.json")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    state = dict(weights(args.folder, args.seed))
-    save_torch_state_dict(state, args.folder, max_shard_size="5GB", metadata={"format": "pt"})
-    size = sum(value.nbytes for value in state.values())
-    print(f"{args.folder}: {len(state)} weights, {size / 1e9:.1f} GB, seed {args.seed}")
-
-
-if __name__ == "__main__":
-    main()
+def save_weights(folder: Path, seed: int) -> tuple[int, int]:
+    """Write weights for a folder's ``config.json``; return their number and bytes."""
+    state = dict(weights(folder, seed))
+    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    return len(state), sum(value.nbytes for value in state.values())

@@ -4,6 +4,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SIDE, PATCH = 384, 14
+VOCABULARY = 152000
+
+LANGUAGE = {
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+}
+"""Qwen2's shapes, by the size in the checkpoint's name."""
+
+SIZES = tuple(LANGUAGE)
+
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -22,6 +45,38 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+
+
+def build(size: str, folder: Path) -> None:
+    """Write config, tokenizer and processor of SigLIP so400m and Qwen2 in one of ``SIZES``."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    tokenizer = build_tokenizer()
+    pinpoints = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]
+    text = Qwen2Config(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32768,
+        rope_theta=1000000.0,
+        tie_word_embeddings=size == "0.5b",
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        **LANGUAGE[size],
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=SIDE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    config = build_config(tokenizer, vision, text, pinpoints)
+    config.architectures = ["LlavaOnevisionForConditionalGeneration"]
+    config.dtype = "bfloat16"
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    save_processor(tokenizer, config, folder)
 
 
 def build_config(

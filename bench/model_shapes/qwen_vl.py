@@ -1,4 +1,4 @@
-"""Qwen-VL's shapes without weights, for ``bench/shapes.py``.
+"""Qwen-VL's shapes without weights.
 
 All resize 32 frames of 640 x 360 pixels so that a quarter and a tenth of the video's tokens are
 whole numbers, and methods that round differently keep equally many: 16 x (15 x 27) = 6480 tokens by
@@ -21,7 +21,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from bench.llava_onevision import CHAT_TEMPLATE, build_tokenizer
+from bench.model_shapes.llava_onevision import CHAT_TEMPLATE, build_tokenizer
 
 NUM_FRAMES = 32
 """For which Qwen3-VL's limits are set: they are of a whole video."""
