@@ -78,7 +78,6 @@ def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Famil
     observed = observe(
         family.folder,
         [questions],
-        plugins="scissor_vllm",
         max_model_len=704,
         enable_prefix_caching=False,
         block_size=32,
@@ -110,7 +109,6 @@ def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
     observed = observe(
         family.folder,
         [questions],
-        plugins="scissor_vllm",
         max_model_len=4096,
         enable_prefix_caching=False,
         block_size=32,

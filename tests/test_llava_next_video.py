@@ -93,7 +93,7 @@ def test_weights_named_as_transformers_saves_them_give_the_same_answers(
     assert any("vision_tower.vision_model." in name for name in weights)
     renamed = {name.replace(".vision_model.", "."): weight for name, weight in weights.items()}
     save_file(renamed, resaved / "model.safetensors", metadata={"format": "pt"})
-    ((answer,),) = ask(resaved, [[question]], plugins="scissor_vllm", max_model_len=4096)
+    ((answer,),) = ask(resaved, [[question]], max_model_len=4096)
     assert largest_difference(answer, expected) < 1e-4
 
 

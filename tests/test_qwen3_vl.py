@@ -149,7 +149,7 @@ def test_other_positions_would_be_seen(
 def test_the_mixture_of_experts_agrees_with_transformers_as_well(tmp_path: Path) -> None:
     model = build_qwen3_vl(tmp_path, moe=True)
     questions = [Question((WIDE,), ratio) for ratio in (1.0, 0.25)]
-    (answers,) = ask(tmp_path, [questions], plugins="scissor_vllm", max_model_len=4096)
+    (answers,) = ask(tmp_path, [questions], max_model_len=4096)
     for question, answer in zip(questions, answers, strict=True):
         expected = logprobs_by_transformers(model, tmp_path, question)
         for token, logprob in answer.first.items():
