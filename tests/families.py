@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.llava_onevision import build_config, build_tokenizer
 from tests.engines import run_plan
+from tests.serving import message
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -157,23 +158,53 @@ def observe(
         "rounds": [[asdict(question) for question in questions] for questions in rounds],
     }
     result = run_plan(plan, stock=stock)
-    answers = [
-        [
-            Answer(**{**answer, "first": {int(k): v for k, v in answer["first"].items()}})
-            for answer in answers
-        ]
-        for answers in result["answers"]
-    ]
+    answers = [[_answer(fields) for fields in answers] for answers in result["answers"]]
     return Observed(answers, result["counters"])
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A chat's one message: videos and pictures (paths), and text."""
+
+    parts: tuple[Path | str, ...]
+    ratio: float | None = None
+
+
+def chat(
+    model: Path, chats: Sequence[Chat], *, stock: bool = False, num_tokens: int = 8, **options: Any
+) -> list[Answer | str]:
+    """Return what a new engine answers to chats, one after the other, or with what error.
+
+    Args:
+        model: folder of a checkpoint.
+        chats: are sent through its chat template, and its videos through the video loader.
+        stock: whether vLLM has no plugin.
+        num_tokens: of each answer.
+        options: of vLLM's ``LLM``.
+    """
+    plan = {
+        "num_tokens": num_tokens,
+        "model": str(model),
+        "options": options,
+        "chats": [{"message": message(*each.parts), "ratio": each.ratio} for each in chats],
+    }
+    answers = run_plan(plan, stock=stock)["answers"]
+    return [fields if isinstance(fields, str) else _answer(fields) for fields in answers]
+
+
+def _answer(fields: dict[str, Any]) -> Answer:
+    return Answer(**{**fields, "first": {int(k): v for k, v in fields["first"].items()}})
+
+
 def answer_plan(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
-    """Answer what :func:`observe` sends, in the engine's process."""
+    """Answer what :func:`observe` or :func:`chat` sends, in the engine's process."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0, max_tokens=plan["num_tokens"], ignore_eos=True, logprobs=8
     )
+    if "chats" in plan:
+        return {"answers": [_answer_chat(llm, params, fields) for fields in plan["chats"]]}
     results = []
     for questions in plan["rounds"]:
         prompts = []
@@ -197,6 +228,16 @@ def answer_plan(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
             if hasattr(each, "value")
         }
     return {"answers": results, "counters": counters}
+
+
+def _answer_chat(llm: Any, params: Any, fields: dict[str, Any]) -> dict[str, Any] | str:
+    ratio = fields["ratio"]
+    options = {} if ratio is None else {"mm_processor_kwargs": {"retention_ratio": ratio}}
+    try:
+        (output,) = llm.chat([fields["message"]], params, use_tqdm=False, **options)
+    except ValueError as error:
+        return str(error)
+    return _as_json(output)
 
 
 def _as_json(output: Any) -> dict[str, Any]:

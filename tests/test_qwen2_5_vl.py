@@ -83,7 +83,6 @@ def logprobs_by_transformers(
         return torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
 
 
-@pytest.mark.server
 def test_transformers_fed_the_same_rows_and_positions_agrees(
     families: dict[str, Family],
 ) -> None:
@@ -95,7 +94,6 @@ def test_transformers_fed_the_same_rows_and_positions_agrees(
             assert logprob == pytest.approx(float(expected[token]), abs=1e-2), question
 
 
-@pytest.mark.server
 def test_other_positions_would_be_seen(
     families: dict[str, Family],
 ) -> None:
