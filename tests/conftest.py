@@ -50,8 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose how many examples of a property are tried."""
-    settings.register_profile("quick", max_examples=50, deadline=None)
-    settings.register_profile("full", max_examples=500, deadline=None)
+    settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+    settings.register_profile("full", max_examples=500, deadline=None, derandomize=True)
     settings.load_profile("full" if config.getoption("--slow") else "quick")
 
 

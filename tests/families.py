@@ -75,19 +75,27 @@ class Media:
 
 @dataclass(frozen=True)
 class Question:
-    """Media, each at the beginning of a prompt, and a text."""
+    """Media, each at the beginning of a prompt, and a text.
+
+    Attributes:
+        embeddings: a file of what the vision tower makes of the one video, with the names of
+            vLLM's fields, sent in its place; none if empty.
+    """
 
     media: tuple[Media, ...]
     ratio: float | None = None
     text: str = "What is this?"
+    embeddings: str = ""
 
     def prompt(self) -> str:
         parts = [f"<|vision_start|><|{each.kind}_pad|><|vision_end|>" for each in self.media]
         ask = f"{' and '.join(parts)}{self.text}"
         return f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
 
-    def data(self) -> dict[str, list[Any]]:
+    def data(self) -> dict[str, Any]:
         """The media as vLLM takes them."""
+        if self.embeddings:
+            return {"video": load_file(self.embeddings)}
         data: dict[str, list[Any]] = {}
         for each in self.media:
             item: Any = each.pixels()

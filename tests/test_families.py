@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm import num_retained_tokens
-from tests.families import Family, Question, build_draft, largest_difference, observe
+from tests.families import Family, Question, ask, build_draft, largest_difference, observe
 
 NUM_BEHIND = 24
 """Tokens of the prompt of ``Family.other`` behind its video."""
@@ -120,4 +120,22 @@ def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
     )
     assert observed.counters["spec_decode_num_draft_tokens"] > 0
     for question, answer in zip(questions, observed.answers[0], strict=True):
+        assert largest_difference(answer, family.whole[question]) < 1e-4, question
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen3_vl"], indirect=True)
+def test_two_ranks_of_tensor_parallelism_answer_as_one(family: Family) -> None:
+    # Each rank computes half of the heads over its own rows: other rows in one are other answers.
+    questions = [*family.single, *family.several]
+    (answers,) = ask(
+        family.folder,
+        [questions],
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=8192,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    )
+    for question, answer in zip(questions, answers, strict=True):
         assert largest_difference(answer, family.whole[question]) < 1e-4, question
