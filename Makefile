@@ -11,7 +11,7 @@ RATIOS := 1.0 0.25 0.1 0.05
 NUM_PER_SKILL := 10
 WANTED := pyproject.toml $(wildcard deploy/cpu/*.py deploy/cpu/*.txt)
 
-.PHONY: demo serve bench accuracy test lint clean
+.PHONY: demo serve bench accuracy test test-all lint clean
 
 demo: $(INSTALLED)  ## serve the small model, send it a clip at four ratios, stop
 	@$(BIN)/scissor-vllm demo
@@ -31,8 +31,14 @@ accuracy: $(INSTALLED_DEV)  ## ask the small model about held-out clips, compres
 	  --questions $(ACCURACY)/clips --output $(ACCURACY)/result.json
 	@$(BIN)/python -m bench.accuracy plot $(ACCURACY)/result.json
 
-test: $(INSTALLED_DEV) lint  ## all tests, on a real engine and server
-	$(BIN)/python -m pytest
+# Servers in one process of pytest, engines and all else in the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 40
+
+test: $(INSTALLED_DEV) lint  ## lint, types, and tests on real engines and servers
+	$(PYTEST)
+
+test-all: $(INSTALLED_DEV) lint  ## also what is slow or rare, with ten times the examples
+	$(PYTEST) --slow
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

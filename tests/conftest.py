@@ -13,11 +13,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
 from bench.numbered_clips import make_clip
 from scissor_vllm.demo.model import demo_model_path
-from tests.families import Family, tiny_families
+from tests.collector import Collector, collecting
+from tests.engines import stop_children
+from tests.families import Family, build_qwen3_vl, tiny_families
 from tests.serving import SCISSOR, STOCK, OneServer, Server
 
 DEMO_FLAGS = (
@@ -29,13 +32,54 @@ DEMO_FLAGS = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU."""
-    if torch.cuda.is_available():
-        return
+SERVER_FIXTURES = ("servers", "stock_answers", "plugin_server", "server", "page_server", "qwen")
+"""In the order in which tests start servers: each is started once."""
+ENGINE_FIXTURES = ("families", "engines")
+SERVERS, ENGINES = "servers", "engines"
+"""Groups of tests, each for one process of pytest: one server at a time, and one engine."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs everything."""
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="also run tests marked slow, and 500 examples of each property in place of 50",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how many examples of a property are tried."""
+    settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+    settings.register_profile("full", max_examples=500, deadline=None, derandomize=True)
+    settings.load_profile("full" if config.getoption("--slow") else "quick")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is slow, skip GPU tests where there is no GPU, and order by servers."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items.sort(key=_group)
+
+
+def _group(item: pytest.Item) -> int:
+    """Put an item into its group, and return its place among the tests."""
+    fixtures = getattr(item, "fixturenames", ())
+    places = [place for place, name in enumerate(SERVER_FIXTURES) if name in fixtures]
+    if places:
+        item.add_marker(pytest.mark.server)
+        item.add_marker(pytest.mark.xdist_group(SERVERS))
+        return max(places)
+    if any(name in fixtures for name in ENGINE_FIXTURES):
+        item.add_marker(pytest.mark.server)
+        item.add_marker(pytest.mark.xdist_group(ENGINES))
+        return len(SERVER_FIXTURES)
+    return len(SERVER_FIXTURES) + 1
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +128,109 @@ def server(servers: OneServer) -> Server:
     return servers.get(*SCISSOR, "demo")
 
 
+DEFAULT_RATIO = 0.3
+MIN_RATIO = 0.05
+MAX_TOKENS = 31 * TOKENS_PER_FRAME
+"""What the operator of ``plugin_server`` chose."""
+
+
+@pytest.fixture
+def plugin_server(servers: OneServer) -> Server:
+    """vLLM's own command with our plugins named, and clients trusted.
+
+    Its video loader is stock vLLM's, so that pixels are the same to the bit.
+    """
+    chosen = {
+        "retention_ratio": DEFAULT_RATIO,
+        "min_retention_ratio": MIN_RATIO,
+        "max_video_tokens": MAX_TOKENS,
+        "video_compression": "uniform",
+    }
+    return servers.get(
+        *STOCK,
+        str(demo_model_path()),
+        *DEMO_FLAGS,
+        f"--mm-processor-kwargs={json.dumps(chosen)}",
+        "--trust-request-mm-kwargs",
+        environment={"VLLM_PLUGINS": "scissor_vllm", "VLLM_VIDEO_LOADER_BACKEND": "opencv"},
+    )
+
+
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+def collector() -> Iterator[Collector]:
+    """What gets the traces of ``page_server``."""
+    with collecting() as listening:
+        yield listening
+
+
+@pytest.fixture(scope="session")
+def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The metrics directory of ``page_server``."""
+    return tmp_path_factory.mktemp("metrics")
+
+
+PAGE_KEY = "x"
+"""The key of ``page_server``, which the tests' client sends."""
+
+
+@pytest.fixture
+def page_server(servers: OneServer, collector: Collector, metrics_folder: Path) -> Server:
+    """A server with all that an operator may add.
+
+    It has the page, a key, a minimum ratio, two API-server processes, a metrics directory that the
+    operator named, and tracing.
+    """
+    return observed_server(servers, collector, metrics_folder)
+
+
+def observed_server(servers: OneServer, collector: Collector, metrics_folder: Path) -> Server:
+    """Return a server as ``page_server`` is, with this directory for metrics."""
+    return servers.get(
+        *(*SCISSOR, "demo", "--web-page", f"--api-key={PAGE_KEY}", "--min-retention-ratio=0.02"),
+        *("--api-server-count=2", f"--otlp-traces-endpoint={collector.url}"),
+        environment={
+            "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        },
+    )
+
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL, for ``qwen``."""
+    folder = tmp_path_factory.mktemp("qwen") / "model"
+    build_qwen3_vl(folder)
+    (folder / "template.jinja").write_text(QWEN_TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def qwen(servers: OneServer, qwen_folder: Path) -> Server:
+    """A server of a tiny Qwen3-VL, with the page."""
+    return servers.get(
+        *(*SCISSOR, str(qwen_folder), "--served-model-name=demo", "--web-page"),
+        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
+        f"--chat-template={qwen_folder / 'template.jinja'}",
+    )
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[None]:
+    """Keep tests that ask offline engines together, so that their children are started once."""
+    yield
+    stop_children()
+
+
+@pytest.fixture(scope="session")
+def families(engines: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     """A tiny model of each family but the demo's."""
     return tiny_families(tmp_path_factory.mktemp("families"))
 
@@ -116,7 +261,6 @@ def stock_answers(servers: OneServer, clips: dict[str, Path]) -> dict[str, Any]:
         environment={
             "VLLM_PLUGINS": "",
             "VLLM_VIDEO_LOADER_BACKEND": "opencv",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
         },
     )
     # Two questions begin with one video: a salt of its own keeps each from the other's prefix.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.model_shapes.llava_onevision import build_config, build_tokenizer
+from tests.engines import run_plan
+from tests.serving import message
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -76,19 +75,27 @@ class Media:
 
 @dataclass(frozen=True)
 class Question:
-    """Media, each at the beginning of a prompt, and a text."""
+    """Media, each at the beginning of a prompt, and a text.
+
+    Attributes:
+        embeddings: a file of what the vision tower makes of the one video, with the names of
+            vLLM's fields, sent in its place; none if empty.
+    """
 
     media: tuple[Media, ...]
     ratio: float | None = None
     text: str = "What is this?"
+    embeddings: str = ""
 
     def prompt(self) -> str:
         parts = [f"<|vision_start|><|{each.kind}_pad|><|vision_end|>" for each in self.media]
         ask = f"{' and '.join(parts)}{self.text}"
         return f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
 
-    def data(self) -> dict[str, list[Any]]:
+    def data(self) -> dict[str, Any]:
         """The media as vLLM takes them."""
+        if self.embeddings:
+            return {"video": load_file(self.embeddings)}
         data: dict[str, list[Any]] = {}
         for each in self.media:
             item: Any = each.pixels()
@@ -129,26 +136,26 @@ class Observed:
 
 
 def ask(
-    model: Path, rounds: Sequence[Sequence[Question]], *, plugins: str, **options: Any
+    model: Path, rounds: Sequence[Sequence[Question]], *, stock: bool = False, **options: Any
 ) -> list[list[Answer]]:
-    """Return the answers of an engine of its own, see :func:`observe`."""
-    return observe(model, rounds, plugins=plugins, **options).answers
+    """Return the answers of an engine, see :func:`observe`."""
+    return observe(model, rounds, stock=stock, **options).answers
 
 
 def observe(
     model: Path,
     rounds: Sequence[Sequence[Question]],
     *,
-    plugins: str,
+    stock: bool = False,
     num_tokens: int = 6,
     **options: Any,
 ) -> Observed:
-    """Return what an engine of its own answers; a round's questions are asked together.
+    """Return what a new engine answers; a round's questions are asked together.
 
     Args:
         model: folder of a checkpoint.
         rounds: one after the other.
-        plugins: ``VLLM_PLUGINS``, empty for stock vLLM.
+        stock: whether vLLM has no plugin.
         num_tokens: of each answer.
         options: of vLLM's ``LLM``.
     """
@@ -158,35 +165,54 @@ def observe(
         "options": options,
         "rounds": [[asdict(question) for question in questions] for questions in rounds],
     }
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.families"],
-        input=json.dumps(plan),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        env={**os.environ, "VLLM_PLUGINS": plugins, "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
-    assert run.returncode == 0, run.stdout[-12000:] + run.stderr[-3000:]
-    result = json.loads(run.stdout.split("RESULT")[1].splitlines()[0])
-    answers = [
-        [
-            Answer(**{**answer, "first": {int(k): v for k, v in answer["first"].items()}})
-            for answer in answers
-        ]
-        for answers in result["answers"]
-    ]
+    result = run_plan(plan, stock=stock)
+    answers = [[_answer(fields) for fields in answers] for answers in result["answers"]]
     return Observed(answers, result["counters"])
 
 
-def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
-    """Answer what :func:`observe` sends, in its process."""
-    from vllm import LLM, SamplingParams
+@dataclass(frozen=True)
+class Chat:
+    """A chat's one message: videos and pictures (paths), and text."""
 
-    llm = LLM(plan["model"], enforce_eager=True, dtype="float32", **plan["options"])
+    parts: tuple[Path | str, ...]
+    ratio: float | None = None
+
+
+def chat(
+    model: Path, chats: Sequence[Chat], *, stock: bool = False, num_tokens: int = 8, **options: Any
+) -> list[Answer | str]:
+    """Return what a new engine answers to chats, one after the other, or with what error.
+
+    Args:
+        model: folder of a checkpoint.
+        chats: are sent through its chat template, and its videos through the video loader.
+        stock: whether vLLM has no plugin.
+        num_tokens: of each answer.
+        options: of vLLM's ``LLM``.
+    """
+    plan = {
+        "num_tokens": num_tokens,
+        "model": str(model),
+        "options": options,
+        "chats": [{"message": message(*each.parts), "ratio": each.ratio} for each in chats],
+    }
+    answers = run_plan(plan, stock=stock)["answers"]
+    return [fields if isinstance(fields, str) else _answer(fields) for fields in answers]
+
+
+def _answer(fields: dict[str, Any]) -> Answer:
+    return Answer(**{**fields, "first": {int(k): v for k, v in fields["first"].items()}})
+
+
+def answer_plan(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
+    """Answer what :func:`observe` or :func:`chat` sends, in the engine's process."""
+    from vllm import SamplingParams
+
     params = SamplingParams(
         temperature=0, max_tokens=plan["num_tokens"], ignore_eos=True, logprobs=8
     )
+    if "chats" in plan:
+        return {"answers": [_answer_chat(llm, params, fields) for fields in plan["chats"]]}
     results = []
     for questions in plan["rounds"]:
         prompts = []
@@ -200,25 +226,8 @@ def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
             if question.ratio is not None:
                 prompt["mm_processor_kwargs"] = {"retention_ratio": question.ratio}
             prompts.append(prompt)
-        results.append(
-            [
-                {
-                    "num_prompt_tokens": len(out.prompt_token_ids),
-                    "num_cached_tokens": out.num_cached_tokens,
-                    "tokens": list(out.outputs[0].token_ids),
-                    "logprobs": [
-                        step[token].logprob
-                        for token, step in zip(
-                            out.outputs[0].token_ids, out.outputs[0].logprobs, strict=True
-                        )
-                    ],
-                    "first": {
-                        token: each.logprob for token, each in out.outputs[0].logprobs[0].items()
-                    },
-                }
-                for out in llm.generate(prompts, params, use_tqdm=False)
-            ]
-        )
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        results.append([_as_json(output) for output in outputs])
     counters: dict[str, float] = {}
     if not plan["options"].get("disable_log_stats", True):
         counters = {
@@ -227,6 +236,29 @@ def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
             if hasattr(each, "value")
         }
     return {"answers": results, "counters": counters}
+
+
+def _answer_chat(llm: Any, params: Any, fields: dict[str, Any]) -> dict[str, Any] | str:
+    ratio = fields["ratio"]
+    options = {} if ratio is None else {"mm_processor_kwargs": {"retention_ratio": ratio}}
+    try:
+        (output,) = llm.chat([fields["message"]], params, use_tqdm=False, **options)
+    except ValueError as error:
+        return str(error)
+    return _as_json(output)
+
+
+def _as_json(output: Any) -> dict[str, Any]:
+    """Return vLLM's ``RequestOutput`` as the fields of an :class:`Answer`."""
+    (completion,) = output.outputs
+    steps = zip(completion.token_ids, completion.logprobs, strict=True)
+    return {
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "num_cached_tokens": output.num_cached_tokens,
+        "tokens": list(completion.token_ids),
+        "logprobs": [step[token].logprob for token, step in steps],
+        "first": {token: each.logprob for token, each in completion.logprobs[0].items()},
+    }
 
 
 def build_qwen_tokenizer() -> Any:
@@ -599,15 +631,13 @@ class Family:
         """What vLLM answers without any plugin."""
         with_video = [*self.single, *(self.several if self.stock_takes_several else ())]
         questions = [Question(each.media) for each in with_video if each.ratio == 1.0]
-        return self._alone([*questions, *self.plain], plugins="")
+        return self._alone([*questions, *self.plain], stock=True)
 
     @cached_property
     def whole(self) -> dict[Question, Answer]:
         """What ours answers to each question alone, in one step and without a prefix cache."""
         questions = [*self.single, *self.several, *self.plain, self.other]
-        return self._alone(
-            questions, plugins="scissor_vllm", max_num_batched_tokens=8192, **self.options
-        )
+        return self._alone(questions, max_num_batched_tokens=8192, **self.options)
 
     @cached_property
     def chunked(self) -> list[list[Answer]]:
@@ -618,7 +648,6 @@ class Family:
         return ask(
             self.folder,
             [all_of_them, all_of_them[::-1], self.several, [self.other]],
-            plugins="scissor_vllm",
             max_model_len=4096,
             enable_prefix_caching=True,
             block_size=32,
@@ -659,8 +688,3 @@ def tiny_families(folder: Path) -> dict[str, Family]:
             build_qwen3_vl, {WIDE: 6 * 60, TALL: 4 * 48, SHORT: 25}, folder / "qwen3_vl"
         ),
     }
-
-
-if __name__ == "__main__":
-    answers = answer_plan(json.load(sys.stdin))
-    print("RESULT" + json.dumps(answers))

@@ -25,6 +25,7 @@ from bench.serving import COMMANDS
 from scissor_vllm import CompressedTokens
 from scissor_vllm.compression import get_compressor
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
+from tests.engines import SMALL
 
 START_SECONDS = 300
 
@@ -193,7 +194,7 @@ class OneServer:
             self.stop()
             self._count += 1
             log = self.folder / f"server-{self._count}.log"
-            self._running = serving(command, environment or {}, log)
+            self._running = serving(command, {**SMALL, **(environment or {})}, log)
             self._server = self._running.__enter__()
             self._key = key
         assert self._server is not None

@@ -44,11 +44,13 @@ def test_compress_measures_every_form(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]
 
 
+@pytest.mark.slow
 def test_decode_measures_both_loaders(tmp_path: Path) -> None:
     measured = run("decode", tmp_path / "result.json", "--quick", "--repeats", "1")
     assert all(row["seconds"].keys() == {"decord", "opencv"} for row in measured["runs"])
 
 
+@pytest.mark.slow
 def test_front_end_measures_stock_and_ours_and_sends_fewer_bytes(tmp_path: Path) -> None:
     small = ("--frames", "4", "--size", "64x48", "--repeats", "2", "--burst", "3")
     measured = run("front_end", tmp_path / "result.json", *small)

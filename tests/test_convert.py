@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,8 +31,9 @@ from scissor_vllm.convert.command import REPORT, convert, main
 from scissor_vllm.convert.config import Newlines, converted_config, tower_config
 from tests import original_llava as original
 from tests.conftest import NUM_FRAMES
+from tests.families import Answer, Chat, chat, largest_difference
 from tests.original_llava import TOKENS_PER_FRAME, TOWER, Weights
-from tests.serving import SCISSOR, STOCK, OneServer, Server, compress_as_served, steps
+from tests.serving import compress_as_served
 
 NEWLINE = "model.image_newline"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -484,49 +484,48 @@ def test_images_are_served_where_a_newline_can_end_their_lines(
 
 # Served.
 
-FLAGS = ("--served-model-name=demo", "--enforce-eager", "--dtype=float32", "--max-model-len=4096")
-CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+SERVED = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
 
 
-@pytest.fixture
-def scissor_server(servers: OneServer, without_newline: Path) -> Server:
-    return servers.get(*SCISSOR, str(without_newline), *FLAGS, environment=CPU)
+def answered(answer: Answer | str) -> Answer:
+    assert isinstance(answer, Answer), answer
+    return answer
 
 
-@pytest.mark.server
+@pytest.fixture(scope="module")
+def served(
+    engines: None, without_newline: Path, clips: dict[str, Path]
+) -> dict[str | float, Answer | str]:
+    """What ours answers with the checkpoint without newline, by ratio and by what is asked."""
+    chats: dict[str | float, Chat] = {
+        1.0: Chat((clips["short"], "Why?"), 1.0),
+        0.25: Chat((clips["short"], "Why?"), 0.25),
+        "picture": Chat((clips["picture"], "Why?")),
+        "text": Chat(("Why?",)),
+    }
+    answers = chat(without_newline, list(chats.values()), enable_prefix_caching=False, **SERVED)
+    return dict(zip(chats, answers, strict=True))
+
+
 @pytest.mark.parametrize("ratio", [1.0, 0.25])
 def test_a_checkpoint_without_newline_is_served_without_it(
-    scissor_server: Server, clips: dict[str, Path], ratio: float
+    served: dict[str | float, Answer | str], ratio: float
 ) -> None:
     num_tokens = NUM_FRAMES["short"] * TOKENS_PER_FRAME
-    answer = scissor_server.ask(clips["short"], "Why?", ratio=ratio)
-    text = len(prompt_ids(scissor_server, "Why?")) + len("\n")
-    assert answer.usage.prompt_tokens == text + num_retained_tokens(num_tokens, ratio)
-    assert answer.video_compression == {
-        "retention_ratio": ratio,
-        "num_video_tokens": num_tokens,
-        "num_retained_video_tokens": math.ceil(ratio * num_tokens),
-    }
+    text = answered(served["text"]).num_prompt_tokens + len("\n")
+    kept = num_retained_tokens(num_tokens, ratio)
+    assert kept == math.ceil(ratio * num_tokens)
+    assert answered(served[ratio]).num_prompt_tokens == text + kept
 
 
-def prompt_ids(server: Server, text: str) -> list[int]:
-    body = {"model": "demo", "messages": [{"role": "user", "content": text}]}
-    status, answer = server.post("/tokenize", json.dumps(body).encode())
-    assert status == 200
-    ids: list[int] = json.loads(answer)["tokens"]
-    return ids
-
-
-@pytest.mark.server
 @pytest.mark.parametrize("ratio", [1.0, 0.25])
-def test_the_servers_logits_are_those_of_the_original_weights(
-    scissor_server: Server,
+def test_the_engines_logits_are_those_of_the_original_weights(
+    served: dict[str | float, Answer | str],
     clips: dict[str, Path],
     without_newline: Path,
     weights: Weights,
     ratio: float,
 ) -> None:
-    answer = scissor_server.ask(clips["short"], "Why?", ratio=ratio)
     rows = original.video_rows(weights, clip_pixels(clips["short"], without_newline))
     if ratio < 1:
         by_frame = rows.unflatten(0, (-1, TOKENS_PER_FRAME))
@@ -539,8 +538,10 @@ def test_the_servers_logits_are_those_of_the_original_weights(
     video = LlavaOnevisionConfig.from_pretrained(without_newline).video_token_index
     ids = processor.tokenizer(text.replace("<video>", "<video>" * len(rows))).input_ids
     embeds = original.embedded(weights, torch.tensor(ids), video, rows)
-    for _, logprob in steps(answer):
+    answer = answered(served[ratio])
+    for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
         likeliest = original.logits(weights, embeds)[-1].log_softmax(-1).max(-1)
+        assert token == int(likeliest.indices)
         assert logprob == pytest.approx(float(likeliest.values), abs=1e-4)
         embeds = torch.cat([embeds, weights[EMBEDDING][likeliest.indices][None]])
 
@@ -552,26 +553,19 @@ def clip_pixels(clip: Path, model: Path) -> Tensor:
     return pixels
 
 
-@pytest.mark.server
 def test_an_image_to_a_model_without_newline_is_refused(
-    scissor_server: Server, clips: dict[str, Path]
+    served: dict[str | float, Answer | str],
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match="image"):
-        scissor_server.ask(clips["picture"], "Why?")
-    assert scissor_server.ask("Why?").usage.prompt_tokens == len(prompt_ids(scissor_server, "Why?"))
+    refusal = served["picture"]
+    assert isinstance(refusal, str)
+    assert "image" in refusal
+    assert len(answered(served["text"]).tokens) == 8
 
 
-@pytest.mark.server
 def test_stock_vllm_serves_a_checkpoint_with_newline_and_answers_as_we_do_at_ratio_1(
-    servers: OneServer, with_newline: Path, clips: dict[str, Path]
+    engines: None, with_newline: Path, clips: dict[str, Path]
 ) -> None:
-    plugins = {"VLLM_PLUGINS": "", "VLLM_VIDEO_LOADER_BACKEND": "opencv", **CPU}
-    stock = servers.get(*STOCK, str(with_newline), *FLAGS, environment=plugins)
-    expected = stock.ask(clips["short"], "Why?")
-    ours = servers.get(*SCISSOR, str(with_newline), *FLAGS, environment=CPU)
-    answer = ours.ask(clips["short"], "Why?", ratio=1.0)
-    assert answer.usage == expected.usage
-    assert [token for token, _ in steps(answer)] == [token for token, _ in steps(expected)]
-    assert [value for _, value in steps(answer)] == pytest.approx(
-        [value for _, value in steps(expected)], abs=1e-4
-    )
+    parts = (clips["short"], "Why?")
+    (expected,) = chat(with_newline, [Chat(parts)], stock=True, **SERVED)
+    (answer,) = chat(with_newline, [Chat(parts, 1.0)], **SERVED)
+    assert largest_difference(answered(answer), answered(expected)) < 1e-4

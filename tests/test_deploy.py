@@ -961,7 +961,7 @@ def build(stage: list[tuple[str, str]], root: Path) -> None:
             assert instruction in ("FROM", "ARG", "ENV"), instruction
 
 
-@pytest.mark.server
+@pytest.mark.slow
 def test_the_cpu_images_steps_make_a_server_that_answers_through_the_proxy(
     servers: OneServer, services: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm import num_retained_tokens
-from tests.families import Family, Question, build_draft, largest_difference, observe
+from tests.families import Family, Question, ask, build_draft, largest_difference, observe
 
 NUM_BEHIND = 24
 """Tokens of the prompt of ``Family.other`` behind its video."""
@@ -22,7 +22,6 @@ def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Famil
     return families[request.param]
 
 
-@pytest.mark.server
 def test_ratio_one_answers_as_vllm_without_the_plugin(family: Family) -> None:
     for question, expected in family.stock.items():
         ratio = 1.0 if any(each.num_frames for each in question.media) else None
@@ -30,7 +29,6 @@ def test_ratio_one_answers_as_vllm_without_the_plugin(family: Family) -> None:
         assert largest_difference(answer, expected) < 1e-5, question
 
 
-@pytest.mark.server
 def test_exactly_k_tokens_of_each_video_reach_the_model(family: Family) -> None:
     num_tokens, whole = family.num_tokens, family.whole
     for question in [*family.single, *family.several]:
@@ -45,7 +43,6 @@ def test_exactly_k_tokens_of_each_video_reach_the_model(family: Family) -> None:
         assert whole[question].num_prompt_tokens == text_and_pictures + sum(kept), question
 
 
-@pytest.mark.server
 def test_chunked_prefill_and_mixed_ratios_at_once_answer_as_one_step_alone(
     family: Family,
 ) -> None:
@@ -54,7 +51,6 @@ def test_chunked_prefill_and_mixed_ratios_at_once_answer_as_one_step_alone(
         assert largest_difference(answer, family.whole[question]) < 1e-4, question
 
 
-@pytest.mark.server
 def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(family: Family) -> None:
     again = [*family.single, *family.several][::-1]
     for questions, answers in ((again, family.chunked[1]), (family.several, family.chunked[2])):
@@ -63,22 +59,21 @@ def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(family: Family)
         assert not questions or sum(answer.num_cached_tokens for answer in answers) > 0
 
 
-@pytest.mark.server
 def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family) -> None:
     (answer,) = family.chunked[3]
     assert 64 < answer.num_cached_tokens < answer.num_prompt_tokens - NUM_BEHIND
     assert largest_difference(answer, family.whole[family.other]) < 1e-4
 
 
-@pytest.mark.server
-@pytest.mark.parametrize("family", M_ROPE, indirect=True)
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)], indirect=True
+)
 def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Family) -> None:
     # 23 blocks of 32 tokens hold a few of them at a time; guesses come from the prompt.
     questions = [each for each in [*family.single, *family.several] if each.ratio != 1.0]
     observed = observe(
         family.folder,
         [questions],
-        plugins="scissor_vllm",
         max_model_len=704,
         enable_prefix_caching=False,
         block_size=32,
@@ -100,8 +95,9 @@ def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Famil
         assert largest_difference(answer, family.whole[question]) < 1e-4, question
 
 
-@pytest.mark.server
-@pytest.mark.parametrize("family", M_ROPE, indirect=True)
+@pytest.mark.parametrize(
+    "family", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
     family: Family, tmp_path: Path
 ) -> None:
@@ -110,7 +106,6 @@ def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
     observed = observe(
         family.folder,
         [questions],
-        plugins="scissor_vllm",
         max_model_len=4096,
         enable_prefix_caching=False,
         block_size=32,
@@ -125,4 +120,22 @@ def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
     )
     assert observed.counters["spec_decode_num_draft_tokens"] > 0
     for question, answer in zip(questions, observed.answers[0], strict=True):
+        assert largest_difference(answer, family.whole[question]) < 1e-4, question
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen3_vl"], indirect=True)
+def test_two_ranks_of_tensor_parallelism_answer_as_one(family: Family) -> None:
+    # Each rank computes half of the heads over its own rows: other rows in one are other answers.
+    questions = [*family.single, *family.several]
+    (answers,) = ask(
+        family.folder,
+        [questions],
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=8192,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    )
+    for question, answer in zip(questions, answers, strict=True):
         assert largest_difference(answer, family.whole[question]) < 1e-4, question

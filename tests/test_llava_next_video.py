@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -64,7 +63,6 @@ def difference(answer: Answer, logprobs: torch.Tensor) -> float:
     return max(abs(value - float(logprobs[token])) for token, value in answer.first.items())
 
 
-@pytest.mark.server
 def test_transformers_fed_the_same_rows_agrees(families: dict[str, Family]) -> None:
     family = families["llava_next_video"]
     for question in family.single:
@@ -72,7 +70,6 @@ def test_transformers_fed_the_same_rows_agrees(families: dict[str, Family]) -> N
         assert difference(family.whole[question], expected) < 1e-2, question
 
 
-@pytest.mark.server
 def test_the_ratio_is_seen_in_an_answer(families: dict[str, Family]) -> None:
     family = families["llava_next_video"]
     answer = family.whole[Question((WIDE,), 0.1)]
@@ -80,7 +77,6 @@ def test_the_ratio_is_seen_in_an_answer(families: dict[str, Family]) -> None:
     assert difference(answer, other) > 2e-2
 
 
-@pytest.mark.server
 def test_weights_named_as_transformers_saves_them_give_the_same_answers(
     families: dict[str, Family], tmp_path: Path
 ) -> None:
@@ -93,7 +89,7 @@ def test_weights_named_as_transformers_saves_them_give_the_same_answers(
     assert any("vision_tower.vision_model." in name for name in weights)
     renamed = {name.replace(".vision_model.", "."): weight for name, weight in weights.items()}
     save_file(renamed, resaved / "model.safetensors", metadata={"format": "pt"})
-    ((answer,),) = ask(resaved, [[question]], plugins="scissor_vllm", max_model_len=4096)
+    ((answer,),) = ask(resaved, [[question]], max_model_len=4096)
     assert largest_difference(answer, expected) < 1e-4
 
 

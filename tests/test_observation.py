@@ -1,27 +1,24 @@
-"""What an operator sees of a server: its counters in Prometheus, the dashboard, and traces.
+"""What an operator sees of a server: its counters, in Prometheus and on the dashboard, and traces.
 
-One server for all: two API-server processes, a metrics directory that the operator named, tracing.
+``page_server`` has two API-server processes and a metrics directory that the operator named.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from bench.numbered_clips import make_clip
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
-from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME
+from tests.collector import Collector, TraceSpan
+from tests.conftest import NUM_FRAMES, TOKENS_PER_FRAME, observed_server
 from tests.prometheus import (
     PrometheusError,
     Span,
@@ -32,104 +29,12 @@ from tests.prometheus import (
     load_panels,
     scraping,
 )
-from tests.serving import SCISSOR, OneServer, Server, message
+from tests.serving import OneServer, Server, message
 
 PANELS = [panel for panel in load_panels() if panel["type"] != "row"]
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 WAIT_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class TraceSpan:
-    """A span as the collector got it."""
-
-    name: str
-    trace: str
-    id: str
-    parent: str
-    attributes: dict[str, Any]
-    seconds: float
-
-
-@dataclass
-class Collector:
-    """An OTLP collector over HTTP that keeps spans."""
-
-    url: str = ""
-    spans: list[TraceSpan] = field(default_factory=list)
-
-    def take(self, body: bytes) -> None:
-        """Keep the spans of an export."""
-        request = ExportTraceServiceRequest.FromString(body)
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self.spans += [
-                    TraceSpan(
-                        name=span.name,
-                        trace=span.trace_id.hex(),
-                        id=span.span_id.hex(),
-                        parent=span.parent_span_id.hex(),
-                        attributes={
-                            each.key: getattr(each.value, str(each.value.WhichOneof("value")))
-                            for each in span.attributes
-                        },
-                        seconds=(span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
-                    )
-                    for span in scope.spans
-                ]
-
-    def of_trace(self, trace: str, num_spans: int) -> dict[str, TraceSpan]:
-        """Return a trace's spans by name, once there are so many."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while time.monotonic() < deadline:
-            found = [span for span in self.spans if span.trace == trace]
-            if len(found) >= num_spans:
-                break
-            time.sleep(0.2)
-        assert len(found) == num_spans, found
-        return {span.name: span for span in found}
-
-
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    kept = Collector()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            kept.take(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    kept.url = f"http://127.0.0.1:{server.server_port}/v1/traces"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield kept
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("metrics")
-
-
-@pytest.fixture
-def observed(servers: OneServer, collector: Collector, metrics_folder: Path) -> Server:
-    return servers.get(
-        *SCISSOR,
-        "demo",
-        "--api-server-count=2",
-        f"--otlp-traces-endpoint={collector.url}",
-        environment={
-            "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
-            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-            "OTEL_BSP_SCHEDULE_DELAY": "200",
-        },
-    )
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +48,17 @@ def prometheus_program() -> Path:
 # The dashboard.
 
 
-@pytest.mark.server
+@pytest.mark.slow
 def test_every_panel_has_data_and_the_counters_are_the_requests_that_were_sent(
-    observed: Server, prometheus_program: Path, clips: dict[str, Path], tmp_path: Path
+    servers: OneServer,
+    collector: Collector,
+    prometheus_program: Path,
+    clips: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     """Through two API-server processes, by a real Prometheus."""
-    with scraping(prometheus_program, f"http://127.0.0.1:{observed.port}") as url:
+    fresh = observed_server(servers, collector, tmp_path)
+    with scraping(prometheus_program, f"http://127.0.0.1:{fresh.port}") as url:
         start = time.time()
         # The first values, before there are any requests.
         wait_for(url, "sum(scissor_vllm:video_requests_total) == 0")
@@ -157,11 +67,11 @@ def test_every_panel_has_data_and_the_counters_are_the_requests_that_were_sent(
         ratios = [0.5, 0.25, 0.1, 1.0, None] * 2
         for number, ratio in enumerate(ratios):
             # A prompt of its own that begins alike: vLLM's prefix cache is asked and has it.
-            observed.ask(clips["short"], f"What is this, {number}?", ratio=ratio)
-        observed.ask("No video.")
+            fresh.ask(clips["short"], f"What is this, {number}?", ratio=ratio)
+        fresh.ask("No video.")
         for ratio in (2, 0.001):
             with pytest.raises(Exception, match="retention_ratio"):
-                observed.ask(clips["tall"], "What?", ratio=ratio)
+                fresh.ask(clips["tall"], "What?", ratio=ratio)
         wait_for(url, f"sum(scissor_vllm:video_requests_total) == {len(ratios) + 2}")
         span = Span(start, time.time())
 
@@ -226,16 +136,89 @@ def test_the_dashboard_shows_every_metric_of_ours() -> None:
     assert [name for name in METRICS if name not in shown] == []
 
 
+# Two API servers.
+
+VALUES = (
+    "video_tokens_total",
+    "retained_video_tokens_total",
+    "requested_retention_ratio_count",
+    "retention_ratio_count",
+    "similarity_threshold_count",
+)
+
+
+def counted(server: Server) -> dict[str, float]:
+    """Return what all API servers counted together."""
+    of_worker = "scissor_vllm:video_stage_seconds_count"
+    lookups = "scissor_vllm:video_cache"
+    return {
+        **{name: server.counter(f"scissor_vllm:{name}") for name in VALUES},
+        **{
+            reason: server.counter("scissor_vllm:refused_requests_total", reason=reason)
+            for reason in ("invalid_ratio", "ratio_below_minimum")
+        },
+        **{
+            outcome: server.counter(
+                "scissor_vllm:video_requests_total",
+                outcome=outcome,
+                method=DEFAULT_VIDEO_COMPRESSION,
+            )
+            for outcome in ("answered", "refused")
+        },
+        **{stage: server.counter(of_worker, stage=stage) for stage in ("decode", "tower")},
+        "frames queries": server.counter(f"{lookups}_queries_total", cache="frames"),
+        "frames hits": server.counter(f"{lookups}_hits_total", cache="frames"),
+        "features hits": server.counter(f"{lookups}_hits_total", cache="features"),
+    }
+
+
+def test_two_api_servers_count_and_cache_as_one(
+    page_server: Server, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", width=64, height=48, num_frames=6)
+    before = counted(page_server)
+    # A client has a connection of its own each time: the system chooses who takes it.
+    ratios = (0.71, 0.53, 0.37, 0.29, 0.17, 0.11)
+    num_tokens = 6 * TOKENS_PER_FRAME
+    kept = [num_retained_tokens(num_tokens, ratio) for ratio in ratios]
+    for ratio, num_retained in zip(ratios, kept, strict=True):
+        answer = page_server.ask(clip, "Two?", ratio=ratio)
+        assert answer.video_compression["num_retained_video_tokens"] == num_retained
+    page_server.ask("No video.", ratio=0.5)
+    for ratio in (2, 0.001):
+        with pytest.raises(openai.BadRequestError, match="retention_ratio"):
+            page_server.ask(clips["tall"], "What?", ratio=ratio)
+    after = counted(page_server)
+    added = {name: round(after[name] - before[name], 6) for name in after}
+    decoded, found = added.pop("decode"), added.pop("frames hits")
+    # Each API server keeps frames of its own, the one worker the features.
+    assert 1 <= decoded <= 2
+    assert found == len(ratios) - decoded
+    assert added == {
+        "video_tokens_total": num_tokens * len(ratios),
+        "retained_video_tokens_total": sum(kept),
+        "requested_retention_ratio_count": len(ratios) + 1,
+        "retention_ratio_count": len(ratios),
+        "similarity_threshold_count": len(ratios),
+        "invalid_ratio": 1,
+        "ratio_below_minimum": 1,
+        "answered": len(ratios),
+        "refused": 2,
+        "tower": 1,
+        "frames queries": len(ratios),
+        "features hits": len(ratios) - 1,
+    }
+
+
 # Traces.
 
 
-@pytest.mark.server
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_chat_with_a_video_is_a_span_around_vllms(
-    observed: Server, collector: Collector, clips: dict[str, Path], stream: bool
+    page_server: Server, collector: Collector, clips: dict[str, Path], stream: bool
 ) -> None:
     trace = f"{TRACE[:-1]}{int(stream)}"
-    answer = observed.ask(
+    answer = page_server.ask(
         clips["short"],
         "What is this?",
         ratio=0.25,
@@ -261,13 +244,12 @@ def test_a_chat_with_a_video_is_a_span_around_vllms(
     }
 
 
-@pytest.mark.server
 def test_without_a_trace_of_the_client_both_spans_are_of_one(
-    observed: Server, collector: Collector, tmp_path: Path
+    page_server: Server, collector: Collector, tmp_path: Path
 ) -> None:
     before = len(collector.spans)
     clip = make_clip(tmp_path / "clip.mp4", width=64, height=64, num_frames=3)
-    observed.ask(clip, "What is this?", ratio=0.5)
+    page_server.ask(clip, "What is this?", ratio=0.5)
     deadline = time.monotonic() + WAIT_SECONDS
     ours: list[TraceSpan] = []
     while not ours and time.monotonic() < deadline:
@@ -278,19 +260,18 @@ def test_without_a_trace_of_the_client_both_spans_are_of_one(
     assert spans["llm_request"].parent == ours[0].id
 
 
-@pytest.mark.server
 def test_a_refused_chat_is_in_the_trace_and_one_without_a_video_is_vllms_alone(
-    observed: Server, collector: Collector, clips: dict[str, Path]
+    page_server: Server, collector: Collector, clips: dict[str, Path]
 ) -> None:
     refused, text = f"{TRACE[:-1]}2", f"{TRACE[:-1]}3"
     with pytest.raises(Exception, match="must be at least"):
-        observed.client.chat.completions.create(
+        page_server.client.chat.completions.create(
             model="demo",
             messages=[message(clips["short"])],  # type: ignore[list-item]
             extra_body={"retention_ratio": 0.001},
             extra_headers={"traceparent": f"00-{refused}-{PARENT}-01"},
         )
-    observed.ask("Hello", extra_headers={"traceparent": f"00-{text}-{PARENT}-01"})
+    page_server.ask("Hello", extra_headers={"traceparent": f"00-{text}-{PARENT}-01"})
     (ours,) = collector.of_trace(refused, 1).values()
     assert ours.attributes == {
         "scissor_vllm.method": DEFAULT_VIDEO_COMPRESSION,

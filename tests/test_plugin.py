@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,31 +20,10 @@ from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend.endpoint import SWITCH_INTERVAL_SECONDS, RetentionEndpoint
 from scissor_vllm.plugin import check_vllm_version
-from tests.conftest import DEMO_FLAGS, NUM_FRAMES, TOKENS_PER_FRAME
-from tests.serving import STOCK, OneServer, Server, same_answer, steps
-
-DEFAULT_RATIO = 0.3
-MIN_RATIO = 0.05
-MAX_TOKENS = 31 * TOKENS_PER_FRAME
-
-
-@pytest.fixture
-def plain_server(servers: OneServer) -> Server:
-    """vLLM's own command with our plugins named, and clients trusted."""
-    settings = {
-        "retention_ratio": DEFAULT_RATIO,
-        "min_retention_ratio": MIN_RATIO,
-        "max_video_tokens": MAX_TOKENS,
-        "video_compression": "uniform",
-    }
-    return servers.get(
-        *STOCK,
-        str(demo_model_path()),
-        *DEMO_FLAGS,
-        f"--mm-processor-kwargs={json.dumps(settings)}",
-        "--trust-request-mm-kwargs",
-        environment={"VLLM_PLUGINS": "scissor_vllm", "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
+from tests.conftest import DEFAULT_RATIO, MAX_TOKENS, MIN_RATIO, NUM_FRAMES, TOKENS_PER_FRAME
+from tests.engines import SMALL
+from tests.families import Answer, Chat, chat, largest_difference
+from tests.serving import OneServer, Server, same_answer
 
 
 def kept(answer: Any) -> tuple[float, int]:
@@ -51,91 +31,85 @@ def kept(answer: Any) -> tuple[float, int]:
     return compression["retention_ratio"], compression["num_retained_video_tokens"]
 
 
-@pytest.mark.server
 def test_the_operators_default_applies_where_a_request_names_no_ratio(
-    plain_server: Server, clips: dict[str, Path]
+    plugin_server: Server, clips: dict[str, Path]
 ) -> None:
     num_tokens = NUM_FRAMES["tall"] * TOKENS_PER_FRAME
-    default = plain_server.ask(clips["tall"], "x")
+    default = plugin_server.ask(clips["tall"], "x")
     assert kept(default) == (DEFAULT_RATIO, num_retained_tokens(num_tokens, DEFAULT_RATIO))
-    assert kept(plain_server.ask(clips["tall"], "x", ratio=1.0)) == (1.0, num_tokens)
-    named = plain_server.ask(clips["tall"], "x", ratio=DEFAULT_RATIO)
+    assert kept(plugin_server.ask(clips["tall"], "x", ratio=1.0)) == (1.0, num_tokens)
+    named = plugin_server.ask(clips["tall"], "x", ratio=DEFAULT_RATIO)
     assert same_answer(named, default)
 
 
-@pytest.mark.server
-def test_the_operators_minimum_is_enforced(plain_server: Server, clips: dict[str, Path]) -> None:
+def test_the_operators_minimum_is_enforced(plugin_server: Server, clips: dict[str, Path]) -> None:
     with pytest.raises(openai.BadRequestError, match=f"at least {MIN_RATIO}"):
-        plain_server.ask(clips["one"], "x", ratio=MIN_RATIO / 2)
+        plugin_server.ask(clips["twin"], "x", ratio=MIN_RATIO / 2)
     with pytest.raises(openai.BadRequestError, match=f"at least {MIN_RATIO}"):
-        plain_server.ask(
-            clips["one"], "x", extra_body={"mm_processor_kwargs": {"retention_ratio": 0.01}}
+        plugin_server.ask(
+            clips["twin"], "x", extra_body={"mm_processor_kwargs": {"retention_ratio": 0.01}}
         )
 
 
-@pytest.mark.server
 def test_a_video_of_more_tokens_than_the_operator_allows_is_served_whole_or_refused(
-    plain_server: Server, clips: dict[str, Path]
+    plugin_server: Server, clips: dict[str, Path]
 ) -> None:
     num_tokens = NUM_FRAMES["long"] * TOKENS_PER_FRAME
     for ratio in (None, 0.05):
         with pytest.raises(openai.BadRequestError, match=rf"{MAX_TOKENS} tokens.*got {num_tokens}"):
-            plain_server.ask(clips["long"], "x", ratio=ratio)
+            plugin_server.ask(clips["long"], "x", ratio=ratio)
     # What is not compressed is bounded by the model's length, as in stock vLLM.
-    assert kept(plain_server.ask(clips["long"], "x", ratio=1.0)) == (1.0, num_tokens)
-    assert kept(plain_server.ask(clips["tall"], "x", ratio=0.5))[0] == 0.5
+    assert kept(plugin_server.ask(clips["long"], "x", ratio=1.0)) == (1.0, num_tokens)
+    assert kept(plugin_server.ask(clips["tall"], "x", ratio=0.5))[0] == 0.5
 
 
-@pytest.mark.server
 def test_trusted_clients_may_name_the_ratio_among_processor_options(
-    plain_server: Server, clips: dict[str, Path]
+    plugin_server: Server, clips: dict[str, Path]
 ) -> None:
     options = {"mm_processor_kwargs": {"retention_ratio": 0.2}}
-    by_options = plain_server.ask(clips["tall"], "x", extra_body=options)
-    by_field = plain_server.ask(clips["tall"], "x", ratio=0.2)
+    by_options = plugin_server.ask(clips["tall"], "x", extra_body=options)
+    by_field = plugin_server.ask(clips["tall"], "x", ratio=0.2)
     assert same_answer(by_options, by_field)
-    both = plain_server.ask(clips["tall"], "x", ratio=0.4, extra_body=options)
+    both = plugin_server.ask(clips["tall"], "x", ratio=0.4, extra_body=options)
     assert kept(both)[0] == 0.4
 
 
-@pytest.mark.server
 def test_settings_of_the_server_are_no_clients_to_change(
-    plain_server: Server, clips: dict[str, Path]
+    plugin_server: Server, clips: dict[str, Path]
 ) -> None:
     options = {"mm_processor_kwargs": {"video_compression": "scc"}}
     with pytest.raises(openai.BadRequestError, match="whole server only"):
-        plain_server.ask(clips["one"], "x", extra_body=options)
+        plugin_server.ask(clips["twin"], "x", extra_body=options)
 
 
-@pytest.mark.server
 def test_counters_are_the_requests_sent_without_a_metrics_directory(
-    plain_server: Server, clips: dict[str, Path]
+    plugin_server: Server, clips: dict[str, Path]
 ) -> None:
     """What API servers count: the worker's values do not reach vLLM's own command then."""
 
     def counted() -> dict[str, float]:
         names = ("video_tokens_total", "retained_video_tokens_total", "retention_ratio_sum")
-        values = {name: plain_server.counter(f"scissor_vllm:{name}") for name in names}
+        values = {name: plugin_server.counter(f"scissor_vllm:{name}") for name in names}
         for outcome in ("answered", "refused"):
-            values[outcome] = plain_server.counter(
+            values[outcome] = plugin_server.counter(
                 "scissor_vllm:video_requests_total", method="uniform", outcome=outcome
             )
         for reason in ("video_too_long", "processor_options", "ratio_below_minimum"):
-            values[reason] = plain_server.counter(
+            values[reason] = plugin_server.counter(
                 "scissor_vllm:refused_requests_total", reason=reason
             )
         return values
 
     before = counted()
-    plain_server.ask(clips["tall"], "x")
-    plain_server.ask(clips["tall"], "x", ratio=0.2)
+    plugin_server.ask(clips["tall"], "x")
+    plugin_server.ask(clips["tall"], "x", ratio=0.2)
     with pytest.raises(openai.BadRequestError):
-        plain_server.ask(clips["long"], "x", ratio=0.5)
+        plugin_server.ask(clips["long"], "x", ratio=0.5)
     with pytest.raises(openai.BadRequestError):
-        plain_server.ask(clips["tall"], "x", ratio=MIN_RATIO / 2)
+        plugin_server.ask(clips["tall"], "x", ratio=MIN_RATIO / 2)
     options = {"mm_processor_kwargs": {"min_retention_ratio": 0.01}}
     with pytest.raises(openai.BadRequestError):
-        plain_server.ask(clips["one"], "x", extra_body=options)
+        plugin_server.ask(clips["twin"], "x", extra_body=options)
     after = counted()
     num_tokens = NUM_FRAMES["tall"] * TOKENS_PER_FRAME
     assert {name: round(after[name] - before[name], 6) for name in before} == {
@@ -149,107 +123,97 @@ def test_counters_are_the_requests_sent_without_a_metrics_directory(
         "processor_options": 1,
         "ratio_below_minimum": 1,
     }
-    assert "scissor_vllm:similarity_threshold" not in plain_server.get("/metrics")
+    assert "scissor_vllm:similarity_threshold" not in plugin_server.get("/metrics")
 
 
-@pytest.mark.server
 def test_a_mismatch_of_tokens_fails_its_request_and_names_both_numbers(
-    plain_server: Server, clips: dict[str, Path]
+    plugin_server: Server, clips: dict[str, Path]
 ) -> None:
     # Frames dropped after they were counted: in stock vLLM this ends the engine.
     options = {"mm_processor_kwargs": {"do_sample_frames": True, "num_frames": 4}}
     counted, prepared = 20 * TOKENS_PER_FRAME, 4 * TOKENS_PER_FRAME
     for ratio in (0.2, 1.0):
         with pytest.raises(openai.BadRequestError, match=rf"{counted} tokens.*give {prepared}"):
-            plain_server.ask(clips["tall"], "x", ratio=ratio, extra_body=options)
-    assert plain_server.ask(clips["tall"], "x", ratio=0.2).usage.prompt_tokens > 0
+            plugin_server.ask(clips["tall"], "x", ratio=ratio, extra_body=options)
+    assert plugin_server.ask(clips["tall"], "x", ratio=0.2).usage.prompt_tokens > 0
 
 
-@pytest.mark.server
 def test_both_checkpoint_namings_give_the_same_model(
-    plain_server: Server, clips: dict[str, Path], offline: dict[str, Any]
+    engines: None, clips: dict[str, Path], offline: dict[str, Any]
 ) -> None:
-    # The server has the hub's names, the offline engine those that transformers 5 saves.
-    answer = plain_server.ask("Hello", clips["picture"])
-    online = [value for _, value in steps(answer)]
-    assert online == pytest.approx(offline["picture"]["logprobs"], abs=1e-4)
-
-
-OFFLINE = """
-    import base64, json, sys
-
-    from vllm import LLM, SamplingParams
-
-    def part(path):
-        kind, media = ("image", "image/png") if path.endswith("png") else ("video", "video/mp4")
-        data = base64.b64encode(open(path, "rb").read()).decode()
-        return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{media};base64,{data}"}}
-
-    if __name__ == "__main__":
-        model, video, picture = sys.argv[1:]
-        llm = LLM(model, enforce_eager=True, dtype="float32", max_model_len=8192,
-                  max_num_batched_tokens=8192)
-        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
-
-        def ask(parts, **options):
-            message = {"role": "user", "content": parts}
-            (out,) = llm.chat([message], params, use_tqdm=False, **options)
-            chosen = zip(out.outputs[0].token_ids, out.outputs[0].logprobs)
-            return {
-                "prompt_tokens": len(out.prompt_token_ids),
-                "logprobs": [step[token].logprob for token, step in chosen],
-            }
-
-        text = {"type": "text", "text": "Why?"}
-        results = {
-            str(ratio): ask([part(video), text], mm_processor_kwargs={"retention_ratio": ratio})
-            for ratio in (1.0, 0.1)
-        }
-        results["default"] = ask([part(video), text])
-        results["picture"] = ask([{"type": "text", "text": "Hello"}, part(picture)])
-        try:
-            ask([part(video), text], mm_processor_kwargs={"retention_ratio": 1.5})
-        except Exception as error:
-            results["error"] = str(error)
-        print("RESULT" + json.dumps(results))
-"""
+    # The demo has the hub's names, the other those that transformers 5 saves.
+    question = Chat(("Hello", clips["picture"]))
+    (answer,) = chat(demo_model_path(), [question], max_model_len=8192)
+    assert isinstance(answer, Answer)
+    assert largest_difference(answer, offline["picture"]) < 1e-4
 
 
 @pytest.fixture(scope="module")
-def offline(
-    servers: OneServer,
-    clips: dict[str, Path],
-    resaved_model: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
+def offline(engines: None, clips: dict[str, Path], resaved_model: Path) -> dict[str, Answer | str]:
     """What ``LLM(...).chat`` answers with our plugin found by its entry point alone."""
+    video = (clips["tall"], "Why?")
+    chats = {
+        **{str(ratio): Chat(video, ratio) for ratio in (1.0, 0.1)},
+        "default": Chat(video),
+        "picture": Chat(("Hello", clips["picture"])),
+        "error": Chat(video, 1.5),
+    }
+    options = {"max_model_len": 8192, "max_num_batched_tokens": 8192}
+    return dict(zip(chats, chat(resaved_model, list(chats.values()), **options), strict=True))
+
+
+def test_offline_chat_takes_the_ratio(offline: dict[str, Any]) -> None:
+    num_tokens = NUM_FRAMES["tall"] * TOKENS_PER_FRAME
+    saved = num_tokens - num_retained_tokens(num_tokens, 0.1)
+    assert offline["1.0"].num_prompt_tokens - offline["0.1"].num_prompt_tokens == saved
+    # The second found its prefix in the cache: computed in other shapes, it rounds otherwise.
+    assert largest_difference(offline["default"], offline["1.0"]) < 1e-4
+    assert "retention_ratio must be" in offline["error"]
+
+
+SCRIPT = """
+    import sys
+
+    from vllm import LLM, SamplingParams
+
+    if __name__ == "__main__":
+        model, video = sys.argv[1:]
+        llm = LLM(model, enforce_eager=True, dtype="float32", max_model_len=8192)
+        parts = [{"type": "video_url", "video_url": {"url": f"file://{video}"}}]
+        (out,) = llm.chat(
+            [{"role": "user", "content": parts}],
+            SamplingParams(max_tokens=1),
+            mm_processor_kwargs={"retention_ratio": 0.1},
+        )
+        print(f"PROMPT {len(out.prompt_token_ids)}")
+"""
+
+
+@pytest.mark.slow
+def test_a_users_script_has_the_plugin_in_both_processes_of_an_engine(
+    servers: OneServer, clips: dict[str, Path], tmp_path: Path
+) -> None:
     servers.stop()
-    script = tmp_path_factory.mktemp("offline") / "offline.py"
-    script.write_text(textwrap.dedent(OFFLINE))
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(SCRIPT).replace(
+            "max_model_len=8192", f'max_model_len=8192, allowed_local_media_path="{tmp_path}"'
+        )
+    )
+    video = Path(shutil.copy(clips["tall"], tmp_path / "video.mp4"))
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
-    arguments = [str(resaved_model), str(clips["tall"]), str(clips["picture"])]
     run = subprocess.run(
-        [sys.executable, str(script), *arguments],
+        [sys.executable, str(script), str(demo_model_path()), str(video)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env={**environment, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={**environment, **SMALL},
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    result: dict[str, Any] = json.loads(run.stdout.split("RESULT")[1].splitlines()[0])
-    return result
-
-
-@pytest.mark.server
-def test_offline_chat_takes_the_ratio(offline: dict[str, Any]) -> None:
-    num_tokens = NUM_FRAMES["tall"] * TOKENS_PER_FRAME
-    saved = num_tokens - num_retained_tokens(num_tokens, 0.1)
-    assert offline["1.0"]["prompt_tokens"] - offline["0.1"]["prompt_tokens"] == saved
-    assert offline["default"]["prompt_tokens"] == offline["1.0"]["prompt_tokens"]
-    # The second found its prefix in the cache: computed in other shapes, it rounds otherwise.
-    assert offline["default"]["logprobs"] == pytest.approx(offline["1.0"]["logprobs"], abs=1e-4)
-    assert "retention_ratio must be" in offline["error"]
+    (num_tokens,) = re.findall(r"PROMPT (\d+)", run.stdout)
+    whole = NUM_FRAMES["tall"] * TOKENS_PER_FRAME
+    assert num_retained_tokens(whole, 0.1) < int(num_tokens) < whole / 2
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.33.0rc1", "dev"])

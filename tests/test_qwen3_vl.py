@@ -116,7 +116,6 @@ def logprobs_by_transformers(
         return torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
 
 
-@pytest.mark.server
 def test_transformers_fed_the_same_rows_and_positions_agrees(
     families: dict[str, Family],
 ) -> None:
@@ -128,7 +127,6 @@ def test_transformers_fed_the_same_rows_and_positions_agrees(
             assert logprob == pytest.approx(float(expected[token]), abs=1e-2), question
 
 
-@pytest.mark.server
 def test_other_positions_would_be_seen(
     families: dict[str, Family],
 ) -> None:
@@ -145,11 +143,10 @@ def test_other_positions_would_be_seen(
     assert max(abs(value - float(other[token])) for token, value in answer.items()) > 2e-2
 
 
-@pytest.mark.server
 def test_the_mixture_of_experts_agrees_with_transformers_as_well(tmp_path: Path) -> None:
     model = build_qwen3_vl(tmp_path, moe=True)
     questions = [Question((WIDE,), ratio) for ratio in (1.0, 0.25)]
-    (answers,) = ask(tmp_path, [questions], plugins="scissor_vllm", max_model_len=4096)
+    (answers,) = ask(tmp_path, [questions], max_model_len=4096)
     for question, answer in zip(questions, answers, strict=True):
         expected = logprobs_by_transformers(model, tmp_path, question)
         for token, logprob in answer.first.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,33 +12,44 @@ from bench.numbered_clips import make_clip
 from scissor_vllm import num_retained_tokens
 from tests.serving import SCISSOR, OneServer, Server
 
-TOKENS_PER_PATCH = {"qwen2.5-vl-tiny": 3 * 5, "qwen3-vl-tiny": 3 * 4}
-"""Of two frames of 128 x 96 pixels."""
 FPS, NUM_FRAMES = 12, 48
 
 
-@pytest.fixture(scope="module", params=TOKENS_PER_PATCH)
-def size(request: pytest.FixtureRequest) -> str:
-    """The shapes of a tiny model."""
-    return str(request.param)
+@dataclass(frozen=True)
+class Served:
+    """A server, and how many tokens two frames of 128 x 96 pixels are."""
+
+    server: Server
+    tokens_per_patch: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the clip, of which two frames a second are sampled."""
+        return NUM_FRAMES // FPS * self.tokens_per_patch
 
 
 @pytest.fixture
-def qwen(size: str, servers: OneServer, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """A server of it, with random weights."""
-    folder = tmp_path_factory.getbasetemp() / size
+def qwen3(qwen: Server) -> Served:
+    """Qwen3-VL."""
+    return Served(qwen, 3 * 4)
+
+
+@pytest.fixture
+def qwen2_5(servers: OneServer, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Qwen2.5-VL, with random weights."""
+    folder = tmp_path_factory.getbasetemp() / "qwen2.5-vl-tiny"
     if not folder.exists():
-        qwen_vl.build(size, folder)
-    return servers.get(
+        qwen_vl.build("qwen2.5-vl-tiny", folder)
+    server = servers.get(
         *(*SCISSOR, str(folder), "--served-model-name=demo", "--load-format=dummy"),
         *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
+    return Served(server, 3 * 5)
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four seconds, of which two frames a second are sampled."""
+    """Four seconds."""
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     return make_clip(path, width=128, height=96, num_frames=NUM_FRAMES, fps=FPS)
 
@@ -51,27 +63,40 @@ def counts(server: Server) -> dict[str, float]:
     }
 
 
-def test_a_clip_asked_about_at_three_ratios_is_decoded_and_encoded_once(
-    qwen: Server, size: str, clip: Path
-) -> None:
-    num_tokens = NUM_FRAMES // FPS * TOKENS_PER_PATCH[size]
-    qwen.ask(clip, "First.", ratio=0.9)
-    before = counts(qwen)
+def check_one_decoding(served: Served, clip: Path) -> None:
+    server = served.server
+    server.ask(clip, "First.", ratio=0.9)
+    before = counts(server)
     for ratio in (0.61, 0.33, 0.12):
-        answer = qwen.ask(clip, "Again?", ratio=ratio)
-        report = answer.video_compression
-        assert report["num_video_tokens"] == num_tokens
-        assert report["num_retained_video_tokens"] == num_retained_tokens(num_tokens, ratio)
-    after = counts(qwen)
+        report = server.ask(clip, "Again?", ratio=ratio).video_compression
+        assert report["num_video_tokens"] == served.num_tokens
+        assert report["num_retained_video_tokens"] == num_retained_tokens(served.num_tokens, ratio)
+    after = counts(server)
     assert {name: after[name] - before[name] for name in after} == {
         **{"decode": 0, "tower": 0, "compress": 3},
         **{"frames": 3, "features": 3},
     }
 
 
-def test_what_a_prompt_counts_follows_from_the_ratio(qwen: Server, size: str, clip: Path) -> None:
-    whole = qwen.ask(clip, "How many?").usage.prompt_tokens
-    num_tokens = NUM_FRAMES // FPS * TOKENS_PER_PATCH[size]
+def check_prompts(served: Served, clip: Path) -> None:
+    server = served.server
+    whole = server.ask(clip, "How many?").usage.prompt_tokens
     for ratio in (0.5, 0.01):
-        fewer = whole - num_tokens + num_retained_tokens(num_tokens, ratio)
-        assert qwen.ask(clip, "How many?", ratio=ratio).usage.prompt_tokens == fewer
+        fewer = whole - served.num_tokens + num_retained_tokens(served.num_tokens, ratio)
+        assert server.ask(clip, "How many?", ratio=ratio).usage.prompt_tokens == fewer
+
+
+def test_a_clip_asked_about_at_three_ratios_is_decoded_and_encoded_once(
+    qwen3: Served, clip: Path
+) -> None:
+    check_one_decoding(qwen3, clip)
+
+
+def test_what_a_prompt_counts_follows_from_the_ratio(qwen3: Served, clip: Path) -> None:
+    check_prompts(qwen3, clip)
+
+
+@pytest.mark.slow
+def test_the_same_holds_for_qwen2_5_vl(qwen2_5: Served, clip: Path) -> None:
+    check_one_decoding(qwen2_5, clip)
+    check_prompts(qwen2_5, clip)

@@ -14,6 +14,7 @@ import pytest
 from bench.world.questions import SKILLS
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.client import ANSWER, QUESTION
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from tests.conftest import DEMO_CLIP_TOKENS
 from tests.serving import OneServer, Server
 
@@ -51,7 +52,6 @@ def test_shell_blocks_are_those_that_are_run_here() -> None:
     }
 
 
-@pytest.mark.server
 def test_the_python_client_works(server: Server) -> None:
     client, _ = blocks("python")
     run = subprocess.run(
@@ -68,7 +68,6 @@ def test_the_python_client_works(server: Server) -> None:
     assert documented_compression() == eval(printed.split(" ", 1)[1])
 
 
-@pytest.mark.server
 def test_curl_gets_the_documented_answer(server: Server) -> None:
     command = blocks("sh")[1].replace(PORT, f"127.0.0.1:{server.port}")
     run = subprocess.run(
@@ -105,7 +104,6 @@ def test_the_quoted_numbers_hold() -> None:
         assert (ROOT / path.rstrip(".")).exists(), path
 
 
-@pytest.mark.server
 def test_make_demo_prints_the_table_and_stops_its_server(servers: OneServer) -> None:
     servers.stop()
     run = subprocess.run(
@@ -126,39 +124,76 @@ def test_make_demo_prints_the_table_and_stops_its_server(servers: OneServer) -> 
     assert "installing" not in run.stdout  # What is set up is not set up again.
 
 
-@pytest.mark.server
-def test_make_bench_prints_a_row_a_cell_and_leaves_result_and_plots(servers: OneServer) -> None:
-    servers.stop()
+def recipe(target: str, *variables: str) -> list[list[str]]:
+    """Return the commands that a make target runs, with the interpreter of the tests."""
     run = subprocess.run(
-        ["make", "bench"], capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    rows = re.findall(r"^scissor-vllm +(\S+) +(\d+) +6 +0 ", run.stdout, re.M)
-    assert rows == [(ratio, n) for n in "14" for ratio in ("1.0", "0.25", "0.1")]
-    left = {path.name for path in (ROOT / "build" / "bench").iterdir()}
-    assert left >= {"result.json", "result.csv", "throughput.png", "latency.png"}
-    assert "server stopped" in run.stdout
-
-
-@pytest.mark.server
-def test_make_accuracy_prints_tables_and_leaves_answers_and_plots(
-    servers: OneServer, tmp_path: Path
-) -> None:
-    servers.stop()
-    little = ["METHODS=uniform", "RATIOS=0.25 0.1", "NUM_PER_SKILL=1", f"ACCURACY={tmp_path}"]
-    run = subprocess.run(
-        ["make", "accuracy", *little],
+        ["make", "--dry-run", "--old-file=.venv/.installed-dev", target, *variables],
         capture_output=True,
         text=True,
-        timeout=400,
-        check=False,
+        check=True,
+        timeout=60,
         cwd=ROOT,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "uniform" in run.stdout
+    commands = [shlex.split(line) for line in run.stdout.replace("\\\n", " ").splitlines()]
+    return [command for command in commands if command and command[0].startswith(".venv/bin/")]
+
+
+def run_recipe(commands: list[list[str]]) -> str:
+    """Run commands one after the other, and return what they print."""
+    printed = ""
+    for command in commands:
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        printed += run.stdout
+    return printed
+
+
+def test_make_bench_prints_a_row_a_cell_and_leaves_result_and_plots(
+    server: Server, tmp_path: Path
+) -> None:
+    measure, plot = recipe("bench")
+    # The server that runs, in place of one of its own; and fewer prompts.
+    measure.remove("--demo")
+    measure += ["--base-url", f"http://127.0.0.1:{server.port}", "--num-prompts", "4"]
+    measure += ["--output", str(tmp_path / "result.json")]
+    plot[-1] = str(tmp_path / "result.json")
+    printed = run_recipe([measure, plot])
+    rows = re.findall(r"^scissor-vllm +(\S+) +(\d+) +4 +0 ", printed, re.M)
+    assert rows == [(ratio, n) for n in "14" for ratio in ("1.0", "0.25", "0.1")]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left >= {"result.json", "result.csv", "throughput.png", "latency.png"}
+
+
+def test_make_accuracy_prints_tables_and_leaves_answers_and_plots(
+    server: Server, tmp_path: Path
+) -> None:
+    clips, ask, plot = recipe("accuracy", "NUM_PER_SKILL=1", f"ACCURACY={tmp_path}")
+    # `methods` starts a server for each; `run` asks the one that runs.
+    start, end = ask.index("methods"), ask.index("--retention-ratio")
+    ask[start:end] = ["run", "--base-url", f"http://127.0.0.1:{server.port}"]
+    ask[ask.index("1.0") : ask.index("--questions")] = ["0.25", "0.1"]
+    printed = run_recipe([clips, ask, plot])
+    assert DEFAULT_VIDEO_COMPRESSION in printed
     (answered,) = json.loads((tmp_path / "result.json").read_text())["runs"]
     assert len(answered["answers"]["rows"]) == 2 * len(SKILLS)
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".csv", ".png"}
+
+
+@pytest.mark.slow
+def test_make_accuracy_starts_a_server_a_method(servers: OneServer, tmp_path: Path) -> None:
+    servers.stop()
+    variables = ["METHODS=uniform", "RATIOS=0.25 0.1", "NUM_PER_SKILL=1", f"ACCURACY={tmp_path}"]
+    assert "uniform" in run_recipe(recipe("accuracy", *variables))
+
+
+@pytest.mark.slow
+def test_make_bench_starts_a_server_and_stops_it(servers: OneServer, tmp_path: Path) -> None:
+    servers.stop()
+    measure, _ = recipe("bench")
+    few = ["--num-prompts", "4", "--output", str(tmp_path / "result.json")]
+    assert "server stopped" in run_recipe([[*measure, *few]])
 
 
 def test_the_accuracies_are_what_the_command_prints() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from bench.accuracy.command import main
 from bench.accuracy.results import read_results
@@ -25,7 +24,6 @@ MIN_ACCURACY = {1.0: 0.85, 0.25: 0.85, 0.1: 0.80}
 bench/results/accuracy-demo-h100.json; libraries that round otherwise may turn one or two."""
 
 
-@pytest.mark.server
 def test_the_demo_model_answers_at_every_ratio(server: Server, tmp_path: Path) -> None:
     clips, result = tmp_path / "clips", tmp_path / "result.json"
     write_split(clips, "validation", NUM_PER_SKILL)

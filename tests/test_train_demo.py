@@ -543,6 +543,7 @@ COMMAND = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_its_record_and_its_card(tmp_path: Path) -> None:
     train_demo.main(["--output", str(tmp_path / "a"), "--seed=5", *COMMAND])
     train_demo.main(["--output", str(tmp_path / "b"), "--seed=5", *COMMAND])
@@ -565,6 +566,10 @@ def test_a_run_leaves_a_model_its_record_and_its_card(tmp_path: Path) -> None:
 def test_the_card_says_what_the_record_says(tmp_path: Path) -> None:
     train_demo.main(["--output", str(tmp_path / "a"), *COMMAND])
     record = json.loads((tmp_path / "a/training.json").read_text())
+    assert (record["seed"], record["num_steps"], record["num_clips"]) == (0, 4, 10)
+    assert record["environment"]["versions"]["torch"]
+    assert (tmp_path / "a/README.md").read_text() == card(record)
+    assert load(tmp_path / "a").state_dict()
     record["final_validation"]["whole"]["count"] = {"num_right": 7, "num_asked": 8}
     text = card(record)
     assert "| count | 87.5 % |" in text
@@ -572,6 +577,7 @@ def test_the_card_says_what_the_record_says(tmp_path: Path) -> None:
     assert "apache-2.0" in text
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_on_whole_clips_and_keeps_its_record(
     tmp_path: Path,
 ) -> None:

@@ -31,25 +31,12 @@ from scissor_vllm.show.picture import Picture
 from scissor_vllm.show.web import PICTURE_PATH, POLICY, read_body
 from scissor_vllm.show.worker import PictureWorker
 from tests.browser import Page, open_page
-from tests.families import build_qwen3_vl
-from tests.serving import SCISSOR, OneServer, Server, message, same_answer
+from tests.conftest import PAGE_KEY
+from tests.serving import Server, message, same_answer
 
-KEY = "x"
-"""What the tests' client sends."""
+KEY = PAGE_KEY
 SCREENSHOT = Path(__file__).parent.parent / "build" / "web-page.png"
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
 PAGE_FILES = Path(__file__).parent.parent / "scissor_vllm" / "show" / "page"
-
-
-@pytest.fixture
-def page_server(servers: OneServer) -> Server:
-    """A server with the page, a key and a minimum ratio."""
-    flags = ("--web-page", f"--api-key={KEY}", "--min-retention-ratio=0.02")
-    return servers.get(*SCISSOR, "demo", *flags)
 
 
 def get(server: Server, path: str) -> tuple[int, dict[str, str], str]:
@@ -97,13 +84,11 @@ def shown() -> Picture:
     return look(CLIP, "demo", [0.1], DEFAULT_VIDEO_COMPRESSION, 32)
 
 
-@pytest.mark.server
 def test_without_the_flag_there_is_no_page_and_no_picture(server: Server) -> None:
     assert get(server, "/scissor")[0] == 404
     assert post_picture(server, body_of(CLIP, "?"))[0] == 404
 
 
-@pytest.mark.server
 def test_the_page_may_load_its_own_files_and_nothing_else(page_server: Server) -> None:
     for path in ("/scissor", "/scissor/style.css", "/scissor/picture.js", "/scissor/ask.js"):
         status, headers, _ = get(page_server, path)
@@ -116,7 +101,6 @@ def test_the_page_may_load_its_own_files_and_nothing_else(page_server: Server) -
     assert get(page_server, "/scissor/show.js")[0] == 404
 
 
-@pytest.mark.server
 def test_a_picture_is_what_show_draws(page_server: Server, shown: Picture) -> None:
     status, drawn = post_picture(page_server, body_of(CLIP, "What is this?"))
     assert status == 200
@@ -132,7 +116,6 @@ def test_a_picture_is_what_show_draws(page_server: Server, shown: Picture) -> No
     assert np.mean([left == right for left, right in pairs]) > 0.95
 
 
-@pytest.mark.server
 def test_at_one_every_token_is_its_own(page_server: Server) -> None:
     _, drawn = post_picture(page_server, body_of(CLIP, "?", ratio=1.0))
     (grouping,) = drawn["groupings"]
@@ -140,7 +123,6 @@ def test_at_one_every_token_is_its_own(page_server: Server) -> None:
     assert rows_of(grouping["assignment"]) == list(range(num_tokens))
 
 
-@pytest.mark.server
 def test_a_picture_after_an_answer_encodes_nothing_counts_as_no_request_and_changes_no_answer(
     page_server: Server, clips: dict[str, Path]
 ) -> None:
@@ -154,13 +136,11 @@ def test_a_picture_after_an_answer_encodes_nothing_counts_as_no_request_and_chan
     assert same_answer(before, after)
 
 
-@pytest.mark.server
 def test_a_picture_asks_for_the_key_of_the_api(page_server: Server) -> None:
     for key in (None, "wrong"):
         assert post_picture(page_server, body_of(CLIP, "?"), key=key)[0] == 401
 
 
-@pytest.mark.server
 @pytest.mark.parametrize(
     ("parts", "ratio", "complaint"),
     [
@@ -178,13 +158,11 @@ def test_what_cannot_be_drawn_is_a_400_that_says_why(
     assert complaint in text
 
 
-@pytest.mark.server
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"messages": 1}'])
 def test_a_body_that_is_no_chat_is_a_400(page_server: Server, body: bytes) -> None:
     assert post_picture(page_server, body)[0] == 400
 
 
-@pytest.mark.server
 def test_a_file_that_is_no_video_is_a_400(page_server: Server, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     status, text = post_picture(page_server, body_of(tmp_path / "text.mp4", "?"))
@@ -192,8 +170,8 @@ def test_a_file_that_is_no_video_is_a_400(page_server: Server, tmp_path: Path) -
     assert "a video must be a whole file" in text
 
 
-@pytest.mark.server
 def test_one_picture_is_made_at_a_time_and_the_server_goes_on(page_server: Server) -> None:
+    # There are two API servers: a request for a picture may come to the one that makes none.
     with socket.create_connection(("127.0.0.1", page_server.port), timeout=60) as slow:
         head = f"POST {PICTURE_PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
@@ -286,7 +264,6 @@ def ask(page: Page, ratio: str, num_rows: int) -> None:
     assert page.text("#error") == ""
 
 
-@pytest.mark.server
 def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
     browser: Page, page_server: Server, shown: Picture, tmp_path: Path
 ) -> None:
@@ -332,7 +309,6 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
     assert browser.evaluate("document.querySelectorAll('#table tr, #picture canvas').length") == 0
 
 
-@pytest.mark.server
 def test_in_a_browser_an_answer_and_its_picture_can_be_stopped(
     browser: Page, page_server: Server
 ) -> None:
@@ -352,7 +328,6 @@ def test_in_a_browser_an_answer_and_its_picture_can_be_stopped(
         assert "topped." in browser.text(told)
 
 
-@pytest.mark.server
 def test_in_a_browser_the_servers_own_words_tell_what_is_wrong(
     browser: Page, page_server: Server, tmp_path: Path
 ) -> None:
@@ -368,7 +343,6 @@ def test_in_a_browser_the_servers_own_words_tell_what_is_wrong(
     assert "a video must be a whole file of MP4" in browser.text("#error")
 
 
-@pytest.mark.server
 def test_in_a_browser_every_control_is_reached_by_the_tab_key(
     browser: Page, page_server: Server
 ) -> None:
@@ -382,23 +356,13 @@ def test_in_a_browser_every_control_is_reached_by_the_tab_key(
     assert reached == ["question", "ratio", "most", "key", "ask"]
 
 
-@pytest.mark.server
 def test_a_picture_of_a_video_of_patches_is_what_show_draws(
-    servers: OneServer, tmp_path: Path
+    qwen: Server, qwen_folder: Path
 ) -> None:
-    model = tmp_path / "qwen3_vl"
-    model.mkdir()
-    build_qwen3_vl(model)
-    (tmp_path / "template.jinja").write_text(QWEN_TEMPLATE)
-    server = servers.get(
-        *(*SCISSOR, str(model), "--web-page", "--enforce-eager", "--dtype=float32"),
-        *("--max-model-len=4096", f"--chat-template={tmp_path / 'template.jinja'}"),
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
-    status, drawn = post_picture(server, body_of(CLIP, "?"))
+    status, drawn = post_picture(qwen, body_of(CLIP, "?"))
     assert status == 200
     shown = json.loads(
-        json.dumps(look(CLIP, str(model), [0.1], DEFAULT_VIDEO_COMPRESSION, 32).as_json())
+        json.dumps(look(CLIP, str(qwen_folder), [0.1], DEFAULT_VIDEO_COMPRESSION, 32).as_json())
     )
     (ours,), (theirs,) = drawn["groupings"], shown["groupings"]
     for name in ("rows", "columns", "times", "width", "height"):
