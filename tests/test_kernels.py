@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scissor_vllm import CompressedTokens, compress, compress_batch
+from scissor_vllm import CompressedTokens, compress
 from tests.interpreter import run_interpreted
 
 gpu = pytest.mark.gpu
@@ -214,21 +214,6 @@ def test_for_serving_the_host_does_not_wait_and_the_result_is_the_same(noise: fl
 
 
 @gpu
-@pytest.mark.parametrize("noise", [0.0, 0.001, 0.5])
-def test_a_batch_gives_what_its_videos_give_one_by_one(noise: float) -> None:
-    videos = torch.stack([make_video(60, noise, seed) for seed in range(10)]).cuda()
-    videos[3, 2, 7] = 0
-    for kept in (50, 300):
-        alone = [compress(tokens, num_retained=kept) for tokens in videos]
-        for _ in range(4):
-            batch = compress_batch(videos, num_retained=kept)
-            for expected, result in zip(alone, batch, strict=True):
-                assert torch.equal(result.assignment, expected.assignment)
-                assert torch.equal(result.tokens, expected.tokens)
-                assert result.similarity_threshold == expected.similarity_threshold
-
-
-@gpu
 def test_zero_tokens_are_like_nothing() -> None:
     tokens = make_video(20, 0.2, 8)
     tokens[::3] = 0
@@ -319,30 +304,6 @@ zeroed = broken.clone()
 zeroed[1, 2], zeroed[0, 4], zeroed[3, 3] = 0, 0, 0
 assert torch.equal(assignment, compress(zeroed, num_retained=20).assignment)
 assert merged.isfinite().all()
-
-videos = torch.stack([make(count, 0.6, (5, 9), torch.bfloat16) for count in (2, 9, 30)])
-videos[1, 2, 3, 0] = torch.inf
-searches = [gpu.Search(tokens, 45, settings) for tokens in videos]
-for search in searches:
-    search.asked.fill_(20)
-    search.start()
-parts = [search.finish(20) for search in searches]
-assert parts[0].num_joined != parts[2].num_joined
-each = [search.video for search in searches]
-together = gpu._compressed(videos.flatten(1, 2), each, parts, torch.bfloat16)
-assert together[1] is None
-for number in (0, 2):
-    expected = compress(videos[number], num_retained=20)
-    assert torch.equal(together[number].assignment, expected.assignment)
-    torch.testing.assert_close(together[number].tokens, expected.tokens, atol=2e-2, rtol=0)
-finite, found = [0, 2], [parts[0], parts[2]]
-stacked = gpu._Stacked.of([each[0], each[2]], [searches[0].first_cut, searches[2].first_cut])
-again = gpu._compressed(
-    videos[finite].flatten(1, 2), [each[0], each[2]], found, torch.bfloat16, stacked
-)
-for number, result in zip(finite, again):
-    assert torch.equal(result.assignment, together[number].assignment)
-    assert torch.equal(result.tokens, together[number].tokens)
 
 gpu.MAX_COMPONENTS = 3
 tokens = make(9, 0.6, (5, 9), torch.bfloat16)

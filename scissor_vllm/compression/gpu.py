@@ -39,9 +39,6 @@ HELD_SHARE, BLOCK_SHARE = 48, 160
 """Products that are held take no more than one part in so many of the GPU's memory, a block of
 others no more than one in so many."""
 
-MAX_BATCH = 8
-"""Videos that are searched side by side."""
-
 ROW_BLOCKS = 4
 """Products that are held are computed in so many blocks of rows, each from its own frame on."""
 
@@ -123,29 +120,6 @@ def compress_unseen(
         [(merged, assignment)] = merge(video.rows[None], [video], [search.unseen(num_retained)])
         threshold = search.unseen_threshold()
         return CompressedTokens(merged.to(tokens.dtype), assignment, threshold_on_device=threshold)
-
-
-def compress_batch(
-    videos: torch.Tensor, num_retained: int, settings: SearchSettings
-) -> list[CompressedTokens | None]:
-    """Return what ``compress`` does for each of several videos (B, T, P, D), to the same budget.
-
-    They are searched side by side, ``MAX_BATCH`` at a time.
-    """
-    num_frames, per_frame, _ = videos.shape[1:]
-    if num_frames * per_frame > captures.MAX_TOKENS or per_frame > kernels.MAX_PER_FRAME:
-        return [compress(tokens, None, num_retained, settings) for tokens in videos]
-    dtype = videos.dtype
-    videos = _taken(videos)
-    size = num_components(num_frames * per_frame, num_retained, videos.device)
-    make = partial(Searches, num_components=size, settings=settings)
-    results = []
-    for some in videos.split(MAX_BATCH):
-        with captures.search(some, num_retained, (size, settings), make) as searches:
-            parts, stacked = searches.finish(num_retained)
-            each = [search.video for search in searches.of_each]
-            results += _compressed(some.flatten(1, 2), each, parts, dtype, stacked)
-    return results
 
 
 def _search(
@@ -901,44 +875,6 @@ class Search:
             if looks and not int(following[0]):
                 break
         return _sorted(kept, decreasing=True)[0]
-
-
-class Searches:
-    """Searches of equally long videos to the same budget, each on a stream of its own.
-
-    Most of a search leaves most of the GPU idle.
-    """
-
-    def __init__(self, videos: torch.Tensor, num_components: int, settings: SearchSettings) -> None:
-        """Take tokens (B, T, P, D); the others as ``Search`` does."""
-        self.asked = torch.empty(1, dtype=torch.int32, device=videos.device)
-        self.of_each = [Search(tokens, num_components, settings, self.asked) for tokens in videos]
-        self._streams = [torch.cuda.Stream(videos.device) for _ in self.of_each]
-
-    def start(self) -> None:
-        """Start all, without waiting for the device."""
-        current = torch.cuda.current_stream(self.asked.device)
-        for search, stream in zip(self.of_each, self._streams, strict=True):
-            # It also keeps memory of the last use from being taken before that is over.
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                search.start()
-        for stream in self._streams:
-            current.wait_stream(stream)
-        cuts = [search.first_cut for search in self.of_each]
-        self._seen = torch.stack([cut.seen for cut in cuts])
-        self._stacked = _Stacked.of([search.video for search in self.of_each], cuts)
-
-    def finish(self, num_retained: int) -> "tuple[list[Parts | None], _Stacked | None]":
-        """Return what each ``finish`` does, after one look at all, and all as one if that was all
-        that there was to look at.
-        """
-        seen = self._seen.tolist()
-        parts = [
-            search.finish(num_retained, own) for search, own in zip(self.of_each, seen, strict=True)
-        ]
-        is_all = all(int(flags) == 0 for flags, *_ in seen)
-        return parts, self._stacked if is_all else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import math
 import operator
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from numbers import Rational
 from types import ModuleType
 from typing import Any
@@ -121,43 +120,6 @@ def compress(
         kept, part = _above_threshold(video, threshold)
     rows, assignment = video.merged(kept, part)
     return CompressedTokens(rows.to(tokens.dtype), assignment, threshold)
-
-
-@torch.no_grad()
-def compress_batch(
-    videos: torch.Tensor,
-    *,
-    retention_ratio: float | Decimal | Rational | None = None,
-    num_retained: int | None = None,
-    temporal_window: int | None = None,
-) -> list[CompressedTokens]:
-    """Return what ``compress`` does for each of several equally long videos; a GPU does 8 at once.
-
-    Args:
-        videos: (B, T, P, D) floating.
-        retention_ratio: fraction of each video's tokens to keep, or
-        num_retained: K itself.
-        temporal_window: as for ``compress``.
-
-    Raises:
-        TypeError, ValueError: as :func:`compress`, or videos of another shape.
-    """
-    if not isinstance(videos, torch.Tensor) or videos.ndim != 4 or len(videos) == 0:
-        got = tuple(videos.shape) if isinstance(videos, torch.Tensor) else type(videos).__name__
-        raise ValueError(
-            "videos must be (videos, frames, tokens of a frame, width), none of them 0, got "
-            f"{got}: stack equally long videos, or compress others one by one"
-        )
-    num_tokens = check_tokens(videos[0])
-    wanted = _num_retained(num_tokens, None, retention_ratio, num_retained)
-    assert wanted is not None
-    alone = partial(compress, num_retained=wanted, temporal_window=temporal_window)
-    gpu = _gpu_kernels(videos.device) if num_tokens > EXHAUSTIVE_TOKENS else None
-    if gpu is None:
-        return [alone(tokens) for tokens in videos]
-    window = _window(videos.shape[1], temporal_window, wanted)
-    compressed = gpu.compress_batch(videos, wanted, _settings(gpu, window))
-    return [result or alone(tokens) for tokens, result in zip(videos, compressed, strict=True)]
 
 
 def _num_retained(
