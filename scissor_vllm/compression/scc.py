@@ -353,6 +353,9 @@ class _Found:
     trees: SpanningTrees
     tied: bool
     """Whether the last merge that is made is as strong as the first that is not."""
+    leaves_enough: bool
+    """Whether some threshold of the interval leaves at least K. The cut leaves K if not, too, but
+    at no threshold of the interval."""
 
 
 class _Search:
@@ -373,24 +376,23 @@ class _Search:
     def find(self, num_retained: int) -> _Found:
         """Return a threshold whose two steps leave at least K, no lower one found that does."""
         # The temporal step only joins: an interval with fewer than K spatial components is out.
-        low = max(0, num_retained - self._num_sets)
-        products = None
-        if len(self._flat) > EXHAUSTIVE_TOKENS:
-            low, products = self._bisect(low, num_retained, self._video.products())
-        while True:
-            found = self._within(low, num_retained, products)
-            if found is not None:
-                return found
-            low, products = low + 1, None
+        first = max(0, num_retained - self._num_sets)
+        intervals = [i for i in range(first, len(self._starts)) if self._is_wide(i)]
+        if len(self._flat) <= EXHAUSTIVE_TOKENS:
+            cuts = (self._cut(interval, num_retained) for interval in intervals)
+            return next(cut for cut in cuts if cut.leaves_enough)
+        interval, products = self._bisect(intervals, num_retained, self._video.products())
+        return self._cut(interval, num_retained, products)
 
     def _bisect(
-        self, low: int, num_retained: int, products: list[Products] | None
+        self, intervals: list[int], num_retained: int, products: list[Products] | None
     ) -> tuple[int, list[Products] | None]:
-        """Return an interval that leaves K, the one before it does not; the first if all do.
+        """Return an interval that was counted and leaves at least K components.
 
-        And the products of its spatial components, from those of the tokens if they are given.
+        And the products of its spatial components, from those of the tokens if they are given. The
+        last interval leaves every token, so it needs no count.
         """
-        high = len(self._starts) - 1  # It keeps every token apart.
+        low, high = 0, len(intervals) - 1
         # The count grows about exponentially: the straight line between the logarithms at the two
         # ends meets K. An end that stays where it is twice counts half (the Illinois rule).
         below = math.log(num_retained)
@@ -401,11 +403,11 @@ class _Search:
                 break
             share = below / (below + above) if step < LINE_STEPS else 0.5
             middle = min(low + int(share * (high - low)), high - 1)
-            tokens = self._spatial(middle)
+            tokens = self._spatial(intervals[middle])
             joined = [each.joined(tokens) for each in products] if products else None
             temporal = self._video.across(tokens, products=joined)
-            below_end = _float32_below(self._end(middle))
-            count = count_components(threshold_labels(temporal, below_end))
+            highest = _float32_below(self._end(intervals[middle]) - RESOLUTION)
+            count = count_components(threshold_labels(temporal, highest))
             if count >= num_retained:
                 # What is left to try joins these further.
                 high, products = middle, joined
@@ -417,7 +419,13 @@ class _Search:
                 below = math.log((num_retained + 0.5) / count)
                 above = above / 2 if moved_high is False else above
                 moved_high = False
-        return low, products
+        return intervals[high], products
+
+    def _is_wide(self, interval: int) -> bool:
+        """Return whether thresholds are told apart in an interval: alike tokens have many weights
+        side by side.
+        """
+        return self._end(interval) - self._starts[interval] > RESOLUTION
 
     def _spatial(self, interval: int) -> Components:
         """Return the spatial components of an interval, by their lowest token."""
@@ -430,14 +438,12 @@ class _Search:
     def _end(self, interval: int) -> float:
         return self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
 
-    def _within(
-        self, interval: int, num_retained: int, products: list[Products] | None
-    ) -> _Found | None:
+    def _cut(
+        self, interval: int, num_retained: int, products: list[Products] | None = None
+    ) -> _Found:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
-        interval_end = self._end(interval)
-        # Alike tokens have many weights side by side: what is too narrow is not looked into.
-        if interval_end - self._starts[interval] <= RESOLUTION:
-            return None
+        # What is above this joins at every threshold of the interval that is told from its end.
+        end = self._end(interval) - RESOLUTION
         spatial = self._spatial(interval)
         representatives = self._video.means(spatial)
         temporal = self._video.across(spatial, representatives, products)
@@ -446,15 +452,14 @@ class _Search:
         num_merges = len(representatives) - num_retained
         # What is above the threshold is merged: at most the num_merges strongest may be.
         start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
-        if interval_end - start <= RESOLUTION:
-            return None
         num_above = bisect.bisect_left(weights, -start - RESOLUTION, key=operator.neg)
-        end = min([interval_end, 1.0, *weights[max(num_above - 1, 0) : num_above]])
+        end = min([end, 1.0, *weights[max(num_above - 1, 0) : num_above]])
         threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
         if not start <= threshold < end:
             threshold = start
         tied = 0 < num_merges < len(weights) and weights[num_merges - 1] == weights[num_merges]
-        return _Found(threshold, spatial, representatives, temporal, trees, tied)
+        leaves_enough = start < self._end(interval) - RESOLUTION
+        return _Found(threshold, spatial, representatives, temporal, trees, tied, leaves_enough)
 
 
 def _float32(value: float) -> float:
