@@ -21,11 +21,8 @@ from typing import Any
 
 import torch
 
-from scissor_vllm import (
-    compress,
-    num_retained_tokens,
-)
-from scissor_vllm.compression import captures, get_compressor
+from scissor_vllm import compress, num_retained_tokens
+from scissor_vllm.compression import get_compressor
 from scissor_vllm.loadtest.record import environment, write_json
 
 NUM_THINGS = 200
@@ -86,7 +83,10 @@ def memory(device: str, peak: bool = False) -> int:
         return 0
     if peak:
         return torch.cuda.max_memory_allocated() >> 20
-    captures.clear()
+    if device.startswith("cuda"):
+        from scissor_vllm.compression.cuda import graphs
+
+        graphs.clear()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated() >> 20
 

@@ -59,6 +59,13 @@ LINE_STEPS = 10
 """After this many guesses along a straight line the search halves what is left, which always ends
 soon. 3136 clustered or random tokens take 5 to 10 guesses in all."""
 
+MAX_FRAME_PAIRS = 1 << 20
+"""Most pairs of frames (T times the window) of a video that a server compresses, so that many small
+frames cannot hold up the others."""
+
+MAX_TOKEN_PAIRS = 1 << 31
+"""Most pairs of tokens (N times the tokens of a window), likewise: some 0.3 s on an H200."""
+
 THRESHOLD_MARGIN = 1e-4
 """A found threshold is reported this far above the cosine where the result begins to hold (or half
 way to where it ends, if nearer), so that it gives the same result when it is used again."""
@@ -159,12 +166,15 @@ def _window(num_frames: int, asked: int | None, num_retained: int | None) -> int
 def compress_for_serving(
     tokens: torch.Tensor, num_retained: int, temporal_window: int | None = None
 ) -> CompressedTokens:
-    """Return what ``compress`` does, on a GPU without waiting for it: the threshold stays there.
+    """Return what ``compress`` does, within the time and memory that a server grants one video.
 
-    A server's host then prepares the language model's step while the GPU still compresses. This
-    takes at most 8192 tokens, Triton and a GPU; otherwise it is ``compress``. Nobody looks at the
-    tokens: those that are not finite count as zeros. And where cosines are closer to each other
-    than 2^-20, one threshold may be taken for the next.
+    With Triton and a GPU, videos of up to 8192 tokens are compressed without a host
+    synchronization: the host prepares the language model's step meanwhile, and the threshold stays
+    on the device. Tokens that are not finite count as zeros there, as do those whose largest
+    magnitude is not between 2^-40 and 2^40.
+
+    Time is bounded: a window has at most ``MAX_FRAME_PAIRS`` / T frames, and at most
+    ``MAX_TOKEN_PAIRS`` / N tokens. A longer one, or the whole video, is divided.
 
     Args:
         tokens: (T, P, D) floating, one video; N = T*P.
@@ -172,16 +182,40 @@ def compress_for_serving(
         temporal_window: as for ``compress``.
 
     Raises:
-        TypeError, ValueError: as :func:`compress`.
+        TypeError, ValueError: as :func:`compress`, or the video is beyond what a server compresses.
     """
     num_tokens = check_tokens(tokens)
     check_num_retained(num_retained, num_tokens)
-    window = _window(len(tokens), temporal_window, num_retained)
-    gpu = _gpu_kernels(tokens.device) if num_tokens > EXHAUSTIVE_TOKENS else None
-    compressed = gpu.compress_unseen(tokens, num_retained, _settings(gpu, window)) if gpu else None
-    return compressed or compress(
-        tokens, num_retained=num_retained, temporal_window=temporal_window
+    cuda = _cuda_kernels(tokens.device) if num_tokens > EXHAUSTIVE_TOKENS else None
+    if cuda is None:
+        window = _served_window(tokens, num_retained, temporal_window)
+        return compress(tokens, num_retained=num_retained, temporal_window=window)
+    if not cuda.takes(tokens):
+        raise ValueError(
+            f"a server's GPU compresses videos of at most {cuda.MAX_TOKENS} tokens, and "
+            f"{cuda.MAX_PER_FRAME} a frame, got {tokens.shape[0]} frames of {tokens.shape[1]}: "
+            "send fewer or smaller frames"
+        )
+    window = _served_window(tokens, num_retained, temporal_window)
+    compressed: CompressedTokens = cuda.compress_for_serving(
+        tokens, num_retained, _settings(cuda, window)
     )
+    return compressed
+
+
+def _served_window(tokens: torch.Tensor, num_retained: int, asked: int | None) -> int:
+    """Return the frames of a window, no more than a server compresses together."""
+    num_frames, per_frame, _ = tokens.shape
+    window = _window(num_frames, asked, num_retained)
+    num_pairs = num_frames * per_frame**2
+    most = max(1, min(MAX_FRAME_PAIRS // num_frames, MAX_TOKEN_PAIRS // num_pairs))
+    if window > most and -(-num_frames // most) > num_retained:
+        raise ValueError(
+            f"a server compresses {num_frames} frames of {per_frame} tokens in windows of {most} "
+            f"frames, each of one row or more, got {num_retained} rows: keep more rows, or send "
+            "fewer frames"
+        )
+    return min(window, most)
 
 
 @torch.no_grad()
@@ -207,35 +241,41 @@ def _on_gpu(
     tokens: torch.Tensor, threshold: float | None, num_retained: int | None, window: int
 ) -> CompressedTokens | None:
     """Return the result by the GPU's kernels, None where they are not for these tokens."""
-    gpu = _gpu_kernels(tokens.device)
-    if gpu is None:
+    cuda = _cuda_kernels(tokens.device)
+    if cuda is None or not cuda.takes(tokens):
         return None
-    settings = _settings(gpu, window)
-    compressed: CompressedTokens | None = gpu.compress(tokens, threshold, num_retained, settings)
+    settings = _settings(cuda, window)
+    compressed: CompressedTokens | None = cuda.compress(tokens, threshold, num_retained, settings)
     return compressed
 
 
-def _settings(gpu: ModuleType, window: int) -> Any:
-    return gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN, window)
+def _settings(cuda: ModuleType, window: int) -> Any:
+    return cuda.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN, window)
 
 
-def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
-    """Return (number of tokens, ratio) of calls after which memory beside tokens is at its most."""
-    gpu = _gpu_kernels(device)
-    calls: list[tuple[int, float]] = gpu.costliest_calls(device) if gpu else []
-    return calls or [(math.isqrt(similarity.BLOCK_ELEMENTS), 0.1)]
+def warm_up_shapes(max_tokens: int, device: torch.device) -> list[tuple[int, int, float]]:
+    """Return shapes and ratios (T, P, K/N) of the calls after which nothing more is prepared.
+
+    Args:
+        max_tokens: N of the largest video.
+        device: that compresses.
+    """
+    cuda = _cuda_kernels(device)
+    shapes: list[tuple[int, int, float]] = cuda.warm_up_shapes(max_tokens, device) if cuda else []
+    num_tokens = min(max_tokens, math.isqrt(similarity.BLOCK_ELEMENTS))
+    return shapes or [(max(1, num_tokens // 256), min(num_tokens, 256), 0.1)]
 
 
-def _gpu_kernels(device: torch.device) -> ModuleType | None:
-    """Return ``gpu.py`` if the device runs it."""
+def _cuda_kernels(device: torch.device) -> ModuleType | None:
+    """Return the package of kernels if the device runs it."""
     if device.type != "cuda":
         return None
     try:
-        from scissor_vllm.compression import gpu
+        from scissor_vllm.compression import cuda
     except ImportError:
         # Without Triton the code here runs on the GPU too.
         return None
-    return gpu
+    return cuda
 
 
 class _Video:

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
-from scissor_vllm.compression.scc import costliest_calls
+from scissor_vllm.compression.scc import warm_up_shapes
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.metrics import (
     CLOCK,
@@ -90,11 +90,10 @@ class VideoCompression:
             return False
         self._is_warm = True
         generator = torch.Generator(device).manual_seed(0)
-        for num_tokens, ratio in [*costliest_calls(device), (self._max_tokens, 0.4)]:
-            num_frames = max(1, min(num_tokens, self._max_tokens) // self._tokens_per_frame)
-            shape = (num_frames, self._tokens_per_frame, width)
+        for num_frames, per_frame, ratio in warm_up_shapes(self._max_tokens, device):
+            shape = (num_frames, per_frame, width)
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-            self._compress(tokens, max(1, int(num_frames * self._tokens_per_frame * ratio)))
+            self._compress(tokens, max(num_frames, int(num_frames * per_frame * ratio)))
         return True
 
     def keeps_all(self, videos: Sequence[VideoPixels], num_retained: list[int]) -> bool:
