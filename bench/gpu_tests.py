@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.record import environment, write_json
+from scissor_vllm.loadtest.record import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 _IS_GPU_TEST = re.compile(r"mark\.gpu\b")

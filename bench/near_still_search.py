@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from bench.record import environment, write_json
 from scissor_vllm.compression.cuda import SearchSettings
 from scissor_vllm.compression.cuda.kernels import layout
 from scissor_vllm.compression.cuda.search import Search
 from scissor_vllm.compression.cuda.video import Video
 from scissor_vllm.compression.scc import LINE_STEPS, THRESHOLD_MARGIN
+from scissor_vllm.loadtest.record import environment, write_json
 
 WIDTH = 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,10 +41,10 @@ def test_a_kind_is_captured_when_it_comes_again_and_then_replayed(
     monkeypatch.setattr(searches, "_captured", captured)
     launched: list[int] = []
     for number in range(graphs.USES_BEFORE_CAPTURE + 3):
-        searches.start(("a",), lambda number=number: launched.append(number))
+        searches.start(("a",), partial(launched.append, number))
     assert launched == list(range(graphs.USES_BEFORE_CAPTURE))
     assert [graph.num_replays for graph in made] == [3]
-    searches.start(("b",), lambda: launched.append(-1))
+    searches.start(("b",), partial(launched.append, -1))
     assert launched[-1] == -1
 
 
@@ -69,7 +70,7 @@ def test_where_a_capture_fails_searches_go_on_without_and_it_is_said_once(
     searches._capture_stream = Stream()  # type: ignore[assignment]
     launched: list[int] = []
     for number in range(5):
-        searches.start(("a",), lambda number=number: launched.append(number))
+        searches.start(("a",), partial(launched.append, number))
     assert launched == list(range(5))
     assert caplog.text.count("run without a CUDA graph: out of memory") == 1
 

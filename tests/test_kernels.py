@@ -29,7 +29,7 @@ def make_video(
     return (shown + noise * torch.randn(shown.shape, generator=generator)).to(dtype)
 
 
-def check_same(tokens: torch.Tensor, **budget: float) -> None:
+def check_same(tokens: torch.Tensor, **budget: float | None) -> None:
     cpu: CompressedTokens = compress(tokens, **budget)  # type: ignore[arg-type]
     cuda: CompressedTokens = compress(tokens.cuda(), **budget)  # type: ignore[arg-type]
     assert cuda.tokens.is_cuda
