@@ -1,6 +1,6 @@
 """Prints how long compression of one video takes, in each form, on three kinds of tokens.
 
-    python -m bench.compress [--shape T P D] [--batch B] [--dtype bfloat16] [--device cuda]
+    python -m bench.compress [--shape T P D] [--dtype bfloat16] [--device cuda]
         [--tokens KIND ...] [--forms NAME ...] [--json FILE]
 
 On a GPU times are those of CUDA events, from the call to its end, host work included, and memory is
@@ -21,13 +21,8 @@ from typing import Any
 
 import torch
 
-from scissor_vllm import (
-    CompressedTokens,
-    compress,
-    compress_batch,
-    num_retained_tokens,
-)
-from scissor_vllm.compression import captures, get_compressor
+from scissor_vllm import compress, num_retained_tokens
+from scissor_vllm.compression import get_compressor
 from scissor_vllm.loadtest.record import environment, write_json
 
 NUM_THINGS = 200
@@ -46,11 +41,6 @@ FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
         tokens, num_retained_tokens(tokens.shape[0] * tokens.shape[1], 0.1)
     ),
 }
-
-
-def compress_all(videos: torch.Tensor, temporal_window: int | None = None) -> CompressedTokens:
-    """Return the first of a batch (B, T, P, D), all compressed."""
-    return compress_batch(videos, retention_ratio=0.1, temporal_window=temporal_window)[0]
 
 
 def make_tokens(kind: str, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
@@ -93,7 +83,10 @@ def memory(device: str, peak: bool = False) -> int:
         return 0
     if peak:
         return torch.cuda.max_memory_allocated() >> 20
-    captures.clear()
+    if device.startswith("cuda"):
+        from scissor_vllm.compression.cuda import graphs
+
+        graphs.clear()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated() >> 20
 
@@ -104,7 +97,6 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=[32, 196, 3584])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=8, help="videos that are compressed at once")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tokens", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--forms", nargs="+", metavar="NAME", help="these (default: all)")
@@ -113,22 +105,15 @@ def main() -> None:
     shape = tuple(args.shape)
     rows = []
     print(f"{shape} {args.dtype} on {args.device}: median ms (fastest - slowest), tokens kept, MiB")
-    batches: dict[str, Callable[[torch.Tensor], Any]] = {
-        f"{args.batch} to 0.1": compress_all,
-        f"{args.batch} windows": partial(compress_all, temporal_window=4),
-    }
-    forms = {**FORMS, **batches}
+    forms = dict(FORMS)
     if args.forms:
         if unknown := set(args.forms) - forms.keys():
             parser.error(f"there is no form {', '.join(sorted(unknown))}: use {', '.join(forms)}")
         forms = {name: forms[name] for name in args.forms}
     for kind in args.tokens:
         dtype = getattr(torch, args.dtype)
-        videos = torch.stack(
-            [make_tokens(kind, shape, seed).to(args.device, dtype) for seed in range(args.batch)]
-        )
+        tokens = make_tokens(kind, shape, seed=0).to(args.device, dtype)
         for name, form in forms.items():
-            tokens = videos if name in batches else videos[0]
             before = memory(args.device)
             times = measure(form, tokens, args.repeats)
             taken = memory(args.device, peak=True) - before

@@ -8,6 +8,7 @@ API servers only.
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import threading
@@ -48,6 +49,8 @@ class Reason(StrEnum):
 if TYPE_CHECKING:
     import torch
     from prometheus_client import Counter, Histogram
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -245,7 +248,12 @@ class ThresholdReader:
             self._free.append(slot)
 
     def _record(self, threshold: float) -> None:
-        if not math.isnan(threshold):
+        if math.isinf(threshold):
+            logger.error(
+                "a search for a similarity threshold left fewer parts than rows; tokens of the "
+                "video stand in for the missing rows: please report this"
+            )
+        elif not math.isnan(threshold):
             record_threshold(threshold)
 
 

@@ -12,9 +12,14 @@ import pytest
 
 def run_interpreted(program: str) -> subprocess.CompletedProcess[str]:
     """Run a Python program in which Triton interprets kernels; skip the test without Triton."""
+    return python_interpreting("-c", program)
+
+
+def python_interpreting(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in which Triton interprets kernels; skip the test without Triton."""
     pytest.importorskip("triton", reason="needs Triton")
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
+        [sys.executable, "-W", "ignore", *arguments],
         capture_output=True,
         text=True,
         timeout=600,

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import scissor_vllm.compression.similarity
-from scissor_vllm import compress, compress_batch, num_retained_tokens
+from scissor_vllm import compress, num_retained_tokens
 from scissor_vllm.compression import CompressedTokens, get_compressor
 from tests import oracle
 
@@ -579,9 +579,8 @@ def test_windows_as_long_as_the_video_change_nothing(num_retained: int) -> None:
     whole = compress(tokens, num_retained=num_retained)
     for window in (8, 100):
         assert_same(whole, compress(tokens, num_retained=num_retained, temporal_window=window))
-    batch = compress_batch(tokens[None], num_retained=num_retained, temporal_window=2)
-    assert_same(batch[0], compress(tokens, num_retained=num_retained, temporal_window=2))
-    assert not torch.equal(batch[0].assignment, whole.assignment)
+    pairs = compress(tokens, num_retained=num_retained, temporal_window=2)
+    assert not torch.equal(pairs.assignment, whole.assignment)
 
 
 def test_a_window_is_a_number_of_frames() -> None:
@@ -1233,19 +1232,3 @@ def test_autocast_does_not_reach_the_similarities() -> None:
         under = compress(tokens, num_retained=20)
     assert torch.equal(under.assignment, plain.assignment)
     assert torch.equal(under.tokens, plain.tokens)
-
-
-def test_a_batch_gives_what_its_videos_give_one_by_one() -> None:
-    videos = torch.randn(3, 6, 30, 16, generator=torch.Generator().manual_seed(11))
-    batch = compress_batch(videos, retention_ratio=0.15)
-    for tokens, result in zip(videos, batch, strict=True):
-        alone = compress(tokens, num_retained=27)
-        assert torch.equal(result.assignment, alone.assignment)
-        assert torch.equal(result.tokens, alone.tokens)
-        assert result.similarity_threshold == alone.similarity_threshold
-
-
-@pytest.mark.parametrize("videos", [torch.randn(3, 4, 5), torch.randn(0, 3, 4, 5), [1.0]])
-def test_a_batch_of_another_shape_is_refused(videos: Any) -> None:
-    with pytest.raises(ValueError, match="videos must be"):
-        compress_batch(videos, retention_ratio=0.5)

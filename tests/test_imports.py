@@ -104,6 +104,5 @@ def test_the_public_names() -> None:
         "CompressedTokens",
         "__version__",
         "compress",
-        "compress_batch",
         "num_retained_tokens",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,8 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from scissor_vllm.compression import CompressedTokens
+from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.worker import video_compression as tower
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels
@@ -112,6 +116,68 @@ def test_a_tower_that_overflows_fails_no_other_request() -> None:
 
     (rows,) = rows_of(make_compression(), make_videos(5), [3], overflowing)
     assert rows.shape == (3, WIDTH)
+
+
+def raising(error: Exception) -> Any:
+    def compress(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+        raise error
+
+    return compress
+
+
+DEVICE_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+    torch.AcceleratorError("CUDA error: invalid configuration argument", 9),
+]
+
+
+@pytest.mark.parametrize("error", DEVICE_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_device_error_of_a_single_worker_fails_no_other_request(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compression, tower = make_compression(), RecordingTower()
+    monkeypatch.setattr(compression, "_compress", raising(error))
+    (rows,) = rows_of(compression, make_videos(5), [3], tower)
+    (video,) = make_videos(5)
+    expected = select_evenly(RecordingTower()(video.pixels), 3).tokens
+    assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("error", DEVICE_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_device_error_of_one_of_several_ranks_is_raised(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tensor_parallel(monkeypatch):
+        compression = make_compression()
+        monkeypatch.setattr(compression, "_compress", raising(error))
+        with pytest.raises(type(error)):
+            rows_of(compression, make_videos(5), [3], RecordingTower())
+
+
+def test_on_what_follows_from_the_tokens_all_ranks_fall_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def overflowing(frames: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(frames), TOKENS_PER_FRAME, WIDTH), torch.nan)
+
+    with tensor_parallel(monkeypatch):
+        ranks = [rows_of(make_compression(), make_videos(5), [3], overflowing)[0] for _ in range(2)]
+    assert ranks[0].shape == (3, WIDTH)
+    assert torch.equal(*(rows.isnan() for rows in ranks))
+
+
+@contextmanager
+def tensor_parallel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have a worker believe that it shares a model with another."""
+    monkeypatch.setattr(tower, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(tower, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(tower, "get_tensor_model_parallel_world_size", lambda: 2)
+    VideoCompression._is_shared.cache_clear()
+    try:
+        yield
+    finally:
+        VideoCompression._is_shared.cache_clear()
 
 
 def test_videos_kept_whole_are_told_from_compressed_ones() -> None:

@@ -6,7 +6,7 @@ knows no model, no server and no vLLM.
 
 from scissor_vllm.compression.methods import METHODS, check_method, get_compressor
 from scissor_vllm.compression.result import CompressedTokens, Compressor
-from scissor_vllm.compression.scc import compress, compress_batch
+from scissor_vllm.compression.scc import compress
 
 __all__ = [
     "METHODS",
@@ -14,6 +14,5 @@ __all__ = [
     "Compressor",
     "check_method",
     "compress",
-    "compress_batch",
     "get_compressor",
 ]

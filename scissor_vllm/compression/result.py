@@ -19,7 +19,8 @@ class CompressedTokens:
     """Cosine above which tokens counted as connected: as given, or as found for the budget."""
     threshold_on_device: torch.Tensor | None = None
     """In its place where the host did not wait for it: () float64 on the input's device, NaN if
-    none was found."""
+    none was found, infinite if fewer than K parts were: a defect, which whoever reads it reports.
+    """
 
 
 class Compressor(Protocol):

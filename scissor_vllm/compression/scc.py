@@ -16,7 +16,6 @@ import math
 import operator
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from numbers import Rational
 from types import ModuleType
 from typing import Any
@@ -36,10 +35,9 @@ from scissor_vllm.compression.components import (
     maximum_spanning_trees,
     threshold_labels,
 )
-from scissor_vllm.compression.merge import merged
 from scissor_vllm.compression.products import Products
 from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.similarity import RESOLUTION, Similarity, WindowedSimilarity
+from scissor_vllm.compression.similarity import RESOLUTION
 from scissor_vllm.compression.sums import means
 from scissor_vllm.compression.validation import (
     check_finite,
@@ -48,6 +46,7 @@ from scissor_vllm.compression.validation import (
     check_tokens,
     checked_frames,
 )
+from scissor_vllm.compression.video import Video
 from scissor_vllm.retention import num_retained_tokens
 
 EXHAUSTIVE_TOKENS = 128
@@ -59,6 +58,13 @@ go unseen."""
 LINE_STEPS = 10
 """After this many guesses along a straight line the search halves what is left, which always ends
 soon. 3136 clustered or random tokens take 5 to 10 guesses in all."""
+
+MAX_FRAME_PAIRS = 1 << 20
+"""Most pairs of frames (T times the window) of a video that a server compresses, so that many small
+frames cannot hold up the others."""
+
+MAX_TOKEN_PAIRS = 1 << 31
+"""Most pairs of tokens (N times the tokens of a window), likewise: some 0.3 s on an H200."""
 
 THRESHOLD_MARGIN = 1e-4
 """A found threshold is reported this far above the cosine where the result begins to hold (or half
@@ -112,7 +118,7 @@ def compress(
             return compressed
     frames = tokens.float()
     check_finite(frames)
-    video = _Video(frames, window)
+    video = Video(frames, window)
     if num_retained is not None:
         threshold, kept, part = _within_budget(video, num_retained)
     else:
@@ -121,43 +127,6 @@ def compress(
         kept, part = _above_threshold(video, threshold)
     rows, assignment = video.merged(kept, part)
     return CompressedTokens(rows.to(tokens.dtype), assignment, threshold)
-
-
-@torch.no_grad()
-def compress_batch(
-    videos: torch.Tensor,
-    *,
-    retention_ratio: float | Decimal | Rational | None = None,
-    num_retained: int | None = None,
-    temporal_window: int | None = None,
-) -> list[CompressedTokens]:
-    """Return what ``compress`` does for each of several equally long videos; a GPU does 8 at once.
-
-    Args:
-        videos: (B, T, P, D) floating.
-        retention_ratio: fraction of each video's tokens to keep, or
-        num_retained: K itself.
-        temporal_window: as for ``compress``.
-
-    Raises:
-        TypeError, ValueError: as :func:`compress`, or videos of another shape.
-    """
-    if not isinstance(videos, torch.Tensor) or videos.ndim != 4 or len(videos) == 0:
-        got = tuple(videos.shape) if isinstance(videos, torch.Tensor) else type(videos).__name__
-        raise ValueError(
-            "videos must be (videos, frames, tokens of a frame, width), none of them 0, got "
-            f"{got}: stack equally long videos, or compress others one by one"
-        )
-    num_tokens = check_tokens(videos[0])
-    wanted = _num_retained(num_tokens, None, retention_ratio, num_retained)
-    assert wanted is not None
-    alone = partial(compress, num_retained=wanted, temporal_window=temporal_window)
-    gpu = _gpu_kernels(videos.device) if num_tokens > EXHAUSTIVE_TOKENS else None
-    if gpu is None:
-        return [alone(tokens) for tokens in videos]
-    window = _window(videos.shape[1], temporal_window, wanted)
-    compressed = gpu.compress_batch(videos, wanted, _settings(gpu, window))
-    return [result or alone(tokens) for tokens, result in zip(videos, compressed, strict=True)]
 
 
 def _num_retained(
@@ -197,12 +166,15 @@ def _window(num_frames: int, asked: int | None, num_retained: int | None) -> int
 def compress_for_serving(
     tokens: torch.Tensor, num_retained: int, temporal_window: int | None = None
 ) -> CompressedTokens:
-    """Return what ``compress`` does, on a GPU without waiting for it: the threshold stays there.
+    """Return what ``compress`` does, within the time and memory that a server grants one video.
 
-    A server's host then prepares the language model's step while the GPU still compresses. This
-    takes at most 8192 tokens, Triton and a GPU; otherwise it is ``compress``. Nobody looks at the
-    tokens: those that are not finite count as zeros. And where cosines are closer to each other
-    than 2^-20, one threshold may be taken for the next.
+    With Triton and a GPU, videos of up to 8192 tokens are compressed without a host
+    synchronization: the host prepares the language model's step meanwhile, and the threshold stays
+    on the device. Tokens that are not finite count as zeros there, as do those whose largest
+    magnitude is not between 2^-40 and 2^40.
+
+    Time is bounded: a window has at most ``MAX_FRAME_PAIRS`` / T frames, and at most
+    ``MAX_TOKEN_PAIRS`` / N tokens. A longer one, or the whole video, is divided.
 
     Args:
         tokens: (T, P, D) floating, one video; N = T*P.
@@ -210,16 +182,40 @@ def compress_for_serving(
         temporal_window: as for ``compress``.
 
     Raises:
-        TypeError, ValueError: as :func:`compress`.
+        TypeError, ValueError: as :func:`compress`, or the video is beyond what a server compresses.
     """
     num_tokens = check_tokens(tokens)
     check_num_retained(num_retained, num_tokens)
-    window = _window(len(tokens), temporal_window, num_retained)
-    gpu = _gpu_kernels(tokens.device) if num_tokens > EXHAUSTIVE_TOKENS else None
-    compressed = gpu.compress_unseen(tokens, num_retained, _settings(gpu, window)) if gpu else None
-    return compressed or compress(
-        tokens, num_retained=num_retained, temporal_window=temporal_window
+    cuda = _cuda_kernels(tokens.device) if num_tokens > EXHAUSTIVE_TOKENS else None
+    if cuda is None:
+        window = _served_window(tokens, num_retained, temporal_window)
+        return compress(tokens, num_retained=num_retained, temporal_window=window)
+    if not cuda.takes(tokens):
+        raise ValueError(
+            f"a server's GPU compresses videos of at most {cuda.MAX_TOKENS} tokens, and "
+            f"{cuda.MAX_PER_FRAME} a frame, got {tokens.shape[0]} frames of {tokens.shape[1]}: "
+            "send fewer or smaller frames"
+        )
+    window = _served_window(tokens, num_retained, temporal_window)
+    compressed: CompressedTokens = cuda.compress_for_serving(
+        tokens, num_retained, _settings(cuda, window)
     )
+    return compressed
+
+
+def _served_window(tokens: torch.Tensor, num_retained: int, asked: int | None) -> int:
+    """Return the frames of a window, no more than a server compresses together."""
+    num_frames, per_frame, _ = tokens.shape
+    window = _window(num_frames, asked, num_retained)
+    num_pairs = num_frames * per_frame**2
+    most = max(1, min(MAX_FRAME_PAIRS // num_frames, MAX_TOKEN_PAIRS // num_pairs))
+    if window > most and -(-num_frames // most) > num_retained:
+        raise ValueError(
+            f"a server compresses {num_frames} frames of {per_frame} tokens in windows of {most} "
+            f"frames, each of one row or more, got {num_retained} rows: keep more rows, or send "
+            "fewer frames"
+        )
+    return min(window, most)
 
 
 @torch.no_grad()
@@ -237,7 +233,7 @@ def represent(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
         TypeError, ValueError: as :func:`compress`.
     """
     frames = checked_frames(tokens, num_retained)
-    threshold, kept, assignment = _within_budget(_Video(frames, len(frames)), num_retained)
+    threshold, kept, assignment = _within_budget(Video(frames, len(frames)), num_retained)
     return CompressedTokens(kept.to(tokens.dtype), assignment, threshold)
 
 
@@ -245,97 +241,44 @@ def _on_gpu(
     tokens: torch.Tensor, threshold: float | None, num_retained: int | None, window: int
 ) -> CompressedTokens | None:
     """Return the result by the GPU's kernels, None where they are not for these tokens."""
-    gpu = _gpu_kernels(tokens.device)
-    if gpu is None:
+    cuda = _cuda_kernels(tokens.device)
+    if cuda is None or not cuda.takes(tokens):
         return None
-    settings = _settings(gpu, window)
-    compressed: CompressedTokens | None = gpu.compress(tokens, threshold, num_retained, settings)
+    settings = _settings(cuda, window)
+    compressed: CompressedTokens | None = cuda.compress(tokens, threshold, num_retained, settings)
     return compressed
 
 
-def _settings(gpu: ModuleType, window: int) -> Any:
-    return gpu.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN, window)
+def _settings(cuda: ModuleType, window: int) -> Any:
+    return cuda.SearchSettings(LINE_STEPS, THRESHOLD_MARGIN, window)
 
 
-def costliest_calls(device: torch.device) -> list[tuple[int, float]]:
-    """Return (number of tokens, ratio) of calls after which memory beside tokens is at its most."""
-    gpu = _gpu_kernels(device)
-    calls: list[tuple[int, float]] = gpu.costliest_calls(device) if gpu else []
-    return calls or [(math.isqrt(similarity.BLOCK_ELEMENTS), 0.1)]
+def warm_up_shapes(max_tokens: int, device: torch.device) -> list[tuple[int, int, float]]:
+    """Return shapes and ratios (T, P, K/N) of the calls after which nothing more is prepared.
+
+    Args:
+        max_tokens: N of the largest video.
+        device: that compresses.
+    """
+    cuda = _cuda_kernels(device)
+    shapes: list[tuple[int, int, float]] = cuda.warm_up_shapes(max_tokens, device) if cuda else []
+    num_tokens = min(max_tokens, math.isqrt(similarity.BLOCK_ELEMENTS))
+    return shapes or [(max(1, num_tokens // 256), min(num_tokens, 256), 0.1)]
 
 
-def _gpu_kernels(device: torch.device) -> ModuleType | None:
-    """Return ``gpu.py`` if the device runs it."""
+def _cuda_kernels(device: torch.device) -> ModuleType | None:
+    """Return the package of kernels if the device runs it."""
     if device.type != "cuda":
         return None
     try:
-        from scissor_vllm.compression import gpu
+        from scissor_vllm.compression import cuda
     except ImportError:
         # Without Triton the code here runs on the GPU too.
         return None
-    return gpu
+    return cuda
 
 
-class _Video:
-    """A video's tokens and their similarities."""
-
-    def __init__(self, frames: torch.Tensor, window: int) -> None:
-        """Take frames (T, P, D) float32, and how many the temporal step joins across."""
-        self.flat = frames.reshape(-1, frames.shape[-1])
-        self.spatial = Similarity(frames)
-        in_window = window * frames.shape[1]
-        self._window_sizes = [len(few) for few in self.flat.split(in_window)]
-        self._window = torch.arange(len(self.flat), device=frames.device) // in_window
-
-    def products(self) -> list[Products] | None:
-        """Return the products of each window's tokens, None if they would be too many to hold."""
-        if sum(size**2 for size in self._window_sizes) > similarity.BLOCK_ELEMENTS:
-            return None
-        first = itertools.accumulate(self._window_sizes[:-1], initial=0)
-        windows = zip(self.flat.split(self._window_sizes), first, strict=True)
-        return [Products.of_rows(rows, number) for rows, number in windows]
-
-    def means(self, spatial: Components) -> torch.Tensor:
-        """Return the representatives of spatial components, (S, D) float32."""
-        return means(self.flat, spatial.part, spatial.num_parts)
-
-    def across(
-        self,
-        spatial: Components,
-        representatives: torch.Tensor | None = None,
-        products: list[Products] | None = None,
-    ) -> AnySimilarity:
-        """Return the similarities of spatial components, by what is known of these."""
-        if products is not None:
-            temporal = [each.similarity() for each in products]
-        else:
-            known = self.means(spatial) if representatives is None else representatives
-            num_rows = self._count_by_window(spatial.part, spatial.num_parts)
-            temporal = [Similarity(few[None]) for few in known.split(num_rows)]
-        return temporal[0] if len(temporal) == 1 else WindowedSimilarity(temporal)
-
-    def merged(self, kept: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the tokens are merged into, and where each went.
-
-        Args:
-            kept: (K, D) float32, the representatives of both steps.
-            part: (N,) int64, the component of each token.
-        """
-        num_rows = self._count_by_window(part, len(kept))
-        return merged(self.flat, kept, (self._window_sizes, num_rows))
-
-    def _count_by_window(self, part: torch.Tensor, num_parts: int) -> list[int]:
-        """Return how many parts each window has: none has tokens of two windows, and a window's are
-        numbered one after the other.
-        """
-        if len(self._window_sizes) == 1:
-            return [num_parts]
-        window = torch.zeros_like(part[:num_parts]).scatter(0, part, self._window)
-        counts: list[int] = torch.bincount(window).tolist()
-        return counts
-
-
-def _above_threshold(video: _Video, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _above_threshold(video: Video, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the representatives that both steps leave at a threshold and the tokens' components.
 
     (K, D) float32 and (N,) int64.
@@ -351,7 +294,7 @@ def _above_threshold(video: _Video, threshold: float) -> tuple[torch.Tensor, tor
     return kept, across_frames.part[in_frames.part]
 
 
-def _within_budget(video: _Video, num_retained: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+def _within_budget(video: Video, num_retained: int) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Return the threshold that was found, exactly K representatives and the tokens' components.
 
     (K, D) float32 and (N,) int64.
@@ -391,6 +334,9 @@ class _Found:
     trees: SpanningTrees
     tied: bool
     """Whether the last merge that is made is as strong as the first that is not."""
+    leaves_enough: bool
+    """Whether some threshold of the interval leaves at least K. The cut leaves K if not, too, but
+    at no threshold of the interval."""
 
 
 class _Search:
@@ -401,7 +347,7 @@ class _Search:
     tells whether the interval holds a threshold that leaves K.
     """
 
-    def __init__(self, video: _Video) -> None:
+    def __init__(self, video: Video) -> None:
         self._video = video
         self._flat = video.flat
         self._num_sets = video.spatial.num_sets
@@ -411,24 +357,23 @@ class _Search:
     def find(self, num_retained: int) -> _Found:
         """Return a threshold whose two steps leave at least K, no lower one found that does."""
         # The temporal step only joins: an interval with fewer than K spatial components is out.
-        low = max(0, num_retained - self._num_sets)
-        products = None
-        if len(self._flat) > EXHAUSTIVE_TOKENS:
-            low, products = self._bisect(low, num_retained, self._video.products())
-        while True:
-            found = self._within(low, num_retained, products)
-            if found is not None:
-                return found
-            low, products = low + 1, None
+        first = max(0, num_retained - self._num_sets)
+        intervals = [i for i in range(first, len(self._starts)) if self._is_wide(i)]
+        if len(self._flat) <= EXHAUSTIVE_TOKENS:
+            cuts = (self._cut(interval, num_retained) for interval in intervals)
+            return next(cut for cut in cuts if cut.leaves_enough)
+        interval, products = self._bisect(intervals, num_retained, self._video.products())
+        return self._cut(interval, num_retained, products)
 
     def _bisect(
-        self, low: int, num_retained: int, products: list[Products] | None
+        self, intervals: list[int], num_retained: int, products: list[Products] | None
     ) -> tuple[int, list[Products] | None]:
-        """Return an interval that leaves K, the one before it does not; the first if all do.
+        """Return an interval that was counted and leaves at least K components.
 
-        And the products of its spatial components, from those of the tokens if they are given.
+        And the products of its spatial components, from those of the tokens if they are given. The
+        last interval leaves every token, so it needs no count.
         """
-        high = len(self._starts) - 1  # It keeps every token apart.
+        low, high = 0, len(intervals) - 1
         # The count grows about exponentially: the straight line between the logarithms at the two
         # ends meets K. An end that stays where it is twice counts half (the Illinois rule).
         below = math.log(num_retained)
@@ -439,11 +384,11 @@ class _Search:
                 break
             share = below / (below + above) if step < LINE_STEPS else 0.5
             middle = min(low + int(share * (high - low)), high - 1)
-            tokens = self._spatial(middle)
+            tokens = self._spatial(intervals[middle])
             joined = [each.joined(tokens) for each in products] if products else None
             temporal = self._video.across(tokens, products=joined)
-            below_end = _float32_below(self._end(middle))
-            count = count_components(threshold_labels(temporal, below_end))
+            highest = _float32_below(self._end(intervals[middle]) - RESOLUTION)
+            count = count_components(threshold_labels(temporal, highest))
             if count >= num_retained:
                 # What is left to try joins these further.
                 high, products = middle, joined
@@ -455,7 +400,13 @@ class _Search:
                 below = math.log((num_retained + 0.5) / count)
                 above = above / 2 if moved_high is False else above
                 moved_high = False
-        return low, products
+        return intervals[high], products
+
+    def _is_wide(self, interval: int) -> bool:
+        """Return whether thresholds are told apart in an interval: alike tokens have many weights
+        side by side.
+        """
+        return self._end(interval) - self._starts[interval] > RESOLUTION
 
     def _spatial(self, interval: int) -> Components:
         """Return the spatial components of an interval, by their lowest token."""
@@ -468,14 +419,12 @@ class _Search:
     def _end(self, interval: int) -> float:
         return self._starts[interval + 1] if interval + 1 < len(self._starts) else math.inf
 
-    def _within(
-        self, interval: int, num_retained: int, products: list[Products] | None
-    ) -> _Found | None:
+    def _cut(
+        self, interval: int, num_retained: int, products: list[Products] | None = None
+    ) -> _Found:
         """Return the smallest threshold of the interval that leaves at least K, with its margin."""
-        interval_end = self._end(interval)
-        # Alike tokens have many weights side by side: what is too narrow is not looked into.
-        if interval_end - self._starts[interval] <= RESOLUTION:
-            return None
+        # What is above this joins at every threshold of the interval that is told from its end.
+        end = self._end(interval) - RESOLUTION
         spatial = self._spatial(interval)
         representatives = self._video.means(spatial)
         temporal = self._video.across(spatial, representatives, products)
@@ -484,15 +433,14 @@ class _Search:
         num_merges = len(representatives) - num_retained
         # What is above the threshold is merged: at most the num_merges strongest may be.
         start = max([self._starts[interval], *weights[num_merges : num_merges + 1]])
-        if interval_end - start <= RESOLUTION:
-            return None
         num_above = bisect.bisect_left(weights, -start - RESOLUTION, key=operator.neg)
-        end = min([interval_end, 1.0, *weights[max(num_above - 1, 0) : num_above]])
+        end = min([end, 1.0, *weights[max(num_above - 1, 0) : num_above]])
         threshold = _float32(start + min((end - start) / 2, THRESHOLD_MARGIN))
         if not start <= threshold < end:
             threshold = start
         tied = 0 < num_merges < len(weights) and weights[num_merges - 1] == weights[num_merges]
-        return _Found(threshold, spatial, representatives, temporal, trees, tied)
+        leaves_enough = start < self._end(interval) - RESOLUTION
+        return _Found(threshold, spatial, representatives, temporal, trees, tied, leaves_enough)
 
 
 def _float32(value: float) -> float:

@@ -6,12 +6,16 @@ from functools import cache
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, model_parallel_is_initialized
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    model_parallel_is_initialized,
+)
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
-from scissor_vllm.compression.scc import costliest_calls
+from scissor_vllm.compression.scc import warm_up_shapes
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.metrics import (
     CLOCK,
@@ -90,11 +94,10 @@ class VideoCompression:
             return False
         self._is_warm = True
         generator = torch.Generator(device).manual_seed(0)
-        for num_tokens, ratio in [*costliest_calls(device), (self._max_tokens, 0.4)]:
-            num_frames = max(1, min(num_tokens, self._max_tokens) // self._tokens_per_frame)
-            shape = (num_frames, self._tokens_per_frame, width)
+        for num_frames, per_frame, ratio in warm_up_shapes(self._max_tokens, device):
+            shape = (num_frames, per_frame, width)
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-            self._compress(tokens, max(1, int(num_frames * self._tokens_per_frame * ratio)))
+            self._compress(tokens, max(num_frames, int(num_frames * per_frame * ratio)))
         return True
 
     def keeps_all(self, videos: Sequence[VideoPixels], num_retained: list[int]) -> bool:
@@ -181,7 +184,18 @@ class VideoCompression:
             self._features.clear()
 
     def _exactly(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
-        """Return K rows, whatever happens: an exception here would end every request's engine."""
+        """Return K rows, or raise only where unlike rows could follow.
+
+        An exception here ends every request's engine, so a failure keeps tokens evenly instead:
+
+        - ValueError: the tokens are not finite, or beyond a limit. It follows from the tokens and K
+          alone, so with tensor parallelism every rank falls back.
+        - Any other, such as out of memory or a failed launch: it may strike one rank. A single
+          worker falls back. With tensor parallelism it is raised, because ranks with unlike rows
+          would answer wrongly without a word, and to agree on it would cost a collective a video.
+
+        A CUDA error that leaves the device unusable ends the fallback too.
+        """
         flat = tokens.flatten(0, 1)
         itself = torch.arange(len(flat), device=flat.device)
         if num_retained == len(flat):
@@ -198,11 +212,22 @@ class VideoCompression:
         try:
             with self.stage("compress", tokens.device):
                 compressed = self._compress(tokens, num_retained)
-            self._record_threshold(compressed)
-            return compressed
         except ValueError as error:
             logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
             return select_evenly(tokens, num_retained)
+        except Exception:
+            if self._is_shared():
+                raise
+            logger.exception("%s failed; %d tokens kept evenly", self.method, num_retained)
+            return select_evenly(tokens, num_retained)
+        self._record_threshold(compressed)
+        return compressed
+
+    @staticmethod
+    @cache
+    def _is_shared() -> bool:
+        """Return whether several workers compress the same video."""
+        return model_parallel_is_initialized() and get_tensor_model_parallel_world_size() > 1
 
     def _record_threshold(self, compressed: CompressedTokens) -> None:
         if not self._is_recording():

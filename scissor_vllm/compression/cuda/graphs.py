@@ -1,0 +1,122 @@
+"""CUDA graphs of searches: a hundred and more launches as one.
+
+The host needs longer to launch a search's small kernels one by one than a GPU to run them. A graph
+reads the video's shape from the device, so one serves all shapes whose frames need the same lanes:
+``2 * len(LANES)`` graphs at most, all on one workspace and one memory pool.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from scissor_vllm.compression.cuda.workspace import (
+    SHARED_LANES,
+    SHARED_TOKENS,
+    Workspace,
+    num_lanes,
+)
+
+logger = logging.getLogger(__name__)
+
+USES_BEFORE_CAPTURE = 1
+"""Searches of a kind that are launched one by one before it is captured: kernels are compiled."""
+
+Key = tuple[object, ...]
+
+
+class SharedSearches:
+    """A device's workspace and the graphs that work on it, for one search at a time."""
+
+    def __init__(self, num_tokens: int, device: torch.device) -> None:
+        """Allocate for searches of up to so many tokens."""
+        self.workspace = Workspace.shared(num_tokens, device)
+        self._graphs: dict[Key, torch.cuda.CUDAGraph | None] = {}
+        self._num_uses: dict[Key, int] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._capture_stream = torch.cuda.Stream(device)
+        self._ended = torch.cuda.Event()
+
+    @contextmanager
+    def turn(self) -> Iterator[Workspace]:
+        """Yield the workspace; what the device does with it follows what it did before."""
+        stream = torch.cuda.current_stream(self.workspace.device)
+        stream.wait_event(self._ended)
+        try:
+            yield self.workspace
+        finally:
+            self._ended.record(stream)
+
+    def start(self, key: Key, launch: Callable[[], None]) -> None:
+        """Launch work on the workspace, as a graph if it is a kind that has come before.
+
+        Args:
+            key: all that the launches depend on besides what is on the device.
+            launch: launches the work, without a host synchronization.
+        """
+        graph = self._graphs.get(key)
+        if graph is None and key not in self._graphs:
+            uses = self._num_uses[key] = self._num_uses.get(key, 0) + 1
+            if uses > USES_BEFORE_CAPTURE:
+                graph = self._graphs[key] = self._captured(key, launch)
+        if graph is None:
+            launch()
+        else:
+            graph.replay()
+
+    def _captured(self, key: Key, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """Return the graph of what is launched, None if it cannot be captured.
+
+        ``torch.cuda.graph`` would synchronize the device first; nothing here needs that.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._capture_stream.wait_stream(torch.cuda.current_stream(self.workspace.device))
+        try:
+            with torch.cuda.stream(self._capture_stream):
+                # Other threads of a server go on using the device meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    launch()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            logger.warning("searches of kind %s run without a CUDA graph: %s", key, error)
+            return None
+        return graph
+
+
+_lock = threading.Lock()
+_shared: dict[torch.device, SharedSearches] = {}
+
+
+@contextmanager
+def shared(
+    num_tokens: int, per_frame: int, device: torch.device
+) -> Iterator[SharedSearches | None]:
+    """Yield the device's shared searches, the caller's until the context ends.
+
+    None for a video that is too large for them, or while the caller captures a graph itself.
+    """
+    is_small = num_tokens <= SHARED_TOKENS and num_lanes(per_frame) <= SHARED_LANES
+    if not is_small or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        yield None
+        return
+    with _lock:
+        searches = _shared.get(device)
+        if searches is None or searches.workspace.capacity < num_tokens:
+            if searches is not None:
+                # It may still be in use. A server's first video is its largest.
+                torch.cuda.synchronize(device)
+                del _shared[device]
+            searches = _shared[device] = SharedSearches(num_tokens, device)
+        yield searches
+
+
+def clear() -> None:
+    """Give back the memory of all shared searches."""
+    with _lock:
+        if _shared:
+            torch.cuda.synchronize()
+        _shared.clear()
