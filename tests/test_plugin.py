@@ -17,8 +17,8 @@ import pytest
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.model import demo_model_path
-from scissor_vllm.frontend.endpoint import SWITCH_INTERVAL_SECONDS, RetentionEndpoint
-from scissor_vllm.plugin import check_vllm_version
+from scissor_vllm.frontend.chat import SWITCH_INTERVAL_SECONDS
+from scissor_vllm.frontend.endpoint import RetentionEndpoint
 from tests.conftest import DEMO_FLAGS, NUM_FRAMES, TOKENS_PER_FRAME
 from tests.serving import STOCK, OneServer, Server, same_answer, steps
 
@@ -250,17 +250,6 @@ def test_offline_chat_takes_the_ratio(offline: dict[str, Any]) -> None:
     # The second found its prefix in the cache: computed in other shapes, it rounds otherwise.
     assert offline["default"]["logprobs"] == pytest.approx(offline["1.0"]["logprobs"], abs=1e-4)
     assert "retention_ratio must be" in offline["error"]
-
-
-@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.33.0rc1", "dev"])
-def test_supported_versions_of_vllm_pass(version: str) -> None:
-    check_vllm_version(version)
-
-
-@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0"])
-def test_other_versions_of_vllm_are_named_with_the_range(version: str) -> None:
-    with pytest.raises(RuntimeError, match=rf">=0\.32,<0\.34, found {version}"):
-        check_vllm_version(version)
 
 
 @pytest.mark.parametrize("before", [0.005, 0.0001])

@@ -1,0 +1,40 @@
+"""``process_*`` and ``python_*`` on ``/metrics`` of a server whose processes share their metrics.
+
+prometheus_client leaves them out of what several processes write to one directory. With one API
+server they are that process's own, as vLLM exports them without such a directory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Query, Response
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+    multiprocess,
+)
+
+PATH = "/metrics"
+
+
+def add_process_metrics(app: FastAPI) -> None:
+    """Put a route in place of vLLM's ``/metrics``, with its values and those of the process."""
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    router = APIRouter()
+
+    @router.get(PATH, include_in_schema=False)
+    def metrics(name: Annotated[list[str] | None, Query(alias="name[]")] = None) -> Response:
+        """Return all metrics, or those of some names."""
+        chosen = registry.restricted_registry(name) if name else registry
+        return Response(generate_latest(chosen), headers={"Content-Type": CONTENT_TYPE_LATEST})  # type: ignore[arg-type]
+
+    app.include_router(router)
