@@ -25,6 +25,9 @@ def parse(*argv: str) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.mm_processor_kwargs = None
     args.mm_processor_cache_gb = 4
+    args.model_tag, args.trust_remote_code = str(demo_model_path()), False
+    args.revision = args.code_revision = args.api_server_count = None
+    args.hf_overrides = {}
     return args
 
 
@@ -53,10 +56,7 @@ def test_cache_sizes_reach_the_engine() -> None:
 
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:
     args = parse(*argv)
-    args.model_tag, args.trust_remote_code = str(model), False
-    args.revision = args.code_revision = None
-    args.hf_overrides = {}
-    args.api_server_count = None
+    args.model_tag = str(model)
     return args
 
 

@@ -13,6 +13,7 @@ import torch
 
 from scissor_vllm.frontend.frame_cache import FrameCache
 from scissor_vllm.settings import CacheSizes
+from scissor_vllm.worker import feature_cache
 from scissor_vllm.worker.feature_cache import FeatureCache
 
 CPU = torch.device("cpu")
@@ -199,22 +200,87 @@ def test_keeping_a_video_again_takes_no_second_place() -> None:
     assert cache.get(b"a", CPU) is not None
 
 
-def test_memory_that_cannot_be_had_ends_the_start_and_names_the_setting(
+def test_no_memory_is_taken_before_a_video_comes_and_no_more_than_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    empty = torch.empty
-    taken: list[Any] = []
+    empty, taken = torch.empty, []
 
-    def scarce(*args: Any, **options: Any) -> torch.Tensor:
-        if taken:
-            raise RuntimeError("CUDA error: out of memory")
-        taken.append(args)
-        return empty(*args, **options)
+    def counted(shape: Any, **options: Any) -> torch.Tensor:
+        memory = empty(shape, **options)
+        if options.get("dtype") is torch.uint8:
+            taken.append(memory.nbytes // MIB)
+        return memory
+
+    monkeypatch.setattr(torch, "empty", counted)
+    cache = FeatureCache(100 * MIB)
+    assert not taken
+    for seed in range(8):
+        cache.put(seed, tokens(30, seed=seed))
+    assert taken == [64, 36]
+
+
+def test_memory_that_cannot_be_had_leaves_what_there_is_and_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty, taken = torch.empty, []
+
+    def scarce(shape: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.uint8:
+            if taken:
+                raise RuntimeError("CUDA error: out of memory")
+            taken.append(shape)
+        return empty(shape, **options)
 
     monkeypatch.setattr(torch, "empty", scarce)
-    message = rf"video_feature_cache_gb must fit .* of {100 * MIB} bytes only {64 * MIB} could"
-    with pytest.raises(RuntimeError, match=message):
-        FeatureCache(100 * MIB)
+    warnings: list[str] = []
+    monkeypatch.setattr(feature_cache.logger, "warning", lambda text, *a: warnings.append(text % a))
+    cache = FeatureCache(100 * MIB)
+    for seed in range(4):
+        cache.put(seed, tokens(30, seed=seed))
+    assert warnings == [
+        f"video_feature_cache_gb must fit in host memory, but of {100 * MIB} bytes only {64 * MIB} "
+        "could be had: lower it"
+    ]
+    found = [cache.get(seed, CPU) for seed in range(4)]
+    assert [video is not None for video in found] == [False, False, True, True]
+    assert torch.equal(found[3], tokens(30, seed=3))  # type: ignore[arg-type]
+
+
+class Shared(feature_cache.Sharing):
+    """Workers of one process, called in turn: what the first says the others hear."""
+
+    def __init__(self, said: list[Any], is_owner: bool) -> None:
+        self.is_owner = is_owner
+        self._said = said
+
+    def agree(self, value: bool) -> bool:
+        return bool(self._next(value))
+
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self._next(tokens))
+
+    def _next(self, value: Any) -> Any:
+        if self.is_owner:
+            self._said.append(value)
+            return value
+        return self._said.pop(0)
+
+
+def test_of_workers_with_the_same_tokens_one_keeps_them_and_all_find_them() -> None:
+    said: list[Any] = []
+    owner, other = (FeatureCache(70 * MIB, sharing=Shared(said, is_owner=o)) for o in (True, False))
+    rng = np.random.default_rng(1)
+    for key in rng.integers(0, 5, 40).tolist():
+        found = [cache.get(key, CPU) for cache in (owner, other)]
+        assert (found[0] is None) == (found[1] is None)
+        if found[0] is None:
+            for cache in (owner, other):
+                cache.put(key, tokens(20, seed=key))
+        else:
+            assert torch.equal(found[1], tokens(20, seed=key))  # type: ignore[arg-type]
+        assert not said
+    assert owner._pages
+    assert not other._pages
 
 
 @pytest.mark.gpu
