@@ -11,8 +11,10 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
+from urllib.request import url2pathname
 
 import aiohttp
 import requests
@@ -84,8 +86,7 @@ class VideoMediaConnector(MediaConnector):
         except ValueError:
             scheme = host = None
         if scheme == "file":
-            if self.allowed_local_media_path is None:
-                raise _not_allowed("a file: URL", "--allowed-local-media-path")
+            self._check_path(url)
         elif scheme not in ("http", "https") or not host:
             raise _refused(
                 f"a video's URL must be an http, https or data URL, got {url[:_MAX_SHOWN]!r}"
@@ -93,6 +94,12 @@ class VideoMediaConnector(MediaConnector):
         elif self.allowed_media_domains:
             _check_host(host, self.allowed_media_domains)
         return url
+
+    def _check_path(self, url: str) -> None:
+        allowed = self.allowed_local_media_path
+        path = Path(url2pathname(urlsplit(url).netloc + urlsplit(url).path))
+        if allowed is None or allowed not in path.resolve().parents:
+            raise _not_allowed("this file: URL", "--allowed-local-media-path")
 
 
 def _plain_data_url(url: str) -> str:
