@@ -56,7 +56,7 @@ def ask_model_for_positions(model_config: ModelConfig) -> None:
 def _with_positions(config: MultiModalConfig) -> PositionsFromModel:
     """Return a config with the same values: a validator would run again on those of a copy."""
     same = PositionsFromModel.__new__(PositionsFromModel)
-    vars(same).update(vars(config))
+    same.__dict__.update(vars(config))
     return same
 
 

@@ -98,14 +98,15 @@ def build(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     return app
 
 
-def init(app: FastAPI, *, compresses: bool = True, **settings: Any) -> Handler:
+def init(app: FastAPI, *, compresses: bool = True, **settings: object) -> Handler:
     """Give the app the state of a server with these settings, and return its handler."""
     state = app.state
     state.vllm_config = Namespace(
         model_config=Namespace(multimodal_config=Namespace(mm_processor_kwargs=settings)),
         observability_config=Namespace(otlp_traces_endpoint=None),
     )
-    processor = RetentionProcessor.__new__(RetentionProcessor) if compresses else None
+    kind: Any = RetentionProcessor
+    processor = kind.__new__(kind) if compresses else None
     state.online_renderer = Namespace(renderer=Namespace(mm_processor=processor))
     state.openai_serving_chat = handler = Handler()
     state.serving_tokenization = handler
@@ -277,7 +278,7 @@ def test_a_setting_for_a_model_whose_videos_are_not_compressed_ends_the_start(
 ) -> None:
     for name, value in (("retention_ratio", 0.5), ("video_frame_cache_gb", 1.0)):
         with pytest.raises(ValueError, match=rf"{name} cannot be set for this model.*leave it out"):
-            init(app, compresses=False, **{name: value})
+            init(app, compresses=False, **dict[str, Any]({name: value}))
     init(app, compresses=False, do_resize=True)
 
 
@@ -293,7 +294,7 @@ def test_a_setting_that_is_nearly_one_of_ours_ends_the_start(
     app: FastAPI, name: str, right: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"{name} is not a setting .* write {right}"):
-        init(app, **{name: 0.5})
+        init(app, **dict[str, Any]({name: 0.5}))
 
 
 # Another vLLM.

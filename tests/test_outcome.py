@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import REGISTRY
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 
-from scissor_vllm.frontend.outcome import Chat, count_malformed, has_video
+from scissor_vllm.frontend.outcome import Chat, count_malformed
 from scissor_vllm.frontend.refusal import RefusedRequestError, RefusedVideoError
+from scissor_vllm.frontend.request import has_video
 from scissor_vllm.metrics import (
     REFUSED_REQUESTS,
     RETAINED_VIDEO_TOKENS,

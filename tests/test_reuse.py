@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -203,7 +206,8 @@ def test_keeping_a_video_again_takes_no_second_place() -> None:
 def test_no_memory_is_taken_before_a_video_comes_and_no_more_than_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    empty, taken = torch.empty, []
+    empty = torch.empty
+    taken: list[int] = []
 
     def counted(shape: Any, **options: Any) -> torch.Tensor:
         memory = empty(shape, **options)
@@ -222,7 +226,8 @@ def test_no_memory_is_taken_before_a_video_comes_and_no_more_than_the_limit(
 def test_memory_that_cannot_be_had_leaves_what_there_is_and_names_the_setting(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    empty, taken = torch.empty, []
+    empty = torch.empty
+    taken: list[Any] = []
 
     def scarce(shape: Any, **options: Any) -> torch.Tensor:
         if options.get("dtype") is torch.uint8:
@@ -281,6 +286,48 @@ def test_of_workers_with_the_same_tokens_one_keeps_them_and_all_find_them() -> N
         assert not said
     assert owner._pages
     assert not other._pages
+
+
+WORKER = """
+import sys
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from scissor_vllm.worker.feature_cache import FeatureCache
+from scissor_vllm.worker.video_compression import make_sharing
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+with set_current_vllm_config(VllmConfig()):
+    init_distributed_environment(2, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
+    initialize_model_parallel(2)
+cache = FeatureCache(70 << 20, sharing=make_sharing())
+found = []
+for key in (0, 1, 0, 2, 3, 4, 0, 1, 4):
+    tokens = torch.full((5, 1 << 20), float(key))
+    kept = cache.get(key, torch.device("cpu"))
+    if kept is None:
+        cache.put(key, tokens)
+    else:
+        assert torch.equal(kept, tokens)
+    found.append(kept is not None)
+print("RESULT", "".join("ny"[each] for each in found), len(cache._pages))
+"""
+
+
+@pytest.mark.slow
+def test_workers_of_tensor_parallelism_take_the_memory_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), port], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    printed = [worker.communicate(timeout=300)[0] for worker in workers]
+    results = [text.split("RESULT ")[1].split()[:2] for text in printed]
+    assert results == [["nnynnnnny", "70"], ["nnynnnnny", "0"]]
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from argparse import Namespace
 from typing import Any
@@ -75,7 +76,7 @@ def test_an_untested_vllm_gets_nothing_and_each_warning_once(
     first, second = warnings
     assert "found 0.34.0" in first
     assert "VLLM_VIDEO_LOADER_BACKEND=decord is taken back" in second
-    assert "VLLM_VIDEO_LOADER_BACKEND" not in plugin.os.environ
+    assert "VLLM_VIDEO_LOADER_BACKEND" not in os.environ
 
 
 def test_an_operator_may_have_an_untested_vllm_tried(
@@ -126,8 +127,8 @@ def test_our_command_serves_stock_vllm_after_one_line(
     assert started == [["model", "--dtype", "float32"]] * 2
     assert capsys.readouterr().err.count("\n") == 1
     # It refuses ratios.
-    assert command.os.environ["VLLM_PLUGINS"] == "mine,scissor_vllm"
-    assert "VLLM_VIDEO_LOADER_BACKEND" not in command.os.environ
+    assert os.environ["VLLM_PLUGINS"] == "mine,scissor_vllm"
+    assert "VLLM_VIDEO_LOADER_BACKEND" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,9 @@ class VideoMediaConnector(MediaConnector):
         """Return what vLLM's connector does; raises as ``fetch_video``."""
         url = self._checked(video_url)
         with _naming_errors(url):
-            connector = super(VideoMediaConnector, self._for_video())
-            return await connector.fetch_video_async(url, **options)
+            return await super(VideoMediaConnector, self._for_video()).fetch_video_async(
+                url, **options
+            )
 
     def _for_video(self) -> VideoMediaConnector:
         """Return a connector that follows redirects to allowed hosts alone."""
@@ -81,10 +82,7 @@ class VideoMediaConnector(MediaConnector):
         """Return the URL as vLLM's connector takes it."""
         if url[:5].lower() == "data:":
             return _plain_data_url(url)
-        try:
-            scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
-        except ValueError:
-            scheme = host = None
+        scheme, host = _scheme_and_host(url)
         if scheme == "file":
             self._check_path(url)
         elif scheme not in ("http", "https") or not host:
@@ -100,6 +98,14 @@ class VideoMediaConnector(MediaConnector):
         path = Path(url2pathname(urlsplit(url).netloc + urlsplit(url).path))
         if allowed is None or allowed not in path.resolve().parents:
             raise _not_allowed("this file: URL", "--allowed-local-media-path")
+
+
+def _scheme_and_host(url: str) -> tuple[str, str | None]:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname
+    except ValueError:
+        return "", None
 
 
 def _plain_data_url(url: str) -> str:
@@ -172,6 +178,7 @@ class _CheckedConnection(HTTPConnection):
     def __init__(self, allowed: tuple[str, ...]) -> None:
         super().__init__()
         self._allowed = allowed
+        self._async_client: aiohttp.ClientSession | None = None
 
     def get_sync_client(self) -> requests.Session:
         client = super().get_sync_client()

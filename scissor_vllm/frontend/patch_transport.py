@@ -34,10 +34,10 @@ def sending_frames(hf_processor: Any, vllm_normalizes: bool = False) -> Any:
     if own is None or not all(hasattr(own, step) for step in ("patchify", "rescale_and_normalize")):
         return hf_processor
     changed = copy.copy(hf_processor)
-    kind = _of_frames(type(own))
+    kind: Any = _of_frames(own.__class__)
     # Its values, made as a copy is: what a constructor takes is a family's own.
     video_processor = kind.__new__(kind)
-    vars(video_processor).update(vars(own))
+    video_processor.__dict__.update(vars(own))
     video_processor.vllm_normalizes = vllm_normalizes
     video_processor.pixel_normalization = None if vllm_normalizes else get_normalization(own)
     changed.video_processor = video_processor
@@ -124,7 +124,7 @@ class _InThreads(BaseVideoProcessor):
 
 
 @cache
-def _of_frames(video_processor: type) -> Any:
+def _of_frames(video_processor: type) -> type:
     # vLLM knows video processors by their class's name.
     bases = (_VideoFrames, video_processor, _InThreads)
     return type(video_processor.__name__, bases, {})

@@ -25,7 +25,7 @@ PATH = "/metrics"
 def add_process_metrics(app: FastAPI) -> None:
     """Put a route in place of vLLM's ``/metrics``, with its values and those of the process."""
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    multiprocess.MultiProcessCollector(registry)
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
@@ -35,6 +35,6 @@ def add_process_metrics(app: FastAPI) -> None:
     def metrics(name: Annotated[list[str] | None, Query(alias="name[]")] = None) -> Response:
         """Return all metrics, or those of some names."""
         chosen = registry.restricted_registry(name) if name else registry
-        return Response(generate_latest(chosen), headers={"Content-Type": CONTENT_TYPE_LATEST})  # type: ignore[arg-type]
+        return Response(generate_latest(chosen), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.include_router(router)
