@@ -6,7 +6,9 @@ server they are that process's own, as vLLM exports them without such a director
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Response
 from prometheus_client import (
@@ -18,8 +20,22 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
+from prometheus_client.metrics_core import Metric
 
 PATH = "/metrics"
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Metrics with a sample of one of some names; a registry knows no names of shared ones."""
+
+    registry: CollectorRegistry
+    names: frozenset[str]
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self.registry.collect():
+            if any(sample.name in self.names for sample in metric.samples):
+                yield metric
 
 
 def add_process_metrics(app: FastAPI) -> None:
@@ -34,7 +50,7 @@ def add_process_metrics(app: FastAPI) -> None:
     @router.get(PATH, include_in_schema=False)
     def metrics(name: Annotated[list[str] | None, Query(alias="name[]")] = None) -> Response:
         """Return all metrics, or those of some names."""
-        chosen = registry.restricted_registry(name) if name else registry
+        chosen: Any = _Named(registry, frozenset(name)) if name else registry
         return Response(generate_latest(chosen), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.include_router(router)
