@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.model_shapes import qwen_vl
@@ -30,7 +35,7 @@ def qwen(size: str, servers: OneServer, tmp_path_factory: pytest.TempPathFactory
         qwen_vl.build(size, folder)
     return servers.get(
         *(*SCISSOR, str(folder), "--served-model-name=demo", "--load-format=dummy"),
-        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
+        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192", "--enable-mm-embeds"),
         environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
 
@@ -75,3 +80,41 @@ def test_what_a_prompt_counts_follows_from_the_ratio(qwen: Server, size: str, cl
     for ratio in (0.5, 0.01):
         fewer = whole - num_tokens + num_retained_tokens(num_tokens, ratio)
         assert qwen.ask(clip, "How many?", ratio=ratio).usage.prompt_tokens == fewer
+
+
+def encoded(array: np.ndarray) -> str:
+    """Return an array as vLLM takes one over HTTP."""
+    file = BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("size", ["qwen2.5-vl-tiny"])
+def test_a_video_sent_as_embeddings_is_vllms(
+    qwen: Server, size: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = json.loads((tmp_path_factory.getbasetemp() / size / "config.json").read_text())
+    num_tokens, width = 12, config["vision_config"]["out_hidden_size"]
+    part = {
+        "type": "video_embeds",
+        "video_embeds": {
+            "video_embeds": encoded(np.ones((num_tokens, width), np.float32)),
+            "video_grid_thw": encoded(np.array([2, 4, 6])),
+        },
+    }
+    body: dict[str, Any] = {
+        "model": "demo",
+        "max_tokens": 2,
+        "messages": [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}],
+    }
+    path = "/v1/chat/completions"
+    status, content = qwen.post(path, json.dumps(body).encode())
+    assert status == 200, content
+    answer = json.loads(content)
+    assert "video_compression" not in answer
+    # Beside the text there are its tokens, and those that begin and end a video.
+    text_only = qwen.ask("What?").usage.prompt_tokens
+    assert answer["usage"]["prompt_tokens"] == text_only + num_tokens + 2
+    status, content = qwen.post(path, json.dumps({**body, "retention_ratio": 0.5}).encode())
+    assert status == 400
+    assert b"must be 1.0 or absent for videos sent as embeddings" in content

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable, MutableMapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -23,7 +22,7 @@ from scissor_vllm.cli.options import (
 )
 from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
 from scissor_vllm.settings import VIDEO_LOADER
-from scissor_vllm.version_gate import reason_for_stock
+from scissor_vllm.version_gate import reason_for_stock, warn_once
 
 PLUGIN = "scissor_vllm"
 """Name of our entry points, as ``VLLM_PLUGINS`` lists it."""
@@ -80,7 +79,7 @@ def _serve_stock(argv: list[str], reason: str) -> int:
         raise refuse(f"{', '.join(given)} cannot be honoured: {reason}")
     if argv[:1] == [DEMO_MODEL]:
         raise refuse(f"the demo shows compression: {reason}")
-    print(f"scissor-vllm serve: {reason}", file=sys.stderr)
+    warn_once(reason)
     # The plugin stays, to refuse ratios.
     name_plugin(os.environ)
     try:
