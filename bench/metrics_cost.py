@@ -32,7 +32,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from scissor_vllm import metrics
-from scissor_vllm.frontend.outcome import Chat, has_video
+from scissor_vllm.frontend.outcome import Chat
+from scissor_vllm.frontend.request import has_video
 from scissor_vllm.frontend.tracing import begin_span
 from scissor_vllm.loadtest.record import environment, write_json
 from scissor_vllm.retention import RetentionReport

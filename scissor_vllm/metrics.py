@@ -34,6 +34,11 @@ class Reason(StrEnum):
     """A ratio for a model whose videos are not compressed."""
     PROCESSOR_OPTIONS = "processor_options"
     """One of our settings in a request's ``mm_processor_kwargs``."""
+    MEDIA_NOT_ALLOWED = "media_not_allowed"
+    """A URL that the operator's ``--allowed-media-domains`` or ``--allowed-local-media-path``
+    forbids: what a probe looks like."""
+    MEDIA_NOT_FETCHED = "media_not_fetched"
+    """A URL that is none, or that cannot be read."""
     UNREADABLE_VIDEO = "unreadable_video"
     """No frame of it can be decoded."""
     VIDEO_TOO_LARGE = "video_too_large"
@@ -43,7 +48,7 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     """For the model, after compression."""
     OTHER = "other"
-    """vLLM's own: an unknown model, a video that cannot be fetched, a wrong parameter."""
+    """vLLM's own: an unknown model, a wrong parameter."""
 
 
 if TYPE_CHECKING:

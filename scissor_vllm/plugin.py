@@ -1,43 +1,61 @@
 """vLLM's general plugin: our models and video loader, registered in every process.
 
-vLLM calls :func:`register` through the entry point ``vllm.general_plugins``, once or more.
+vLLM calls :func:`register` through the entry point ``vllm.general_plugins``, once or more, and
+passes on what it raises: with a vLLM that this release does not fit, nothing is registered and the
+server is stock vLLM.
 """
 
-from vllm.version import __version__ as vllm_version
+import os
 
-from scissor_vllm.models import MODELS
+from scissor_vllm.settings import VIDEO_LOADER
+from scissor_vllm.version_gate import reason_for_stock, stand_aside, warn_once
 
-SUPPORTED_VLLM = ((0, 32), (0, 34))
-"""First supported version, and the first that is not."""
+_LOADER_VARIABLE = "VLLM_VIDEO_LOADER_BACKEND"
 
 
 def register() -> None:
     """Register models and the video loader with vLLM. Safe to call again.
 
     Raises:
-        RuntimeError: a vLLM that this release was not made for.
+        ValueError: a variable of ours in the environment has no valid value.
     """
-    check_vllm_version(vllm_version)
+    reason = reason_for_stock()
+    if reason is None:
+        try:
+            _register()
+        except (ImportError, AttributeError) as error:
+            reason = stand_aside(error)
+    if reason is not None:
+        _leave_stock(reason)
+    elif _has_rust_frontend():
+        warn_once(
+            "VLLM_USE_RUST_FRONTEND serves none of scissor_vllm's routes: retention_ratio is "
+            "ignored there; unset it to serve one"
+        )
+
+
+def _register() -> None:
     from vllm import ModelRegistry
 
+    from scissor_vllm.frontend.media import register_media_connector
     from scissor_vllm.frontend.video.loader import register_video_loader
+    from scissor_vllm.models import MODELS
 
+    register_video_loader()
+    register_media_connector()
     for architecture, implementation in MODELS.items():
         ModelRegistry.register_model(architecture, implementation)
-    register_video_loader()
 
 
-def check_vllm_version(version: str) -> None:
-    """Raise RuntimeError if the version is outside ``SUPPORTED_VLLM``."""
-    first, beyond = SUPPORTED_VLLM
-    parts = version.split(".")
-    try:
-        running = (int(parts[0]), int(parts[1]))
-    except (IndexError, ValueError):
-        # A build from source may carry no number; its author knows what it is.
-        return
-    if not first <= running < beyond:
-        raise RuntimeError(
-            f"scissor_vllm needs vLLM >={first[0]}.{first[1]},<{beyond[0]}.{beyond[1]}, found "
-            f"{version}: install a vLLM in that range or another release of scissor_vllm"
-        )
+def _leave_stock(reason: str) -> None:
+    """Say why, and take back what the environment asks of our loader."""
+    warn_once(reason)
+    if os.environ.get(_LOADER_VARIABLE) == VIDEO_LOADER:
+        del os.environ[_LOADER_VARIABLE]
+        warn_once(f"{_LOADER_VARIABLE}={VIDEO_LOADER} is taken back: vLLM's own loader is used")
+
+
+def _has_rust_frontend() -> bool:
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))

@@ -5,6 +5,7 @@ from a float.
 """
 
 import math
+import reprlib
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -57,12 +58,20 @@ def check_retention_ratio(ratio: object, *, minimum: float = 0.0) -> float:
     return float(exact)
 
 
+def ratio_or_none(ratio: object) -> float | None:
+    """Return the ratio as a float if it lies in (0, 1], else None."""
+    try:
+        return check_retention_ratio(ratio)
+    except (TypeError, ValueError):
+        return None
+
+
 def _exact_ratio(ratio: object) -> Fraction:
     """Return the ratio as the exact fraction that its decimal notation shows."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Decimal, Rational)):
         raise TypeError(
             f"{RETENTION_RATIO} must be a number in (0, 1], the fraction of video tokens to keep, "
-            f"got {ratio!r}"
+            f"got {_shown(ratio)}"
         )
     if isinstance(ratio, (float, Decimal)) and not math.isfinite(ratio):
         raise ValueError(_out_of_range(ratio))
@@ -72,10 +81,16 @@ def _exact_ratio(ratio: object) -> Fraction:
     return exact
 
 
+def _shown(value: object) -> str:
+    """Return a value as a client reads it: cut to some words, as JSON where it came as that."""
+    words = {True: "true", False: "false"}
+    return words[value] if isinstance(value, bool) else reprlib.repr(value)
+
+
 def _out_of_range(ratio: object) -> str:
     return (
-        f"{RETENTION_RATIO} must be above 0 and at most 1, got {ratio!r}: it is the fraction of "
-        "video tokens to keep, 1.0 keeps all"
+        f"{RETENTION_RATIO} must be above 0 and at most 1, got {_shown(ratio)}: it is the fraction "
+        "of video tokens to keep, 1.0 keeps all"
     )
 
 

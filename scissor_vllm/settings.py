@@ -6,10 +6,14 @@ Standard library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+
+VIDEO_LOADER = "decord"
+"""Name of our video loader, for ``VLLM_VIDEO_LOADER_BACKEND``."""
 
 DEFAULT_FRAME_CACHE_GB = 1.0
 DEFAULT_FEATURE_CACHE_GB = 2.0
@@ -127,9 +131,10 @@ class RetentionPolicy:
         return check_retention_ratio(requested, minimum=self.min_ratio)
 
 
-def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Return the kwargs that belong to the Hugging Face processor, ours taken out."""
-    own = {
+_KEY_SIMILARITY = 0.85
+
+OWN_KEYS = frozenset(
+    {
         RETENTION_RATIO,
         MIN_RETENTION_RATIO,
         VIDEO_COMPRESSION,
@@ -137,4 +142,39 @@ def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
         VIDEO_FRAME_CACHE_GB,
         VIDEO_FEATURE_CACHE_GB,
     }
-    return {key: value for key, value in kwargs.items() if key not in own}
+)
+"""Our keys in ``mm_processor_kwargs``."""
+
+
+def check_keys(
+    kwargs: Mapping[str, object], compresses_video: bool, models: Iterable[str] = ()
+) -> None:
+    """Check which of our keys an engine's ``mm_processor_kwargs`` have.
+
+    Args:
+        kwargs: the engine's.
+        compresses_video: whether videos of its model are compressed.
+        models: architectures whose videos are, for the message.
+
+    Raises:
+        ValueError: a key is nearly one of ours, or the model's videos are not compressed and one is
+            there.
+    """
+    for key in kwargs:
+        close = get_close_matches(key.lower().replace("-", "_"), OWN_KEYS, 1, _KEY_SIMILARITY)
+        if close and key not in OWN_KEYS:
+            raise ValueError(
+                f"{key} is not a setting in --mm-processor-kwargs: write {close[0]}, or leave it "
+                "out"
+            )
+    own = sorted(OWN_KEYS & kwargs.keys())
+    if own and not compresses_video:
+        raise ValueError(
+            f"{', '.join(own)} cannot be set for this model: videos are compressed for "
+            f"{', '.join(models)} only; leave it out"
+        )
+
+
+def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return the kwargs that belong to the Hugging Face processor, ours taken out."""
+    return {key: value for key, value in kwargs.items() if key not in OWN_KEYS}

@@ -2,8 +2,13 @@
 setting for, in one place.
 """
 
-import copy
+from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import wraps
+from typing import Any
+
+import torch
 from vllm.config import ModelConfig
 from vllm.config.multimodal import MultiModalConfig
 from vllm.platforms import current_platform
@@ -38,23 +43,80 @@ def ask_model_for_positions(model_config: ModelConfig) -> None:
     made. A model calls this while it is made, so in its worker alone, and only for itself. It can
     go when a runner asks the model instead.
     """
-    config = copy.copy(model_config.get_multimodal_config())
-    config.__class__ = PositionsFromModel
-    model_config.multimodal_config = config
-    if current_platform.is_cpu():
-        _have_cpu_runner_ask()
+    model_config.multimodal_config = _with_positions(model_config.get_multimodal_config())
+    if not current_platform.is_cpu():
+        from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
+
+        skip_plain_rows(MultiModalPruner)
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    ask_where_rows_carry_positions(GPUModelRunner)
 
 
-def _have_cpu_runner_ask() -> None:
-    """Let V1's runner on a CPU ask the config as well.
+def _with_positions(config: MultiModalConfig) -> PositionsFromModel:
+    """Return a config with the same values: a validator would run again on those of a copy."""
+    same = PositionsFromModel.__new__(PositionsFromModel)
+    same.__dict__.update(vars(config))
+    return same
 
-    Its ``load_model`` leaves out what it replaces: the attribute stays False there, and vLLM's own
-    pruning fails at the first video. It can go when vLLM's CPU runner sets it.
+
+def skip_plain_rows(pruner: Any) -> None:
+    """Have V2's pruner leave a step alone whose rows carry no positions.
+
+    It reads, and has the model recompute, the positions of every request with an image or a video,
+    at each step of its prefill. It can go when vLLM asks the model which rows carry any.
+
+    Args:
+        pruner: ``MultiModalPruner``.
     """
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    recompute = pruner.recompute
+    if hasattr(recompute, "__wrapped__"):
+        return
 
-    def asks(runner: CPUModelRunner) -> bool:
-        return isinstance(runner.model_config.multimodal_config, PositionsFromModel)
+    @wraps(recompute)
+    def recompute_carried(self: Any, mm_embeds: list[torch.Tensor], *args: Any) -> Any:
+        if not carry_positions(self.model, mm_embeds):
+            return mm_embeds
+        return recompute(self, mm_embeds, *args)
 
-    # A runner is made with the attribute set to False, before its model.
-    CPUModelRunner.is_multimodal_pruning_enabled = property(asks, lambda runner, value: None)
+    pruner.recompute = recompute_carried
+
+
+def ask_where_rows_carry_positions(runner: Any) -> None:
+    """Have V1's runner ask the model for positions in those steps alone whose rows carry any.
+
+    Its attribute is set once, for all steps: each then has the model recompute the positions of
+    every request, copies them again to the device, and encodes a batch's videos one by one, which
+    ours bound themselves. On a CPU ``load_model`` leaves out what sets it, so that vLLM's own
+    pruning fails there at the first video. It can go when vLLM asks the model which rows carry any.
+
+    Args:
+        runner: ``GPUModelRunner``, from which the CPU's inherits.
+    """
+    gather = runner._gather_mm_embeddings
+    if hasattr(gather, "__wrapped__"):
+        return
+
+    @wraps(gather)
+    def gather_carried(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.rows_carry_positions = carry_positions(self.get_model(), self.encoder_cache.values())
+        try:
+            return gather(self, *args, **kwargs)
+        finally:
+            self.rows_carry_positions = False
+
+    def is_enabled(self: Any) -> bool:
+        if isinstance(self.model_config.multimodal_config, PositionsFromModel):
+            return getattr(self, "rows_carry_positions", False)
+        return bool(self.__dict__.get("prunes", False))
+
+    def enable(self: Any, value: bool) -> None:
+        self.__dict__["prunes"] = value
+
+    runner._gather_mm_embeddings = gather_carried
+    runner.is_multimodal_pruning_enabled = property(is_enabled, enable)
+
+
+def carry_positions(model: Any, rows: Iterable[torch.Tensor]) -> bool:
+    """Return whether any of an encoder's outputs has more than a row's values."""
+    return any(output.shape[-1] != model.row_width for output in rows)

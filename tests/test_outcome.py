@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import REGISTRY
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 
-from scissor_vllm.frontend.outcome import Chat, count_malformed, has_video
+from scissor_vllm.frontend.outcome import Chat, count_malformed
 from scissor_vllm.frontend.refusal import RefusedRequestError, RefusedVideoError
+from scissor_vllm.frontend.request import has_video
 from scissor_vllm.metrics import (
     REFUSED_REQUESTS,
     RETAINED_VIDEO_TOKENS,
@@ -197,12 +198,6 @@ def malformed(field: str, body: Any) -> RequestValidationError:
 @pytest.mark.parametrize(
     ("field", "body", "expected"),
     [
-        (
-            "retention_ratio",
-            {"messages": [{"content": [VIDEO]}], "retention_ratio": "a"},
-            {"refused": 1, "invalid_ratio": 1},
-        ),
-        ("retention_ratio", {"messages": [{"content": "text"}]}, {"invalid_ratio": 1}),
         ("top_p", {"messages": [{"content": [VIDEO]}]}, {"refused": 1, "other": 1}),
         ("top_p", {"messages": [{"content": "text"}]}, {}),
         ("messages", [1], {}),
@@ -211,7 +206,7 @@ def malformed(field: str, body: Any) -> RequestValidationError:
         ("messages", {"messages": [3, {"content": 4}, {"content": [5]}]}, {}),
     ],
 )
-def test_a_body_that_is_not_taken_counts_if_it_has_a_video_or_a_wrong_ratio(
+def test_a_body_that_is_not_taken_counts_if_it_has_a_video(
     counted: Counted, field: str, body: Any, expected: dict[str, float]
 ) -> None:
     count_malformed(METHOD, malformed(field, body))
@@ -220,5 +215,8 @@ def test_a_body_that_is_not_taken_counts_if_it_has_a_video_or_a_wrong_ratio(
 
 def test_a_video_is_found_among_a_chats_parts() -> None:
     assert has_video([{"content": "text"}, {"content": [{"type": "text"}, VIDEO]}])
-    assert not has_video([{"content": [{"type": "image_url"}]}])
+    assert has_video([{"content": [{"video_url": {"url": "data:"}}]}])
+    assert has_video([{"content": [{"video_url": None, "uuid": "a"}]}])
+    assert has_video([{"content": [{"type": "video_embeds"}]}])
+    assert not has_video([{"content": [{"type": "image_url", "video_url": None}]}])
     assert not has_video([])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.model_shapes import qwen_vl
@@ -42,7 +47,7 @@ def qwen2_5(servers: OneServer, tmp_path_factory: pytest.TempPathFactory) -> Ser
         qwen_vl.build("qwen2.5-vl-tiny", folder)
     server = servers.get(
         *(*SCISSOR, str(folder), "--served-model-name=demo", "--load-format=dummy"),
-        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
+        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192", "--enable-mm-embeds"),
     )
     return Served(server, 3 * 5)
 
@@ -100,3 +105,45 @@ def test_what_a_prompt_counts_follows_from_the_ratio(qwen3: Served, clip: Path) 
 def test_the_same_holds_for_qwen2_5_vl(qwen2_5: Served, clip: Path) -> None:
     check_one_decoding(qwen2_5, clip)
     check_prompts(qwen2_5, clip)
+
+
+def encoded(array: np.ndarray) -> str:
+    """Return an array as vLLM takes one over HTTP."""
+    file = BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.slow
+def test_a_video_sent_as_embeddings_is_vllms(
+    qwen2_5: Served, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = json.loads(
+        (tmp_path_factory.getbasetemp() / "qwen2.5-vl-tiny" / "config.json").read_text()
+    )
+    num_tokens, width = 12, config["vision_config"]["out_hidden_size"]
+    part = {
+        "type": "video_embeds",
+        "video_embeds": {
+            "video_embeds": encoded(np.ones((num_tokens, width), np.float32)),
+            "video_grid_thw": encoded(np.array([2, 4, 6])),
+        },
+    }
+    body: dict[str, Any] = {
+        "model": "demo",
+        "max_tokens": 2,
+        "messages": [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}],
+    }
+    path = "/v1/chat/completions"
+    status, content = qwen2_5.server.post(path, json.dumps(body).encode())
+    assert status == 200, content
+    answer = json.loads(content)
+    assert "video_compression" not in answer
+    # Beside the text there are its tokens, and those that begin and end a video.
+    text_only = qwen2_5.server.ask("What?").usage.prompt_tokens
+    assert answer["usage"]["prompt_tokens"] == text_only + num_tokens + 2
+    status, content = qwen2_5.server.post(
+        path, json.dumps({**body, "retention_ratio": 0.5}).encode()
+    )
+    assert status == 400
+    assert b"must be 1.0 or absent for videos sent as embeddings" in content

@@ -413,13 +413,56 @@ def test_a_cached_video_can_be_named_without_being_sent_again(
     sent["content"][0]["uuid"] = "clip-of-this-test"
     named = message(clips["short"], "Once more?")
     named["content"][0].update(video_url=None, uuid="clip-of-this-test")
-    counts = []
-    for each in (sent, named):
-        body = {"model": "demo", "messages": [each], "max_tokens": 1, "retention_ratio": 0.2}
-        status, content = server.post("/v1/chat/completions", json.dumps(body).encode())
-        assert status == 200, content
-        counts.append(json.loads(content)["usage"]["prompt_tokens"])
-    assert counts[0] == counts[1]
+    # Another, longer video under its name is answered from it too, and told of as it is.
+    other = message(clips["tall"], "Once more?")
+    other["content"][0]["uuid"] = "clip-of-this-test"
+    text_only = server.ask("Once more?").usage.prompt_tokens
+    for ratio in (0.2, 1.0):
+        kept = num_retained_tokens(num_video_tokens("short"), ratio)
+        for each in (sent, named, other):
+            body = {"model": "demo", "messages": [each], "max_tokens": 1, "retention_ratio": ratio}
+            status, content = server.post("/v1/chat/completions", json.dumps(body).encode())
+            assert status == 200, content
+            answer = json.loads(content)
+            assert answer["usage"]["prompt_tokens"] == text_only + kept + 1
+            assert answer["video_compression"] == {
+                "retention_ratio": ratio,
+                "num_video_tokens": num_video_tokens("short"),
+                "num_retained_video_tokens": kept,
+            }
+
+
+def test_a_video_without_a_type_is_one(server: Server, clips: dict[str, Path]) -> None:
+    before = chat_counts(server)
+    untyped = message(clips["short"], "What is this?")
+    del untyped["content"][0]["type"]
+    body = {"model": "demo", "messages": [untyped], "max_tokens": 1, "retention_ratio": 0.2}
+    status, content = server.post("/v1/chat/completions", json.dumps(body).encode())
+    assert status == 200, content
+    compression = json.loads(content)["video_compression"]
+    assert compression["num_video_tokens"] == num_video_tokens("short")
+    assert counted_since(server, before)["answered"] == 1
+
+
+def test_metrics_of_the_api_servers_process_are_exported(server: Server) -> None:
+    exported = server.get("/metrics")
+    for name in ("process_resident_memory_bytes ", "python_info{", "python_gc_collections_total{"):
+        assert exported.count(f"\n{name}") >= 1, name
+    assert "vllm:num_requests_running" in exported
+    assert "process_open_fds " in server.get("/metrics?name[]=process_open_fds")
+
+
+def test_a_video_that_cannot_be_fetched_is_refused_without_a_traceback(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    length = len(server.log.read_text())
+    for url, status in (("file:///etc/passwd", 400), ("http://nowhere.invalid/a.mp4", 422)):
+        asked = message(clips["short"], "What is this?")
+        asked["content"][0]["video_url"]["url"] = url
+        body = {"model": "demo", "messages": [asked], "max_tokens": 1}
+        answered = server.post("/v1/chat/completions", json.dumps(body).encode())
+        assert answered[0] == status, answered
+    assert "Traceback" not in server.log.read_text()[length:]
 
 
 def test_a_picture_is_cached_across_ratios(server: Server, clips: dict[str, Path]) -> None:

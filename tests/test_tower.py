@@ -246,6 +246,7 @@ def test_of_workers_that_share_a_model_the_first_alone_counts(
 ) -> None:
     monkeypatch.setattr(tower, "model_parallel_is_initialized", lambda: True)
     monkeypatch.setattr(tower, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(tower, "get_tensor_model_parallel_world_size", lambda: 1)
     VideoCompression._is_recording.cache_clear()
     try:
         compression = make_compression(cache_gb=0.01)

@@ -22,7 +22,7 @@ import pytest
 from fastapi import HTTPException
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.cli import add_page_options, apply_page_options
+from scissor_vllm.cli.options import add_page_options, apply_page_options
 from scissor_vllm.demo.client import CLIP, QUESTION
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from scissor_vllm.show import WORKER_EXTENSION

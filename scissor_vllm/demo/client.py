@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from scissor_vllm.cli import NEEDS_VLLM, has_vllm
 from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
 from scissor_vllm.loadtest.process import free_port, running_server
 
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
     try:
         if args.base_url:
             ask_and_print(args.base_url, args.video, args.question, args.ratios)
+        elif not has_vllm():
+            raise RuntimeError(NEEDS_VLLM)
         else:
             with demo_server() as base_url:
                 ask_and_print(base_url, args.video, args.question, args.ratios)

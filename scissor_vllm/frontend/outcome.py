@@ -1,8 +1,8 @@
 """What becomes of a chat with a video: counted, and in vLLM's trace where tracing is on.
 
 Counted are chats of ``/v1/chat/completions`` alone: vLLM's other routes for chats with a video
-(``/v1/chat/completions/batch``, ``/invocations``) know no ratio and serve them at the server's, and
-``/tokenize``, which does not answer, saves nothing.
+(``/v1/chat/completions/batch``, ``/invocations``) refuse a ratio and serve videos at the server's,
+and ``/tokenize``, which does not answer, saves nothing.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from scissor_vllm.frontend.refusal import reason_of
+from scissor_vllm.frontend.request import has_video
 from scissor_vllm.frontend.tracing import NO_SPAN, CompressionSpan
 from scissor_vllm.metrics import (
     Outcome,
@@ -25,11 +26,7 @@ from scissor_vllm.metrics import (
     count_request,
     count_tokens,
 )
-from scissor_vllm.retention import (
-    RETENTION_RATIO,
-    RetentionReport,
-    check_retention_ratio,
-)
+from scissor_vllm.retention import RETENTION_RATIO, RetentionReport, ratio_or_none
 
 _LAST_EVENT = "data: [DONE]"
 _ERROR_EVENT = 'data: {"error"'
@@ -122,27 +119,8 @@ class Chat:
 
 
 def count_malformed(method: str, error: RequestValidationError) -> None:
-    """Count a chat whose body is not what the route takes, if it has a video or a wrong ratio."""
-    is_ratio = any(RETENTION_RATIO in each["loc"] for each in error.errors())
+    """Count a chat with a video whose body is not what the route takes."""
     body = error.body if isinstance(error.body, Mapping) else {}
     if has_video(body.get("messages")):
-        count_request(method, Outcome.REFUSED, _ratio_or_none(body.get(RETENTION_RATIO)))
-    elif not is_ratio:
-        return
-    count_refusal(Reason.INVALID_RATIO if is_ratio else Reason.OTHER)
-
-
-def _ratio_or_none(ratio: object) -> float | None:
-    try:
-        return check_retention_ratio(ratio)
-    except (TypeError, ValueError):
-        return None
-
-
-def has_video(messages: Any) -> bool:
-    """Return whether a chat's messages have a video; they may be anything that JSON has."""
-    if not isinstance(messages, list):
-        return False
-    contents = [each.get("content") for each in messages if isinstance(each, Mapping)]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, Mapping) and "video" in str(part.get("type")) for part in parts)
+        count_request(method, Outcome.REFUSED, ratio_or_none(body.get(RETENTION_RATIO)))
+        count_refusal(Reason.OTHER)

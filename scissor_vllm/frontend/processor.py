@@ -8,8 +8,7 @@ video; the model gives back exactly that many rows.
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
@@ -36,7 +36,7 @@ from scissor_vllm.retention import (
     RetentionReport,
     num_retained_tokens,
 )
-from scissor_vllm.settings import CacheSizes, RetentionPolicy, without_own_keys
+from scissor_vllm.settings import OWN_KEYS, CacheSizes, RetentionPolicy, without_own_keys
 from scissor_vllm.video_fields import (
     FRAME_OF,
     NUM_RETAINED,
@@ -62,6 +62,31 @@ def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingCo
 def frames_of(video: Any) -> VideoProcessorItems:
     """Return a video's frames alone: of frames with metadata vLLM 0.32 and 0.33 count two."""
     return VideoProcessorItems([video[0] if isinstance(video, tuple) else video])
+
+
+def pixels_of_videos(items: MultiModalDataItems) -> VideoProcessorItems | None:
+    """Return a request's videos, None if it has none or sends what a tower made of them."""
+    videos = items.get("video")
+    return videos if isinstance(videos, VideoProcessorItems) else None
+
+
+@dataclass
+class _Request(ProcessorInputs):
+    """vLLM's inputs of a request with a video, the ratio among its options."""
+
+    ratio: float = 1.0
+    """In force."""
+    report: RetentionReport | None = None
+
+
+@dataclass
+class VideoPlaceholders(PromptUpdateDetails):
+    """A video's placeholders; vLLM keeps them in its cache with the video."""
+
+    num_tokens: int = 0
+    """N."""
+    num_retained: int = 0
+    """K."""
 
 
 class RetentionProcessingInfo:
@@ -92,41 +117,97 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """Return the engine's input for a request whose ratio was checked and made explicit."""
-        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        kwargs = inputs.hf_processor_mm_kwargs
+        has_video = "video" in inputs.mm_data_items
+        if not has_video and OWN_KEYS.isdisjoint(kwargs):
+            return super().apply(inputs, timing_ctx)
+        videos = pixels_of_videos(inputs.mm_data_items)
         media_io_kwargs = dict(inputs.media_io_kwargs)
         over_http = media_io_kwargs.pop(RETENTION, {})
-        requested = kwargs.pop(RETENTION_RATIO, None)
-        if over_http.get(RETENTION_RATIO) is not None:
-            requested = over_http[RETENTION_RATIO]
+        ratio = self._ratio_of(kwargs, over_http.get(RETENTION_RATIO), has_video and videos is None)
+        options = without_own_keys(kwargs)
         report = over_http.get(RETENTION_REPORT)
-        own = kwargs.keys() - without_own_keys(kwargs).keys()
-        if own:
+        if videos is not None:
+            # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
+            if ratio != 1.0:
+                options[RETENTION_RATIO] = ratio
+            self._check_limit(videos, options, ratio)
+            if isinstance(report, RetentionReport):
+                report.look(videos)
+        request = _Request(
+            **{
+                **vars(inputs),
+                "hf_processor_mm_kwargs": options,
+                "media_io_kwargs": media_io_kwargs,
+            },
+            ratio=ratio,
+            report=report if isinstance(report, RetentionReport) else None,
+        )
+        return super().apply(request, timing_ctx)
+
+    def _ratio_of(
+        self, kwargs: Mapping[str, object], over_http: object, is_embedded: bool
+    ) -> float:
+        """Return the ratio in force for a request.
+
+        Args:
+            kwargs: the request's options for the processor, in which a trusted client or one
+                offline may name it.
+            over_http: the field of the request's body, None if it has none.
+            is_embedded: whether a video is sent as what a tower made of it.
+
+        Raises:
+            VLLMValidationError: it is none, or not allowed.
+        """
+        settings = sorted(OWN_KEYS & kwargs.keys() - {RETENTION_RATIO})
+        if settings:
             raise RefusedRequestError(
-                f"{', '.join(sorted(own))} can be set for the whole server only: leave it out of "
+                f"{', '.join(settings)} can be set for the whole server only: leave it out of "
                 "the request's mm_processor_kwargs",
                 parameter="mm_processor_kwargs",
                 reason=Reason.PROCESSOR_OPTIONS,
             )
-        ratio = self._resolve_ratio(requested)
-        if "video" in inputs.mm_data_items:
-            # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
-            if ratio != 1.0:
-                kwargs[RETENTION_RATIO] = ratio
-            for num_tokens in self._get_num_video_tokens(inputs.mm_data_items, kwargs):
-                if num_tokens is None:
-                    continue
-                try:
-                    self.info.retention_policy.check_num_tokens(num_tokens, ratio)
-                except ValueError as error:
-                    raise RefusedRequestError(
-                        str(error), parameter="video_url", reason=Reason.VIDEO_TOO_LONG
-                    ) from error
-                if isinstance(report, RetentionReport):
-                    report.add(ratio, num_tokens, num_retained_tokens(num_tokens, ratio))
-            if isinstance(report, RetentionReport):
-                report.look(inputs.mm_data_items.get_items("video", VideoProcessorItems))
-        inputs = replace(inputs, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs)
-        return super().apply(inputs, timing_ctx)
+        requested = kwargs.get(RETENTION_RATIO) if over_http is None else over_http
+        try:
+            ratio = self.info.retention_policy.resolve(requested)
+        except (TypeError, ValueError) as error:
+            raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
+        if requested is not None and ratio != 1.0 and is_embedded:
+            raise RefusedRequestError(
+                f"{RETENTION_RATIO} must be 1.0 or absent for videos sent as embeddings, got "
+                f"{ratio}: send their files",
+                parameter=RETENTION_RATIO,
+                reason=Reason.UNSUPPORTED_MODEL,
+            )
+        return ratio
+
+    def _check_limit(
+        self, videos: VideoProcessorItems, options: Mapping[str, object], ratio: float
+    ) -> None:
+        """Raise RefusedRequestError if a video is too long to be compressed to the ratio."""
+        for num_tokens in self._get_num_video_tokens(videos, options):
+            if num_tokens is None:
+                continue
+            try:
+                self.info.retention_policy.check_num_tokens(num_tokens, ratio)
+            except ValueError as error:
+                raise RefusedRequestError(
+                    str(error), parameter="video_url", reason=Reason.VIDEO_TOO_LONG
+                ) from error
+
+    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """Return vLLM's result, told to the request's report.
+
+        A video may come out of vLLM's cache by a ``uuid``, whatever was sent with it: the report is
+        of what is used.
+        """
+        result = super()._cached_apply_hf_processor(inputs, timing_ctx)
+        if isinstance(inputs, _Request) and inputs.report is not None:
+            for updates in result.prompt_updates.get("video", ()):
+                for content in (update.content for update in updates):
+                    if isinstance(content, VideoPlaceholders):
+                        inputs.report.add(inputs.ratio, content.num_tokens, content.num_retained)
+        return result
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """Return vLLM's worst case for memory profiling, uncompressed whatever the default."""
@@ -139,19 +220,10 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         with CLOCK.silenced():
             return super().get_dummy_mm_inputs(*args, **kwargs)
 
-    def _resolve_ratio(self, requested: object) -> float:
-        try:
-            return self.info.retention_policy.resolve(requested)
-        except (TypeError, ValueError) as error:
-            raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
-
     def _get_num_video_tokens(
-        self, mm_items: MultiModalDataItems, kwargs: Mapping[str, object]
+        self, videos: VideoProcessorItems, kwargs: Mapping[str, object]
     ) -> list[int | None]:
         """Return N of each video, None for one that a client names by its id in the cache."""
-        if "video" not in mm_items:
-            return []
-        videos = mm_items.get_items("video", VideoProcessorItems)
         options = without_own_keys(kwargs)
         counts: list[int | None] = []
         for index, video in enumerate(videos.get_all()):
@@ -207,6 +279,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        if NUM_RETAINED not in hf_inputs:
+            return fields
         return {
             **fields,
             NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
@@ -220,15 +294,20 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
+        videos = pixels_of_videos(mm_items)
+        if videos is None:
+            return super()._apply_hf_processor_main(
+                mm_items=mm_items, hf_kwargs=without_own_keys(hf_kwargs)
+            )
         ratio = float(hf_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
-        with CLOCK.stage("preprocess") if "video" in mm_items else nullcontext():
+        with CLOCK.stage("preprocess"):
             processed = self._prepare(mm_items, without_own_keys(hf_kwargs), ratio)
         # None of these is in the cache: all have pixels.
-        found = self._get_num_video_tokens(mm_items, hf_kwargs)
+        found = self._get_num_video_tokens(videos, hf_kwargs)
         counts = [count for count in found if count is not None]
+        for index, num_tokens in enumerate(counts):
+            self._check_num_tokens(processed, index, num_tokens)
         if counts:
-            for index, num_tokens in enumerate(counts):
-                self._check_num_tokens(processed, index, num_tokens)
             processed[NUM_VIDEO_TOKENS] = torch.tensor(counts)
             processed[NUM_RETAINED] = torch.tensor(
                 [num_retained_tokens(num_tokens, ratio) for num_tokens in counts]
@@ -268,7 +347,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 processed[FRAME_OF] = frame_of = [index for _, index in found]
         processed[VIDEO_FRAMES] = frames
         processed[PIXEL_NORMALIZATION] = normalizations
-        if self.info.cache_sizes.features > 0:
+        # Only what is compressed is looked for again.
+        if ratio != 1.0 and self.info.cache_sizes.features > 0:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             processed[VIDEO_IDENTITY] = [
                 identity_of(algorithm, frames=pixels, normalization=scale, frame_of=index)
@@ -319,24 +399,37 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             hf_processor_mm_kwargs=without_own_keys(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        if RETENTION_RATIO not in hf_processor_mm_kwargs:
+        if NUM_RETAINED not in next(iter(out_mm_kwargs.get("video", ())), {}):
             return updates
         return [
-            self._shortened(update, out_mm_kwargs)
+            self._counted(update, out_mm_kwargs)
             if update.modality == "video" and isinstance(update, PromptReplacement)
             else update
             for update in updates
         ]
 
-    def _shortened(
+    def _counted(
         self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems
     ) -> PromptReplacement:
-        """Return vLLM's replacement with K placeholders in place of N."""
+        """Return vLLM's replacement with K placeholders in place of N, and both numbers."""
 
-        def replacement(index: int) -> Any:
+        def replacement(index: int) -> VideoPlaceholders:
+            item = out_mm_kwargs["video"][index]
+            num_tokens, num_retained = (
+                int(item[name].data) for name in (NUM_VIDEO_TOKENS, NUM_RETAINED)
+            )
             stock = update.replacement
-            content = stock(index) if callable(stock) else stock
-            num_retained = int(out_mm_kwargs["video"][index][NUM_RETAINED].data)
-            return content[: num_retained + self.info.get_num_fixed_tokens()]
+            content: Any = stock(index) if callable(stock) else stock
+            if num_retained != num_tokens:
+                content = self._shortened(content, num_retained)
+            if not isinstance(content, PromptUpdateDetails):
+                content = PromptUpdateDetails.from_seq(content)
+            return VideoPlaceholders(
+                content.full, content.is_embed, num_tokens=num_tokens, num_retained=num_retained
+            )
 
         return replace(update, replacement=replacement)
+
+    def _shortened(self, content: Any, num_retained: int) -> Any:
+        """Return a video's placeholders with K in place of N, and what is fixed behind them."""
+        return content[: num_retained + self.info.get_num_fixed_tokens()]

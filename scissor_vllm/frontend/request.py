@@ -1,13 +1,12 @@
 """The fields that a request adds to vLLM's, and their way to the processor."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr
+from pydantic import BaseModel, Field, PrivateAttr, WithJsonSchema, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.serve.tokenize.protocol import (
-    TokenizeChatRequest,
-)
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.renderers import ChatParams
 
 from scissor_vllm.retention import (
@@ -15,26 +14,45 @@ from scissor_vllm.retention import (
     RETENTION_RATIO,
     RETENTION_REPORT,
     RetentionReport,
-    check_retention_ratio,
+    ratio_or_none,
 )
 
 _DESCRIPTION = (
     "Fraction of each video's tokens that reaches the language model, above 0 and at most 1. "
     "1.0 keeps all. Leave it out for the server's default. Images and text are untouched."
 )
+_SCHEMA = {
+    "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}],
+    "title": "Retention Ratio",
+}
 
-# The bounds are the number's: pydantic would hold null to them too, and fail.
-_Ratio = Annotated[float, Field(gt=0, le=1)]
+
+_VIDEO_FIELDS = ("video_url", "video_embeds")
 
 
-def _checked(ratio: object) -> float | None:
-    if ratio is None:
-        return None
-    try:
-        return check_retention_ratio(ratio)
-    except TypeError as error:
-        # Pydantic reports a ValueError as the client's, and lets a TypeError through.
-        raise ValueError(str(error)) from error
+def has_video(messages: Any) -> bool:
+    """Return whether a chat's messages have a video; they may be anything that JSON has."""
+    if not isinstance(messages, list):
+        return False
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list) and any(map(_is_video, content)):
+            return True
+    return False
+
+
+def _is_video(part: Any) -> bool:
+    """Return whether vLLM takes a part for a video: by its type, or by its fields without one.
+
+    With a ``uuid`` it goes by the fields too.
+    """
+    if not isinstance(part, Mapping):
+        return False
+    kind = part.get("type")
+    if isinstance(kind, str) and "video" in kind:
+        return True
+    by_fields = kind is None or part.get("uuid") is not None
+    return by_fields and any(field in part for field in _VIDEO_FIELDS)
 
 
 class RetentionRequest(BaseModel):
@@ -42,27 +60,56 @@ class RetentionRequest(BaseModel):
 
     field_names: ClassVar[set[str] | None] = None
 
+    # Checked by the route: pydantic's errors are lists of Python values.
     retention_ratio: Annotated[
-        _Ratio | None,
-        BeforeValidator(_checked, json_schema_input_type=_Ratio | None),
-        Field(description=_DESCRIPTION),
+        Any, WithJsonSchema(_SCHEMA, mode="validation"), Field(description=_DESCRIPTION)
     ] = None
 
-    _report: RetentionReport = PrivateAttr(default_factory=RetentionReport)
+    _report: RetentionReport | None = PrivateAttr(default=None)
+    _has_video: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _look_for_videos(cls, data: Any, handler: Any) -> Any:
+        """Note whether the body has a video: pydantic may make an iterator of a message's parts."""
+        request = handler(data)
+        if isinstance(data, dict):
+            request._has_video = has_video(data.get("messages"))
+        return request
 
     @property
-    def report(self) -> RetentionReport:
-        """What was done to the request's videos; complete once the prompt is rendered."""
+    def has_video(self) -> bool:
+        """Whether a message has a video."""
+        return self._has_video
+
+    @property
+    def names_ratio(self) -> bool:
+        """Whether the body has a ratio, or fields that vLLM does not know."""
+        return self.retention_ratio is not None or bool(self.model_extra)
+
+    @property
+    def valid_ratio(self) -> float | None:
+        """The ratio if it is one, allowed here or not."""
+        return ratio_or_none(self.retention_ratio)
+
+    def begin_report(self) -> RetentionReport:
+        """Return a report that the processor fills; it is complete once the prompt is rendered."""
+        self._report = self._new_report()
         return self._report
 
+    def _new_report(self) -> RetentionReport:
+        return RetentionReport()
+
     def build_chat_params(self, *args: Any, **kwargs: Any) -> ChatParams:
-        """Return vLLM's parameters, the ratio and the report among them.
+        """Return vLLM's parameters, of a request with a report with the ratio and the report.
 
         They travel as ``media_io_kwargs`` of a modality of our own, which vLLM carries from here to
         the processor. The request's own ``mm_processor_kwargs`` would be refused unless the
         operator trusts clients with every option of the processor; this is one checked number.
         """
-        params = super().build_chat_params(*args, **kwargs)  # type: ignore[misc]
+        params: ChatParams = super().build_chat_params(*args, **kwargs)  # type: ignore[misc]
+        if self._report is None:
+            return params
         own = {RETENTION_RATIO: self.retention_ratio, RETENTION_REPORT: self._report}
         return replace(params, media_io_kwargs={**(params.media_io_kwargs or {}), RETENTION: own})
 

@@ -22,10 +22,8 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.multimodal.inputs import (
     MultiModalFeatureSpec,
     MultiModalFieldConfig,
-    MultiModalKwargsItems,
 )
 from vllm.multimodal.parse import MultiModalDataItems
-from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import member_means, representative_members
@@ -91,8 +89,11 @@ class PatchGridProcessor(RetentionProcessor):
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        if NUM_RETAINED not in hf_inputs:
+            return fields
         return {
-            **super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs),
+            **fields,
             FRAME_SIZE: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
 
@@ -128,27 +129,13 @@ class PatchGridProcessor(RetentionProcessor):
             )
         )
 
-    def _shortened(
-        self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems
-    ) -> PromptReplacement:
-        """Return vLLM's replacement with K video tokens, where the first of N are, and all text."""
-
-        def replacement(index: int) -> Any:
-            stock = update.replacement
-            content: Any = stock(index) if callable(stock) else stock
-            item = out_mm_kwargs["video"][index]
-            num_retained = int(item[NUM_RETAINED].data)
-            if num_retained == int(item[NUM_VIDEO_TOKENS].data):
-                return content
-            tokens = content.full if isinstance(content, PromptUpdateDetails) else content
-            pad = self.info.get_hf_config().video_token_id
-            first = tokens.index(pad)
-            text_behind = [token for token in tokens[first:] if token != pad]
-            return PromptUpdateDetails.from_seq(
-                [*tokens[:first], *[pad] * num_retained, *text_behind]
-            )
-
-        return replace(update, replacement=replacement)
+    def _shortened(self, content: Any, num_retained: int) -> PromptUpdateDetails:
+        """Return K video tokens, where the first of N are, and all text."""
+        tokens = content.full if isinstance(content, PromptUpdateDetails) else content
+        pad = self.info.get_hf_config().video_token_id
+        first = tokens.index(pad)
+        text_behind = [token for token in tokens[first:] if token != pad]
+        return PromptUpdateDetails.from_seq([*tokens[:first], *[pad] * num_retained, *text_behind])
 
     def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
         merge_size = self.info.get_hf_config().vision_config.spatial_merge_size

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,12 @@ MAX_VIDEO_BYTES = 2 * 1024**3
 def main(argv: list[str]) -> int:
     """Draw a video and return the exit status."""
     args = _parse(argv)
+    if find_spec("PIL") is None:
+        print(
+            "scissor-vllm show: Pillow is not installed: pip install 'scissor-vllm[show]'",
+            file=sys.stderr,
+        )
+        return 1
     from scissor_vllm.show.encoder import EncoderError
 
     try:

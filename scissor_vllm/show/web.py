@@ -20,7 +20,7 @@ import numpy as np
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import PrivateAttr, ValidationError
+from pydantic import ValidationError
 from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalKwargsItem
@@ -82,7 +82,8 @@ class VideoReport(RetentionReport):
 class PictureRequest(RetentionTokenizeChatRequest):
     """A chat whose video is drawn."""
 
-    _report: RetentionReport = PrivateAttr(default_factory=VideoReport)
+    def _new_report(self) -> RetentionReport:
+        return VideoReport()
 
 
 def attach_page(app: FastAPI, check: Callable[[PictureRequest, State], None]) -> None:
@@ -160,9 +161,9 @@ async def make_picture(request: PictureRequest, state: State) -> Picture:
     """
     if not state.compresses_video:
         raise VLLMValidationError("videos of this model are not compressed: there is no picture")
-    item = await _prepared_video(request, state)
-    report = request.report
+    report = request.begin_report()
     assert isinstance(report, VideoReport)
+    item = await _prepared_video(request, state)
     ((frames, metadata),) = report.videos
     num_tokens, num_retained = (int(item[key].data) for key in (NUM_VIDEO_TOKENS, NUM_RETAINED))
     try:

@@ -6,6 +6,7 @@ least recently used first out.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from dataclasses import dataclass, field
 import torch
 
 from scissor_vllm.settings import VIDEO_FEATURE_CACHE_GB
+
+# A child of vLLM's logger, which alone has a handler.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 _PAGE_BYTES = 1024**2
 _PAGES_AT_ONCE = 64
@@ -30,34 +34,76 @@ class _Features:
     """What it was compressed to since it is kept."""
 
 
+class Sharing:
+    """How workers that compute the same tokens share one cache; this one is a worker alone."""
+
+    is_owner = True
+    """Whether this worker's host memory keeps the tokens."""
+
+    def agree(self, value: bool) -> bool:
+        """Return the owner's value in every worker."""
+        return value
+
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the owner's tokens in every worker; the others give room for them."""
+        return tokens
+
+
 class FeatureCache:
     """Tokens of videos as the vision tower gives them, kept in host memory.
 
-    The memory is taken once, at the start: no request waits for it or fails by it. Copies run in
-    the GPU's stream, and nothing waits for them. What is dropped follows from the calls alone, so
-    that workers that share a model by tensor parallelism agree on every video.
-
-    Raises:
-        RuntimeError: the system does not give the memory.
+    Memory is taken in pieces as videos come, up to the limit, and kept. Copies run in the GPU's
+    stream, and nothing waits for them. What is kept and dropped follows from the calls alone, so
+    that workers that share a model by tensor parallelism agree on every video: they have the same
+    tokens, so one keeps them and gives them to the others.
     """
 
-    def __init__(self, max_bytes: int, pin_memory: bool = False) -> None:
-        num_pages = max_bytes // _PAGE_BYTES
+    def __init__(
+        self, max_bytes: int, pin_memory: bool = False, sharing: Sharing | None = None
+    ) -> None:
+        """Make an empty cache.
+
+        Args:
+            max_bytes: of tokens.
+            pin_memory: whether a GPU copies to and from it.
+            sharing: with other workers, None for none.
+        """
+        self._max_pages = max_bytes // _PAGE_BYTES
+        self._num_pages = 0
         self._pages: list[torch.Tensor] = []
-        # Pinned memory comes in powers of two: in one piece it could be twice as much.
-        for start in range(0, num_pages, _PAGES_AT_ONCE):
-            shape = (min(_PAGES_AT_ONCE, num_pages - start), _PAGE_BYTES)
-            try:
-                pages = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"{VIDEO_FEATURE_CACHE_GB} must fit in host memory, but of {max_bytes} bytes "
-                    f"only {start * _PAGE_BYTES} could be had: lower it, 0 switches it off"
-                ) from error
-            self._pages.extend(pages.unbind())
-        self._free = list(range(num_pages))
+        self._pin_memory = pin_memory
+        self._sharing = sharing or Sharing()
+        self._free: list[int] = []
         self._videos: OrderedDict[Hashable, _Features] = OrderedDict()
         self._last_copy: torch.cuda.Event | None = None
+
+    def _grow(self, num_pages: int) -> None:
+        """Take memory until so many pages are free, as far as the limit and the system allow."""
+        while len(self._free) < num_pages and self._num_pages < self._max_pages:
+            # Pinned memory comes in powers of two: in one piece it could be twice as much.
+            count = min(_PAGES_AT_ONCE, self._max_pages - self._num_pages)
+            if not self._sharing.agree(self._sharing.is_owner and self._take(count)):
+                logger.warning(
+                    "%s must fit in host memory, but of %d bytes only %d could be had: lower it",
+                    VIDEO_FEATURE_CACHE_GB,
+                    self._max_pages * _PAGE_BYTES,
+                    self._num_pages * _PAGE_BYTES,
+                )
+                self._max_pages = self._num_pages
+                return
+            self._free.extend(range(self._num_pages, self._num_pages + count))
+            self._num_pages += count
+
+    def _take(self, count: int) -> bool:
+        """Return whether the system gave memory for some pages."""
+        try:
+            pages = torch.empty(
+                (count, _PAGE_BYTES), dtype=torch.uint8, device="cpu", pin_memory=self._pin_memory
+            )
+        except RuntimeError:
+            return False
+        self._pages.extend(pages.unbind())
+        return True
 
     def get(self, key: Hashable, device: torch.device) -> torch.Tensor | None:
         """Return a video's tokens on the device, to the bit as they were kept; None if not kept."""
@@ -66,21 +112,27 @@ class FeatureCache:
             return None
         self._videos.move_to_end(key)
         tokens = torch.empty(features.shape, dtype=features.dtype, device=device)
-        with self._in_order(device):
-            for page, part in self._parts(features.pages, tokens):
-                part.copy_(page, non_blocking=True)
-        return tokens
+        if self._sharing.is_owner:
+            with self._in_order(device):
+                for page, part in self._parts(features.pages, tokens):
+                    part.copy_(page, non_blocking=True)
+        return self._sharing.share(tokens)
 
     def put(self, key: Hashable, tokens: torch.Tensor) -> None:
         """Keep a copy of a video's tokens, unless they are larger than the whole cache."""
         num_pages = -(-tokens.nbytes // _PAGE_BYTES)
-        if key in self._videos or num_pages > len(self._pages):
+        if key in self._videos or num_pages > self._max_pages:
+            return
+        self._grow(num_pages)
+        if num_pages > self._num_pages:
             return
         while len(self._free) < num_pages:
             _, dropped = self._videos.popitem(last=False)
             self._free.extend(dropped.pages)
         pages = [self._free.pop() for _ in range(num_pages)]
         self._videos[key] = _Features(pages, tokens.shape, tokens.dtype)
+        if not self._sharing.is_owner:
+            return
         with self._in_order(tokens.device):
             for page, part in self._parts(pages, tokens.contiguous()):
                 page.copy_(part, non_blocking=True)

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
     model_parallel_is_initialized,
 )
 from vllm.logger import init_logger
@@ -26,7 +27,7 @@ from scissor_vllm.metrics import (
     record_threshold,
 )
 from scissor_vllm.settings import CacheSizes, RetentionPolicy
-from scissor_vllm.worker.feature_cache import FeatureCache
+from scissor_vllm.worker.feature_cache import FeatureCache, Sharing
 from scissor_vllm.worker.video_pixels import VideoPixels
 
 logger = init_logger(__name__)
@@ -42,7 +43,34 @@ def make_feature_cache(vllm_config: VllmConfig) -> FeatureCache | None:
     # With an adapter in the tower, tokens depend on more than the pixels.
     if sizes.features == 0 or adapts_tower(vllm_config):
         return None
-    return FeatureCache(sizes.features, pin_memory=PIN_MEMORY)
+    return FeatureCache(sizes.features, pin_memory=PIN_MEMORY, sharing=make_sharing())
+
+
+def make_sharing() -> Sharing | None:
+    """Return how workers share tokens by tensor parallelism, None for a worker alone."""
+    if not model_parallel_is_initialized() or get_tensor_model_parallel_world_size() == 1:
+        return None
+    return TensorParallelSharing()
+
+
+class TensorParallelSharing(Sharing):
+    """The first worker keeps what all have; a copy between GPUs is faster than one from the host.
+
+    All workers encode every video, and in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._group = get_tp_group()
+        self.is_owner = self._group.rank_in_group == 0
+
+    def agree(self, value: bool) -> bool:
+        """Return the first worker's value."""
+        return bool(self._group.broadcast_object(value, src=0))
+
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the first worker's tokens."""
+        shared: torch.Tensor = self._group.broadcast(tokens, src=0)
+        return shared
 
 
 def adapts_tower(vllm_config: VllmConfig) -> bool:

@@ -1,0 +1,238 @@
+"""The options of ``scissor-vllm serve`` that ``vllm serve`` does not have, and what they set."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from scissor_vllm.cpus import num_cpus
+from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.settings import (
+    DEFAULT_FEATURE_CACHE_GB,
+    DEFAULT_FRAME_CACHE_GB,
+    DEFAULT_MAX_VIDEO_TOKENS,
+    DEFAULT_MIN_RETENTION_RATIO,
+    DEFAULT_RETENTION_RATIO,
+    DEFAULT_VIDEO_COMPRESSION,
+    MAX_VIDEO_TOKENS,
+    MIN_RETENTION_RATIO,
+    OWN_KEYS,
+    VIDEO_COMPRESSION,
+    VIDEO_FEATURE_CACHE_GB,
+    VIDEO_FRAME_CACHE_GB,
+    CacheSizes,
+    RetentionPolicy,
+    check_cache_gb,
+    check_keys,
+)
+
+GROUP = "Video compression"
+CPUS_FOR_API_SERVERS = 16
+"""From so many CPUs on, a second API server is worth a word."""
+
+
+def refuse(message: str) -> SystemExit:
+    """Return what ends the command with a sentence."""
+    return SystemExit(f"scissor-vllm serve: {message}")
+
+
+def add_retention_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``vllm serve`` does not have."""
+    from scissor_vllm.compression import METHODS
+
+    group = parser.add_argument_group(GROUP)
+    group.add_argument(
+        "--default-retention-ratio",
+        metavar="RATIO",
+        type=_ratio,
+        default=None,
+        help="fraction of video tokens kept where a request names none; 1.0 is as vLLM without "
+        f"compression (default: {DEFAULT_RETENTION_RATIO})",
+    )
+    group.add_argument(
+        "--min-retention-ratio",
+        metavar="RATIO",
+        type=_ratio,
+        default=None,
+        help=f"a request below this is refused (default: {DEFAULT_MIN_RETENTION_RATIO})",
+    )
+    group.add_argument(
+        "--max-video-tokens",
+        metavar="TOKENS",
+        type=int,
+        default=None,
+        help="most tokens, before compression, of a video that is compressed: all are in the GPU's "
+        f"memory at once, as 167 frames of 196 tokens are (default: {DEFAULT_MAX_VIDEO_TOKENS})",
+    )
+    group.add_argument(
+        "--video-compression",
+        metavar="METHOD",
+        choices=sorted(METHODS),
+        default=None,
+        help="scc: Semantic Connected Components of the whole video, as in the paper; scc-windows: "
+        "of 4 frames each; for comparison: selections of tokens, with +merge those with SCC's last "
+        f"step, and SCC without one of its steps; one of {', '.join(sorted(METHODS))} "
+        f"(default: {DEFAULT_VIDEO_COMPRESSION})",
+    )
+    group.add_argument(
+        "--video-frame-cache-gb",
+        metavar="GIB",
+        type=_gigabytes,
+        default=None,
+        help="GiB of decoded frames that each API server keeps, so that a video asked about again "
+        "is not decoded again; 0, or --mm-processor-cache-gb 0 alone, keeps none "
+        f"(default: {DEFAULT_FRAME_CACHE_GB:g})",
+    )
+    group.add_argument(
+        "--video-feature-cache-gb",
+        metavar="GIB",
+        type=_gigabytes,
+        default=None,
+        help="GiB of host memory in which a worker keeps videos as the vision tower sees them, "
+        "so that one asked about at another ratio below 1.0 is not encoded again; 0, or "
+        "--mm-processor-cache-gb 0 alone, keeps none "
+        f"(default: {DEFAULT_FEATURE_CACHE_GB:g})",
+    )
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        return check_cache_gb("the size", float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _ratio(text: str) -> float:
+    try:
+        return check_retention_ratio(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def print_help() -> None:
+    """Print our options; vLLM prints its own."""
+    _own_parser().print_help()
+
+
+def given_options(argv: list[str]) -> list[str]:
+    """Return which of our options a command line has."""
+    parser = _own_parser()
+    known, _ = parser.parse_known_args(argv)
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(known).items()
+        if value is not None and value is not False
+    ]
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scissor-vllm serve",
+        usage="scissor-vllm serve MODEL [options]",
+        description="Serves MODEL, or 'demo', as vllm serve does, with videos compressed.",
+        epilog="Every option of vllm serve is taken as well: --help=all lists all of them.",
+        allow_abbrev=False,
+    )
+    add_retention_options(parser)
+    add_page_options(parser)
+    return parser
+
+
+def apply_retention_options(args: argparse.Namespace) -> None:
+    """Move our options into the engine's ``mm_processor_kwargs``, which reach every process.
+
+    Raises:
+        SystemExit: the default ratio is below the minimum, a setting is no number or misspelt,
+            there is no such method of compression, or the model's videos are not compressed.
+    """
+    from scissor_vllm.compression import check_method
+
+    own = {
+        RETENTION_RATIO: args.default_retention_ratio,
+        MIN_RETENTION_RATIO: args.min_retention_ratio,
+        MAX_VIDEO_TOKENS: args.max_video_tokens,
+        VIDEO_COMPRESSION: args.video_compression,
+        VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
+        VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
+    }
+    given = {key: value for key, value in own.items() if value is not None}
+    merged = {**(args.mm_processor_kwargs or {}), **given}
+    try:
+        check_method(RetentionPolicy.from_mm_processor_kwargs(merged).method)
+        CacheSizes.of(merged, args.mm_processor_cache_gb)
+        _check_model(args, merged)
+    except (TypeError, ValueError) as error:
+        raise refuse(str(error)) from error
+    if merged:
+        args.mm_processor_kwargs = merged
+
+
+def _check_model(args: argparse.Namespace, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if a setting of ours is misspelt, or made for a model that has none."""
+    from scissor_vllm.models import MODELS
+
+    architectures = None if OWN_KEYS.isdisjoint(kwargs) else architectures_of(args)
+    check_keys(kwargs, architectures is None or bool(MODELS.keys() & set(architectures)), MODELS)
+
+
+def architectures_of(args: argparse.Namespace) -> list[str] | None:
+    """Return the architectures that a model's config names, None where vLLM alone can find it."""
+    from vllm.transformers_utils.config import get_config
+
+    overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
+    if named := overrides.get("architectures"):
+        return list(named)
+    try:
+        config = get_config(
+            args.model_tag or args.model, args.trust_remote_code, args.revision, args.code_revision
+        )
+    except Exception:
+        # In a bucket, of another format, or not there: vLLM says so better, and later the API
+        # server checks again.
+        return None
+    return list(config.architectures or [])
+
+
+def in_force(args: argparse.Namespace) -> str:
+    """Return what a server does with videos, in one line."""
+    kwargs = args.mm_processor_kwargs or {}
+    policy = RetentionPolicy.from_mm_processor_kwargs(kwargs)
+    sizes = CacheSizes.of(kwargs, args.mm_processor_cache_gb)
+    num_servers = args.api_server_count or 1
+    line = (
+        f"scissor_vllm: retention ratio {policy.default_ratio} by default and "
+        f"{policy.min_ratio} at least, method {policy.method}, caches of {sizes.frames / 2**30:g} "
+        f"GiB for frames and {sizes.features / 2**30:g} GiB for features, API servers "
+        f"{num_servers}"
+    )
+    if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
+        line += " (--api-server-count 2 prepares more videos at once, with a cache in each)"
+    return line
+
+
+def add_page_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the web page, which ``vllm serve`` does not have."""
+    parser.add_argument_group("Web page").add_argument(
+        "--web-page",
+        action="store_true",
+        help="serve a page at /scissor on which to ask about a video at any ratio, and to see what "
+        "was kept of it (default: no page)",
+    )
+
+
+def apply_page_options(args: argparse.Namespace) -> None:
+    """Have the workers answer what the page asks them.
+
+    Raises:
+        SystemExit: the operator extends the workers by a class, and vLLM takes one.
+    """
+    if not args.web_page:
+        return
+    from scissor_vllm.show import WORKER_EXTENSION
+
+    if args.worker_extension_cls not in ("", WORKER_EXTENSION):
+        raise refuse(
+            "--web-page needs --worker-extension-cls for its own class, got "
+            f"{args.worker_extension_cls}: leave one of the two out"
+        )
+    args.worker_extension_cls = WORKER_EXTENSION

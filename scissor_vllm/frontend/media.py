@@ -1,0 +1,205 @@
+"""Fetches videos as vLLM does, and answers a client's mistake with a 4xx that says what it is.
+
+A connector of vLLM (``MEDIA_CONNECTOR_REGISTRY``) in place of its default one. Only videos go
+through it; images and audio are vLLM's.
+"""
+
+from __future__ import annotations
+
+import binascii
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+from urllib.request import url2pathname
+
+import aiohttp
+import requests
+from vllm.connections import HTTPConnection
+from vllm.exceptions import VLLMUnprocessableEntityError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+from scissor_vllm.frontend.refusal import RefusedRequestError
+from scissor_vllm.metrics import Reason
+
+_PARAMETER = "video_url"
+_CONNECTOR = "http"
+"""vLLM's name for its default connector."""
+_BASE64 = ";base64,"
+_MAX_MEDIA_TYPE = 1024
+"""Characters of a data URL in which its media type must end."""
+_MAX_SHOWN = 80
+
+
+class RefusedMediaError(VLLMUnprocessableEntityError):
+    """A video cannot be fetched; vLLM answers it with 422, as it does for a remote 404."""
+
+    reason = Reason.MEDIA_NOT_FETCHED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, parameter=_PARAMETER)
+
+
+def register_media_connector() -> None:
+    """Put our connector in place of vLLM's default; an operator's own choice stays."""
+    MEDIA_CONNECTOR_REGISTRY.register(_CONNECTOR)(VideoMediaConnector)
+
+
+class VideoMediaConnector(MediaConnector):
+    """vLLM's connector, with errors of videos named."""
+
+    def fetch_video(self, video_url: str, **options: Any) -> Any:
+        """Return what vLLM's connector does.
+
+        Raises:
+            RefusedRequestError: a URL that is none, or that the operator does not allow.
+            RefusedMediaError: it cannot be fetched.
+        """
+        url = self._checked(video_url)
+        with _naming_errors(url):
+            return super(VideoMediaConnector, self._for_video()).fetch_video(url, **options)
+
+    async def fetch_video_async(self, video_url: str, **options: Any) -> Any:
+        """Return what vLLM's connector does; raises as ``fetch_video``."""
+        url = self._checked(video_url)
+        with _naming_errors(url):
+            return await super(VideoMediaConnector, self._for_video()).fetch_video_async(
+                url, **options
+            )
+
+    def _for_video(self) -> VideoMediaConnector:
+        """Return a connector that follows redirects to allowed hosts alone."""
+        if not self.allowed_media_domains:
+            return self
+        connector = copy.copy(self)
+        connector.connection = _connection_to(tuple(self.allowed_media_domains))
+        return connector
+
+    def _checked(self, url: str) -> str:
+        """Return the URL as vLLM's connector takes it."""
+        if url[:5].lower() == "data:":
+            return _plain_data_url(url)
+        scheme, host = _scheme_and_host(url)
+        if scheme == "file":
+            self._check_path(url)
+        elif scheme not in ("http", "https") or not host:
+            raise _refused(
+                f"a video's URL must be an http, https or data URL, got {url[:_MAX_SHOWN]!r}"
+            )
+        elif self.allowed_media_domains:
+            _check_host(host, self.allowed_media_domains)
+        return url
+
+    def _check_path(self, url: str) -> None:
+        allowed = self.allowed_local_media_path
+        path = Path(url2pathname(urlsplit(url).netloc + urlsplit(url).path))
+        if allowed is None or allowed not in path.resolve().parents:
+            raise _not_allowed("this file: URL", "--allowed-local-media-path")
+
+
+def _scheme_and_host(url: str) -> tuple[str, str | None]:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname
+    except ValueError:
+        return "", None
+
+
+def _plain_data_url(url: str) -> str:
+    """Return a data URL without parameters that hold a comma, as browsers' recorders make them."""
+    end = url[:_MAX_MEDIA_TYPE].lower().find(_BASE64)
+    if end < 0:
+        raise _refused(
+            "a video's data URL must be data:TYPE;base64,DATA, got one that begins with "
+            f"{url[:32]!r}"
+        )
+    if "," not in url[:end] and url.startswith(_BASE64, end):
+        return url
+    media_type = url[len("data:") : end].partition(";")[0]
+    return f"data:{media_type}{_BASE64}{url[end + len(_BASE64) :]}"
+
+
+def _check_host(host: str | None, allowed: Any) -> None:
+    if host not in allowed:
+        raise _not_allowed(f"the host {(host or '')[:_MAX_SHOWN]!r}", "--allowed-media-domains")
+
+
+def _not_allowed(what: str, option: str) -> RefusedRequestError:
+    return _refused(
+        f"{what} is not allowed by {option} of this server: send the video as a data URL",
+        Reason.MEDIA_NOT_ALLOWED,
+    )
+
+
+def _refused(message: str, reason: Reason = Reason.MEDIA_NOT_FETCHED) -> RefusedRequestError:
+    return RefusedRequestError(message, parameter=_PARAMETER, reason=reason)
+
+
+@contextmanager
+def _naming_errors(url: str) -> Iterator[None]:
+    """Raise what a client or the host that it names did wrong as such."""
+    try:
+        yield
+    except RefusedMediaError:
+        raise
+    except binascii.Error as error:
+        raise _refused(f"a video's data must be in base64 ({error}): encode it anew") from error
+    except VLLMUnprocessableEntityError as error:
+        cause = str(error.args[0]).removeprefix("Failed to fetch media from URL: ")
+        raise RefusedMediaError(f"{_fetched(url)} failed ({cause}): {_REMEDY}") from error
+    except (aiohttp.ClientResponseError, requests.HTTPError) as error:
+        status = getattr(error, "status", None) or getattr(error.response, "status_code", "?")  # type: ignore[union-attr]
+        raise RefusedMediaError(f"{_fetched(url)} failed (HTTP {status}): {_REMEDY}") from error
+    except TimeoutError as error:
+        raise RefusedMediaError(f"{_fetched(url)} took too long: {_REMEDY}") from error
+    except (aiohttp.ClientError, requests.RequestException, OSError) as error:
+        cause = type(error).__name__
+        raise RefusedMediaError(f"{_fetched(url)} failed ({cause}): {_REMEDY}") from error
+
+
+_REMEDY = "send a URL that this server can read, or a data URL"
+
+
+def _fetched(url: str) -> str:
+    host = urlsplit(url).hostname
+    return f"fetching the video from {host[:_MAX_SHOWN]}" if host else "reading the video's file"
+
+
+@lru_cache(maxsize=8)
+def _connection_to(allowed: tuple[str, ...]) -> HTTPConnection:
+    """Return vLLM's connection that leaves these hosts by no redirect."""
+    return _CheckedConnection(allowed)
+
+
+class _CheckedConnection(HTTPConnection):
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        super().__init__()
+        self._allowed = allowed
+        self._async_client: aiohttp.ClientSession | None = None
+
+    def get_sync_client(self) -> requests.Session:
+        client = super().get_sync_client()
+        client.hooks["response"] = [self._check_response]
+        return client
+
+    def _check_response(self, response: requests.Response, **_: Any) -> None:
+        if response.is_redirect:
+            self._check_target(response.url, response.headers["location"])
+
+    async def get_async_client(self) -> aiohttp.ClientSession:
+        if self._async_client is None:
+            tracing = aiohttp.TraceConfig()
+            tracing.on_request_redirect.append(self._check_redirect)
+            self._async_client = aiohttp.ClientSession(trust_env=True, trace_configs=[tracing])
+        return self._async_client
+
+    async def _check_redirect(self, session: Any, context: Any, redirect: Any) -> None:
+        headers = redirect.response.headers
+        target = headers.get("Location") or headers.get("URI") or ""
+        self._check_target(str(redirect.url), target)
+
+    def _check_target(self, url: str, location: str) -> None:
+        _check_host(urlsplit(urljoin(url, location)).hostname, self._allowed)

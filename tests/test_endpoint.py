@@ -1,0 +1,317 @@
+"""Our routes among vLLM's own, with its handlers replaced: what is asked, refused and answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+from pydantic import BaseModel
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+)
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+
+from scissor_vllm.frontend import chat
+from scissor_vllm.frontend.endpoint import RetentionEndpoint
+from scissor_vllm.frontend.guard import misspelt_ratio
+from scissor_vllm.frontend.processor import RetentionProcessor
+from scissor_vllm.retention import RetentionReport
+
+CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
+TEXT = [{"role": "user", "content": "Hello"}]
+URL = {"url": "data:video/mp4;base64,AAAA"}
+VIDEO = [{"role": "user", "content": [{"type": "video_url", "video_url": URL}]}]
+UNTYPED = [{"role": "user", "content": [{"video_url": URL}]}]
+
+ANSWER = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": 'a {"b": "}"} é'},
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+}
+CHUNKS = (
+    'data: {"id":"1","choices":[{"index":0,"delta":{"content":"\\"choices\\":[]"}}]}\n\n',
+    'data: {"id":"1","choices":[],"usage":{"prompt_tokens":1,"total_tokens":2}}\n\n',
+    "data: [DONE]\n\n",
+)
+COMPRESSED = {"retention_ratio": 0.1, "num_video_tokens": 100, "num_retained_video_tokens": 10}
+
+
+class Handler:
+    """In place of vLLM's: keeps what it is asked and fills the report as a processor does."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+
+    async def create_chat_completion(self, request: Any, raw_request: Any) -> Any:
+        self.requests.append(request)
+        self._process(request)
+        if not request.stream:
+            return ChatCompletionResponse(**ANSWER)
+        return self._stream()
+
+    async def create_tokenize(self, request: Any, raw_request: Any) -> Any:
+        self.requests.append(request)
+        raise ValueError("handled")
+
+    async def _stream(self) -> AsyncIterator[str]:
+        for chunk in CHUNKS:
+            yield chunk
+
+    @staticmethod
+    def _process(request: Any) -> None:
+        kwargs = request.build_chat_params(None, "auto").media_io_kwargs or {}
+        report = kwargs.get("retention", {}).get("retention_report")
+        if isinstance(report, RetentionReport):
+            report.add(0.1, 100, 10)
+
+
+def build(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    """Return vLLM's app of a server that generates, with our plugin."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    monkeypatch.setenv("VLLM_PLUGINS", "scissor_vllm")
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    app = build_app(args, ("generate",), None)
+    app.state.enable_server_load_tracking = False
+    return app
+
+
+def init(app: FastAPI, *, compresses: bool = True, **settings: object) -> Handler:
+    """Give the app the state of a server with these settings, and return its handler."""
+    state = app.state
+    state.vllm_config = Namespace(
+        model_config=Namespace(multimodal_config=Namespace(mm_processor_kwargs=settings)),
+        observability_config=Namespace(otlp_traces_endpoint=None),
+    )
+    kind: Any = RetentionProcessor
+    processor = kind.__new__(kind) if compresses else None
+    state.online_renderer = Namespace(renderer=Namespace(mm_processor=processor))
+    state.openai_serving_chat = handler = Handler()
+    state.serving_tokenization = handler
+    asyncio.run(RetentionEndpoint().init_state(None, state, state.args))
+    return handler
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[FastAPI]:
+    """The app, built once."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(RetentionProcessor, "__abstractmethods__", frozenset())
+        yield build(monkeypatch)
+
+
+@pytest.fixture
+def handler(app: FastAPI) -> Handler:
+    return init(app)
+
+
+@pytest.fixture
+def client(app: FastAPI, handler: Handler) -> TestClient:
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def ask(client: TestClient, messages: Any, path: str = CHAT, **fields: Any) -> Any:
+    return client.post(path, json={"model": "m", "messages": messages, **fields})
+
+
+def error_of(response: Any) -> str:
+    assert response.status_code == 400, response.text
+    message: str = response.json()["error"]["message"]
+    assert "\n" not in message
+    assert "validation error" not in message
+    return message
+
+
+# Who asks nothing.
+
+
+def test_a_chat_with_neither_video_nor_ratio_goes_to_vllm_as_it_is(
+    client: TestClient, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("check_request", "_answer_video", "_beside_usage", "_with_report"):
+        monkeypatch.setattr(chat, name, None)
+    response = ask(client, TEXT)
+    assert response.json() == ChatCompletionResponse(**ANSWER).model_dump()
+    assert handler.requests[0].build_chat_params(None, "auto").media_io_kwargs is None
+    streamed = ask(client, TEXT, stream=True)
+    assert streamed.text == "".join(CHUNKS)
+
+
+def test_a_ratio_without_a_video_is_checked_and_goes_no_further(
+    client: TestClient, handler: Handler
+) -> None:
+    assert ask(client, TEXT, retention_ratio=0.5).status_code == 200
+    assert handler.requests[0].build_chat_params(None, "auto").media_io_kwargs is None
+    assert "above 0" in error_of(ask(client, TEXT, retention_ratio=0))
+
+
+# What a video's answer has.
+
+
+@pytest.mark.parametrize("messages", [VIDEO, UNTYPED])
+@pytest.mark.parametrize("ratio", [None, 0.1])
+def test_an_answer_about_a_video_tells_what_was_kept(
+    client: TestClient, messages: Any, ratio: float | None
+) -> None:
+    expected = {**ChatCompletionResponse(**ANSWER).model_dump(), "video_compression": COMPRESSED}
+    assert ask(client, messages, retention_ratio=ratio).json() == expected
+
+
+def test_a_streams_last_chunk_with_usage_tells_what_was_kept(client: TestClient) -> None:
+    events = ask(client, VIDEO, stream=True).text.split("\n\n")
+    assert [event + "\n\n" for event in events[:1]] == [CHUNKS[0]]
+    last = json.loads(events[1].removeprefix("data: "))
+    assert last == {**json.loads(CHUNKS[1].removeprefix("data: ")), "video_compression": COMPRESSED}
+    assert events[2:] == ["data: [DONE]", ""]
+
+
+# What is refused.
+
+WRONG: list[Any] = [0, -1, 1.01, 2, "half", "0.5", True, [0.5], {"a": 1}, 10**40, "x" * 9999]
+
+
+@pytest.mark.parametrize("ratio", WRONG, ids=lambda value: str(value)[:8])
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+@pytest.mark.parametrize("messages", [TEXT, VIDEO], ids=["text", "video"])
+def test_a_ratio_that_is_none_is_refused_in_one_short_sentence(
+    client: TestClient, handler: Handler, path: str, messages: Any, ratio: Any
+) -> None:
+    message = error_of(ask(client, messages, path, retention_ratio=ratio))
+    assert message.startswith("retention_ratio must be ")
+    assert "got " in message
+    assert len(message) < 300
+    assert not handler.requests
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999"])
+def test_a_ratio_that_is_no_finite_number_is_refused(client: TestClient, text: str) -> None:
+    body = json.dumps({"model": "m", "messages": TEXT, "retention_ratio": 7}).replace("7", text)
+    headers = {"content-type": "application/json"}
+    assert "above 0" in error_of(client.post(CHAT, content=body, headers=headers))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["retention_ration", "retention-ratio", "retentionRatio", "Retention_Ratio", "retention"],
+)
+def test_a_field_that_is_nearly_the_ratio_is_refused_by_its_name(
+    client: TestClient, name: str
+) -> None:
+    for path in (CHAT, TOKENIZE, "/v1/chat/completions/batch"):
+        message = error_of(ask(client, VIDEO, path, **{name: 0.5}))
+        assert message.startswith(f"{name} is not a field")
+        assert "send retention_ratio" in message
+    nested = error_of(ask(client, VIDEO, extra_body={name: 0.5, "top_k": 1}))
+    assert nested.startswith("extra_body is not a field")
+
+
+MODELS: list[type[BaseModel]] = [
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    TokenizeChatRequest,
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_no_field_of_vllms_is_taken_for_the_ratio(model: type[BaseModel]) -> None:
+    fields = dict.fromkeys([*model.model_fields, "my_note", "ratio", "trace_id", "aspect_ratio"])
+    assert misspelt_ratio(fields) is None
+
+
+def test_no_route_ignores_a_ratio(app: FastAPI, client: TestClient) -> None:
+    paths = {
+        route.path
+        for route in app.routes
+        if isinstance(route, APIRoute) and "POST" in route.methods
+    }
+    expected = {"/v1/chat/completions/batch", "/v1/chat/completions/render", "/invocations"}
+    assert expected | {"/v1/responses", "/v1/messages", "/v1/completions"} <= paths
+    for path in paths - {CHAT, TOKENIZE}:
+        message = error_of(ask(client, VIDEO, path, retention_ratio=0.5))
+        assert message.startswith("retention_ratio is refused: this route"), path
+        assert "send the request to /v1/chat/completions" in message
+        # None is no ratio.
+        response = ask(client, VIDEO, path, retention_ratio=None)
+        assert "retention_ratio is refused" not in response.text, path
+
+
+def test_on_a_model_whose_videos_are_not_compressed_a_ratio_is_refused(
+    app: FastAPI, client: TestClient
+) -> None:
+    handler = init(app, compresses=False)
+    for messages in (VIDEO, UNTYPED):
+        message = error_of(ask(client, messages, retention_ratio=0.5))
+        assert "for this model" in message
+        assert ask(client, messages, retention_ratio=1.0).status_code == 200
+    assert len(handler.requests) == 2
+
+
+# What the operator set.
+
+
+def test_a_setting_for_a_model_whose_videos_are_not_compressed_ends_the_start(
+    app: FastAPI,
+) -> None:
+    for name, value in (("retention_ratio", 0.5), ("video_frame_cache_gb", 1.0)):
+        with pytest.raises(ValueError, match=rf"{name} cannot be set for this model.*leave it out"):
+            init(app, compresses=False, **dict[str, Any]({name: value}))
+    init(app, compresses=False, do_resize=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("retention_ration", "retention_ratio"),
+        ("min-retention-ratio", "min_retention_ratio"),
+        ("video_compresion", "video_compression"),
+    ],
+)
+def test_a_setting_that_is_nearly_one_of_ours_ends_the_start(
+    app: FastAPI, name: str, right: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is not a setting .* write {right}"):
+        init(app, **dict[str, Any]({name: 0.5}))
+
+
+# Another vLLM.
+
+
+def test_with_an_untested_vllm_a_ratio_is_refused_with_the_reason_and_the_rest_is_stock(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.version.__version__", "0.34.0")
+    monkeypatch.setenv("SCISSOR_VLLM_WARNED", "")
+    app = build(monkeypatch)
+    state = app.state
+    state.openai_serving_chat = handler = Handler()
+    asyncio.run(RetentionEndpoint().init_state(None, state, state.args))
+    client = TestClient(app, raise_server_exceptions=False)
+    for path in (CHAT, TOKENIZE, "/v1/completions"):
+        message = error_of(ask(client, VIDEO, path, retention_ratio=0.5))
+        assert "tested with vLLM >=0.32,<0.34 and found 0.34.0" in message
+    assert ask(client, VIDEO).json() == ChatCompletionResponse(**ANSWER).model_dump()
+    assert type(handler.requests[0]) is ChatCompletionRequest

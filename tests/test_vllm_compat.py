@@ -1,0 +1,86 @@
+"""Where vLLM's insides are reached: as narrow as its reasons say."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config.multimodal import MultiModalConfig
+
+from scissor_vllm.vllm_compat import (
+    _with_positions,
+    ask_where_rows_carry_positions,
+    skip_plain_rows,
+)
+
+MODEL = Namespace(row_width=8)
+PLAIN, CARRYING = torch.zeros(3, 8), torch.zeros(3, 16)
+
+
+def test_a_config_with_positions_has_the_same_values_and_leaves_the_first_as_it_is() -> None:
+    config = MultiModalConfig(
+        mm_processor_kwargs={"retention_ratio": 0.5}, language_model_only=True
+    )
+    changed = _with_positions(config)
+    assert vars(changed) == vars(config)
+    assert changed.is_multimodal_pruning_enabled()
+    assert not config.is_multimodal_pruning_enabled()
+    assert type(config) is MultiModalConfig
+
+
+def make_runner() -> Any:
+    """Return a class as V1's runner is, which says whether it asked the model."""
+
+    class Runner:
+        def __init__(self, config: MultiModalConfig, rows: list[torch.Tensor]) -> None:
+            self.is_multimodal_pruning_enabled = False
+            self.model_config = Namespace(multimodal_config=config)
+            self.encoder_cache = dict(enumerate(rows))
+
+        def get_model(self) -> Any:
+            return MODEL
+
+        def _gather_mm_embeddings(self, step: int, shift: int = 0) -> tuple[int, bool]:
+            return step + shift, self.is_multimodal_pruning_enabled
+
+    return Runner
+
+
+@pytest.mark.parametrize(
+    ("rows", "asks"), [([], False), ([PLAIN, PLAIN], False), ([PLAIN, CARRYING], True)]
+)
+def test_v1_asks_for_positions_in_steps_whose_rows_carry_them(
+    rows: list[torch.Tensor], asks: bool
+) -> None:
+    runner_class = make_runner()
+    ask_where_rows_carry_positions(runner_class)
+    ask_where_rows_carry_positions(runner_class)
+    runner = runner_class(_with_positions(MultiModalConfig()), rows)
+    assert runner._gather_mm_embeddings(1, shift=2) == (3, asks)
+    # Videos are encoded together.
+    assert not runner.is_multimodal_pruning_enabled
+
+
+def test_v1_goes_on_pruning_a_model_of_vllms() -> None:
+    runner_class = make_runner()
+    ask_where_rows_carry_positions(runner_class)
+    runner = runner_class(MultiModalConfig(), [PLAIN])
+    assert runner._gather_mm_embeddings(1) == (1, False)
+    runner.is_multimodal_pruning_enabled = True
+    assert runner._gather_mm_embeddings(1) == (1, True)
+
+
+def test_v2_leaves_steps_alone_whose_rows_carry_no_positions() -> None:
+    class Pruner:
+        model = MODEL
+
+        def recompute(self, rows: list[torch.Tensor], batch: Any, states: Any) -> Any:
+            return "recomputed"
+
+    skip_plain_rows(Pruner)
+    skip_plain_rows(Pruner)
+    plain = [PLAIN, PLAIN]
+    assert Pruner().recompute(plain, None, None) is plain
+    assert Pruner().recompute([PLAIN, CARRYING], None, None) == "recomputed"
