@@ -134,7 +134,7 @@ def set_environment(environment: Any) -> None:
     else:
         names = set(filter(None, named.split(",")))
     environment["VLLM_PLUGINS"] = ",".join(sorted({*names, PLUGIN}))
-    environment.setdefault("VLLM_VIDEO_LOADER_BACKEND", "decord")
+    environment.setdefault("VLLM_VIDEO_LOADER_BACKEND", "pyav")
 
 
 def add_retention_options(parser: argparse.ArgumentParser) -> None:
