@@ -3,6 +3,7 @@ setting for, in one place.
 """
 
 import copy
+from typing import Any
 
 from vllm.config import ModelConfig
 from vllm.config.multimodal import MultiModalConfig
@@ -58,3 +59,25 @@ def _have_cpu_runner_ask() -> None:
 
     # A runner is made with the attribute set to False, before its model.
     CPUModelRunner.is_multimodal_pruning_enabled = property(asks, lambda runner, value: None)
+
+
+def accept_parameters_in_data_urls() -> None:
+    """Let vLLM read data URLs of videos whose media type names several codecs.
+
+    ``MediaConnector._load_data_url`` ends the media type at the first comma, and takes
+    ``data:video/webm;codecs=vp8,opus;base64,…`` for a URL without base64. vLLM has no other place
+    where a URL passes. It can go when vLLM looks for ``;base64,`` instead.
+    """
+    from vllm.multimodal.media import MediaConnector
+
+    from scissor_vllm.frontend.video.data_url import without_parameters
+
+    load = MediaConnector._load_data_url
+    if getattr(load, "accepts_parameters", False):
+        return
+
+    def load_data_url(self: MediaConnector, url: str, media_io: Any) -> Any:
+        return load(self, without_parameters(url), media_io)
+
+    load_data_url.accepts_parameters = True  # type: ignore[attr-defined]
+    MediaConnector._load_data_url = load_data_url

@@ -44,6 +44,7 @@ from scissor_vllm.frontend.video.limits import (
     num_bytes_to_decode,
 )
 from scissor_vllm.metrics import CLOCK
+from scissor_vllm.vllm_compat import accept_parameters_in_data_urls
 
 BACKEND = "pyav"
 FORMER_BACKEND = "decord"
@@ -65,6 +66,7 @@ def register_video_loader() -> None:
         ValueError: `SCISSOR_MAX_VIDEO_DECODE_BYTES` is no positive integer.
     """
     max_decode_bytes()
+    accept_parameters_in_data_urls()
     # Damaged input makes FFmpeg print a line per packet to stderr; what matters reaches the client
     # as an error. OpenCV reads its variable once, when it first opens a video.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)
