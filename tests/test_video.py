@@ -39,7 +39,7 @@ from scissor_vllm.frontend.video.loader import (
     PyAVVideoBackend,
     register_video_loader,
 )
-from tests.clips import (
+from bench.numbered_clips import (
 >>>>>>> accf868 (Decode videos by PyAV alone: frame n is the n-th that ffmpeg shows)
     decode_all,
     draw_frame,

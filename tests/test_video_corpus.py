@@ -19,9 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from scissor_vllm.frontend.refusal import RefusedVideoError
-from scissor_vllm.frontend.video.loader import PyAVVideoBackend, register_video_loader
-from tests.clips import (
+from bench.numbered_clips import (
     add_sound_and_cover,
     has_codec,
     make_clip,
@@ -29,6 +27,8 @@ from tests.clips import (
     shown_frames,
     trim_clip,
 )
+from scissor_vllm.frontend.refusal import RefusedVideoError
+from scissor_vllm.frontend.video.loader import PyAVVideoBackend, register_video_loader
 
 # Mean difference of 255: PyAV converts without ffmpeg's filters, and interlaced colours by fields.
 COLOUR_TOLERANCE = 2.5

@@ -16,10 +16,10 @@ from pathlib import Path
 import av
 import pytest
 
+from bench.numbered_clips import make_clip
 from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.frontend.video.loader import PyAVVideoBackend, register_video_loader
 from scissor_vllm.metrics import Reason
-from tests.clips import make_clip
 
 _IN_OPEN = 0x20
 
