@@ -45,13 +45,8 @@ def test_compress_measures_every_form(tmp_path: Path) -> None:
 
 
 def test_decode_measures_both_loaders(tmp_path: Path) -> None:
-<<<<<<< HEAD
     measured = run("decode", tmp_path / "result.json", "--quick", "--repeats", "1")
-    assert all(row["seconds"].keys() == {"decord", "opencv"} for row in measured["runs"])
-=======
-    measured = run("decode.py", tmp_path / "result.json", "--quick", "--repeats", "1")
     assert all(row["seconds"].keys() == {"pyav", "opencv"} for row in measured["runs"])
->>>>>>> accf868 (Decode videos by PyAV alone: frame n is the n-th that ffmpeg shows)
 
 
 def test_front_end_measures_stock_and_ours_and_sends_fewer_bytes(tmp_path: Path) -> None:

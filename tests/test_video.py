@@ -27,20 +27,7 @@ from vllm.multimodal.video import (
     get_video_loader_backend_for_processor,
 )
 
-<<<<<<< HEAD
 from bench.numbered_clips import (
-=======
-from scissor_vllm.frontend.frame_cache import FrameCache
-from scissor_vllm.frontend.video import loader
-from scissor_vllm.frontend.video.container import VideoFile
-from scissor_vllm.frontend.video.limits import MAX_DECODE_BYTES_VARIABLE, max_decode_bytes
-from scissor_vllm.frontend.video.loader import (
-    SLOTS,
-    PyAVVideoBackend,
-    register_video_loader,
-)
-from bench.numbered_clips import (
->>>>>>> accf868 (Decode videos by PyAV alone: frame n is the n-th that ffmpeg shows)
     decode_all,
     draw_frame,
     has_codec,
@@ -51,11 +38,12 @@ from bench.numbered_clips import (
     trim_clip,
 )
 from scissor_vllm.frontend.frame_cache import FrameCache
+from scissor_vllm.frontend.video import loader
+from scissor_vllm.frontend.video.container import VideoFile
+from scissor_vllm.frontend.video.limits import MAX_DECODE_BYTES_VARIABLE, max_decode_bytes
 from scissor_vllm.frontend.video.loader import (
-    _DECODING,
-    MAX_DECODE_BYTES_VARIABLE,
-    DecordVideoBackend,
-    max_decode_bytes,
+    SLOTS,
+    PyAVVideoBackend,
     register_video_loader,
 )
 

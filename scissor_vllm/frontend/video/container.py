@@ -28,6 +28,9 @@ _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE; 0 is unknown.
 _READ_BYTES = 1024**2
 # As the ffmpeg command weighs a stream that its file marks as the default.
 _DEFAULT_STREAM_BONUS = 5_000_000
+# PyAV 18 notes which streams are wanted once, and looks up streams that appear later beyond its
+# notes: few enough streams keep it near them.
+_MAX_STREAMS = 64
 # A small file can name the same bytes as a packet again and again.
 _MAX_PACKET_BYTES_PER_FILE_BYTE = 4
 _SPARE_PACKET_BYTES = 64 * 1024**2
@@ -112,7 +115,11 @@ def open_video(data: bytes) -> Iterator[VideoFile]:
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Any]:
-    options = {"format_whitelist": DEMUXERS, "protocol_whitelist": ""}
+    options = {
+        "format_whitelist": DEMUXERS,
+        "protocol_whitelist": "",
+        "max_streams": str(_MAX_STREAMS),
+    }
     try:
         container = av.open(
             BytesIO(data),
@@ -163,6 +170,14 @@ def _prepared(stream: Any, num_threads: int) -> Any:
     decoder.thread_type = "FRAME"
     if envs.VLLM_MAX_IMAGE_PIXELS > 0:
         decoder.options = {"max_pixels": str(min(envs.VLLM_MAX_IMAGE_PIXELS, 2**31 - 1))}
+    try:
+        decoder.open()
+    except av.FFmpegError as error:
+        raise RefusedVideoError(
+            f"a video's {decoder.name} stream must be one that FFmpeg can decode, got one of "
+            f"{decoder.width}x{decoder.height} whose header is damaged or whose profile is not "
+            f"supported: send it whole, or encoded as H.264"
+        ) from error
     return decoder
 
 
@@ -179,8 +194,9 @@ def _read_packets(container: Any, stream: Any, num_file_bytes: int) -> Packets:
                 )
             if packet.size > 0:
                 packets.append(packet)
-    except av.FFmpegError:
-        # What can be read of a damaged file is shown, as the ffmpeg command does.
+    except (av.FFmpegError, IndexError):
+        # What can be read of a damaged file is shown, as the ffmpeg command does. PyAV's error of
+        # an index comes after the last packet, where a stream appeared late.
         pass
     num_shown = sum(not packet.is_discard for packet in packets)
     demuxer = container.format.name.partition(",")[0]
@@ -197,8 +213,11 @@ def _read_packets(container: Any, stream: Any, num_file_bytes: int) -> Packets:
 def _index_of(
     packets: list[Any],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
-    """`shown_times`, `starts` and `first_numbers`; None if the times do not tell the order."""
-    if not packets or any(packet.pts is None for packet in packets):
+    """`shown_times`, `starts` and `first_numbers`; None if packets do not tell the order.
+
+    The last packet of a truncated file is marked corrupt: only decoding tells whether it is shown.
+    """
+    if not packets or any(packet.pts is None or packet.is_corrupt for packet in packets):
         return None
     times = np.array([packet.pts for packet in packets], dtype=np.int64)
     is_shown = np.array([not packet.is_discard for packet in packets])

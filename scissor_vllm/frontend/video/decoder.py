@@ -29,6 +29,8 @@ _FRAMES_PER_SEEK_WORTH_THREADS = 32
 # What a thread decodes in some 50 ms: with less for each, handing frames over costs what it saves.
 _PIXELS_WORTH_A_THREAD = 64 * 640 * 360
 _MAX_DECODER_THREADS = 16
+# Pictures that a decoder keeps back for their order or in its threads: 16 of each.
+_MAX_HELD_PICTURES = 64
 
 
 class _UnexpectedPictureError(Exception):
@@ -165,13 +167,16 @@ def _pictures(
             on_error(error)
             continue
         yield from pictures
-    while True:
+    # A broken picture that was kept back ends a call, not the draining.
+    for _ in range(_MAX_HELD_PICTURES):
         try:
-            yield from decoder.decode(None)
+            pictures = decoder.decode(None)
         except EOFError:
             return
         except av.FFmpegError as error:
             on_error(error)
+            continue
+        yield from pictures
 
 
 def _threads_worth(file: VideoFile, num_decoded: int) -> int:
