@@ -150,16 +150,16 @@ class DecodingBudget:
     def _take(self, file: int, num_shares: int) -> None:
         # One that gathers shares at a time: two halves of two videos would wait for each other.
         fcntl.fcntl(file, fcntl.F_OFD_SETLKW, _lock(self._NUM_SHARES))
-        num_taken, share = 0, 0
-        while num_taken < num_shares:
-            with suppress(BlockingIOError, PermissionError):
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock(share))
-                num_taken += 1
-            share += 1
-            if share == self._NUM_SHARES:
-                share = 0
-                if num_taken < num_shares:
-                    time.sleep(self._POLL_SECONDS)
+        taken: set[int] = set()
+        while True:
+            for share in range(self._NUM_SHARES):
+                if len(taken) < num_shares and share not in taken:
+                    with suppress(BlockingIOError, PermissionError):
+                        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock(share))
+                        taken.add(share)
+            if len(taken) == num_shares:
+                break
+            time.sleep(self._POLL_SECONDS)
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock(self._NUM_SHARES, fcntl.F_UNLCK))
 
     def _open(self) -> int | None:
