@@ -130,13 +130,6 @@ PLAY_LISTS = [
     _image_pattern,
 ]
 BEGINNINGS = [b"", b"FLV\x01\n", b"\0\0\0\x08free", b"OggS\0\x02\n", b"\x1a\x45\xdf\xa3\n"]
-    b"",
-    b"FLV\x01\n",
-    b"\0\0\0\x08free",
-    b"OggS\0\x02\n",
-    b"\x1a\x45\xdf\xa3\n",
-    b"\x47\n",
-]
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
