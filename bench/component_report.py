@@ -35,6 +35,7 @@ from scissor_vllm import num_retained_tokens
 from scissor_vllm.compression import METHODS, get_compressor
 from scissor_vllm.compression.components import count_components, threshold_labels
 from scissor_vllm.compression.similarity import Similarity, most_similar, unit_rows
+from scissor_vllm.frontend.video.loader import PyAVVideoBackend
 from scissor_vllm.loadtest.record import environment, write_json
 
 RATIOS = (0.5, 0.35, 0.25, 0.1, 0.07, 0.05)
@@ -71,18 +72,14 @@ def encode_videos(
     model_folder: Path, videos: list[Path], num_frames: int, device: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tokens (T, P, D) float32 of each video, as the language model gets them."""
-    import decord
     from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionVideoProcessor
 
     processor = LlavaOnevisionVideoProcessor.from_pretrained(model_folder)
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(model_folder)
     model = model.to(device).eval()
     for path in videos:
-        reader = decord.VideoReader(str(path))
-        # vLLM's sampling: evenly spaced, first and last frame included.
-        count = min(num_frames, len(reader))
-        indices = np.linspace(0, len(reader) - 1, count, dtype=int).tolist()
-        frames = reader.get_batch(indices).asnumpy()
+        frames, _ = PyAVVideoBackend.load_bytes(path.read_bytes(), num_frames=num_frames)
+        count = len(frames)
         prepared = processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
         with torch.inference_mode():
             encoded = model.get_video_features(

@@ -1,4 +1,4 @@
-"""Prints how long decord's loader and vLLM's OpenCV loader take to sample frames of a video.
+"""Prints how long our loader and vLLM's OpenCV loader take to sample frames of a video.
 
     python -m bench.decode [--json FILE] [--repeats N] [--frames N] [--quick]
 
@@ -22,7 +22,7 @@ from bench.numbered_clips import make_clip
 from scissor_vllm.frontend.video.loader import register_video_loader
 from scissor_vllm.loadtest.record import environment, write_json
 
-LOADERS = ("decord", "opencv")
+LOADERS = ("pyav", "opencv")
 MINUTE = 60 * 30
 
 CLIPS: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def measure_concurrent(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the video loaders, decord against OpenCV.")
+    parser = argparse.ArgumentParser(description="Time the video loaders, PyAV against OpenCV.")
     parser.add_argument("--json", type=Path, help="also write the times of all runs to this file")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (default: 5)")
     parser.add_argument("--frames", type=int, default=32, help="frames to sample (default: 32)")
@@ -91,7 +91,7 @@ def main() -> None:
     register_video_loader()
     rows: list[dict[str, Any]] = []
     width = max(map(len, CLIPS)) + len(", 2 at once")
-    print(f"{'median ms, ' + str(arguments.frames) + ' frames':{width}}  decord  opencv  ratio")
+    print(f"{'median ms, ' + str(arguments.frames) + ' frames':{width}}    pyav  opencv  ratio")
     with tempfile.TemporaryDirectory() as folder:
         for name, clip in CLIPS.items():
             if arguments.quick and clip["num_frames"] > MINUTE:
@@ -106,8 +106,8 @@ def main() -> None:
                         data, arguments.frames, arguments.repeats, number
                     )
             for label, seconds in runs.items():
-                decord, opencv = (statistics.median(seconds[loader]) for loader in LOADERS)
-                times = f"{decord * 1e3:6.0f}  {opencv * 1e3:6.0f}  {decord / opencv:5.2f}"
+                pyav, opencv = (statistics.median(seconds[loader]) for loader in LOADERS)
+                times = f"{pyav * 1e3:6.0f}  {opencv * 1e3:6.0f}  {pyav / opencv:5.2f}"
                 print(f"{label:{width}}  {times}", flush=True)
                 rows.append({"clip": label, "bytes": len(data), **clip, "seconds": seconds})
     if arguments.json:

@@ -148,7 +148,7 @@ def make_ways(model: Path) -> dict[str, Way]:
     dummy_inputs = stock.LlavaOnevisionDummyInputsBuilder(info)
     return {
         "stock": Way("opencv", stock.LlavaOnevisionMultiModalProcessor(info, dummy_inputs), {}),
-        "ours": Way("decord", ours, {"retention_ratio": RATIO}),
+        "ours": Way("pyav", ours, {"retention_ratio": RATIO}),
     }
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.stream import Disposition
 
 NUM_BITS = 16
 _SOUND_RATE = 48000
@@ -19,6 +23,7 @@ _ENCODERS = {
     "h264": "libx264",
     "hevc": "libx265",
     "mpeg4": "mpeg4",
+    "vp8": "libvpx",
     "vp9": "libvpx-vp9",
 }
 
@@ -85,7 +90,7 @@ def make_clip(
         codec_options.setdefault("x265-params", "log-level=none")
     if encoder in ("libx264", "libx265"):
         codec_options.setdefault("preset", "veryfast")
-    if encoder == "libvpx-vp9":
+    if encoder in ("libvpx", "libvpx-vp9"):
         codec_options.setdefault("deadline", "realtime")
         codec_options.setdefault("cpu-used", "8")
     container_options = {"movflags": "faststart"} if moov_first else {}
@@ -147,6 +152,73 @@ def decode_all(path: str | Path) -> list[npt.NDArray[np.uint8]]:
     """Every frame of the clip as RGB (height, width, 3), decoded from its start to its end."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def remux(
+    source: Path,
+    path: str | Path,
+    *,
+    drop: int = 0,
+    container_format: str | None = None,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Path of a copy of `source` in another container, without its first `drop` packets."""
+    with (
+        av.open(str(source)) as old,
+        av.open(str(path), "w", format=container_format, container_options=options or {}) as new,
+    ):
+        video = old.streams.video[0]
+        copy = new.add_stream_from_template(video)
+        for number, packet in enumerate(old.demux(video)):
+            if packet.dts is not None and number >= drop:
+                packet.stream = copy
+                new.mux(packet)
+    return Path(path)
+
+
+def add_sound_and_cover(source: Path | None, path: str | Path) -> Path:
+    """Path of an MP4 with a cover picture, a second of sound and the video of `source`, if any."""
+    with av.open(str(path), "w") as new:
+        cover = new.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 320, 320, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        sound = new.add_stream("aac", rate=_SOUND_RATE, layout="mono")
+        frame = av.VideoFrame.from_ndarray(draw_frame(7, 320, 320), format="rgb24")
+        packets = cover.encode(frame) + cover.encode()
+        if source is not None:
+            with av.open(str(source)) as old:
+                copy = new.add_stream_from_template(old.streams.video[0])
+                for packet in old.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = copy
+                        packets.append(packet)
+        new.mux(packets)
+        new.mux(_encode_sound(sound, 1.0))
+    return Path(path)
+
+
+def shown_frames(data: bytes) -> list[npt.NDArray[np.uint8]]:
+    """Every frame that a file shows as RGB (height, width, 3), upside as stored.
+
+    The oracle of the video loader, in FFmpeg's simplest form: one thread, no seek, packet after
+    packet, and what cannot be decoded is left out.
+    """
+    pictures: list[Any] = []
+    with av.open(BytesIO(data), metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        decoder = stream.codec_context
+        decoder.thread_count = 1
+        packets = container.demux(stream)
+        with suppress(av.FFmpegError):
+            for packet in packets:
+                with suppress(av.FFmpegError):
+                    pictures += decoder.decode(packet) if packet.size else []
+        # A broken picture that was kept back ends a call, not the draining.
+        with suppress(EOFError):
+            while True:
+                with suppress(av.error.InvalidDataError):
+                    pictures += decoder.decode(None)
+        return [picture.to_ndarray(format="rgb24") for picture in pictures]
 
 
 @lru_cache(maxsize=2)

@@ -1,8 +1,62 @@
 """How many CPUs there are for what runs in threads."""
 
+from __future__ import annotations
+
+import math
 import os
+from pathlib import Path
 
 
 def num_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many CPUs this process may use, by its affinity and its container's quota."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    available = available or os.cpu_count() or 1
+    quota = cgroup_cpu_quota()
+    return available if quota is None else max(1, min(available, math.ceil(quota)))
+
+
+def cgroup_cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the CPUs that the process's control groups allow in a period, None if unlimited.
+
+    Reads both versions of control groups. The lowest quota of the group and its parents counts.
+
+    Args:
+        root: the folder that holds ``proc`` and ``sys``.
+    """
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for membership in memberships:
+        # Hierarchy, controllers separated by commas (none in version 2), path.
+        _, _, rest = membership.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = [controllers, "cpu"] if controllers else ["", "unified"]
+        for mount in mounts:
+            top = root / "sys/fs/cgroup" / mount
+            group = top / path.lstrip("/")
+            # A container may see its own group at the top, whatever its path says.
+            folders = [group, *group.parents]
+            for folder in folders[: folders.index(top) + 1] if top in folders else [top]:
+                quotas.append(_quota_v1(folder) if controllers else _quota_v2(folder))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_v2(folder: Path) -> float | None:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
+        return quota / period if quota > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None

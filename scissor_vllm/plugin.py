@@ -7,7 +7,7 @@ server is stock vLLM.
 
 import os
 
-from scissor_vllm.settings import VIDEO_LOADER
+from scissor_vllm.settings import FORMER_VIDEO_LOADER, VIDEO_LOADER
 from scissor_vllm.version_gate import reason_for_stock, stand_aside, warn_once
 
 _LOADER_VARIABLE = "VLLM_VIDEO_LOADER_BACKEND"
@@ -50,9 +50,10 @@ def _register() -> None:
 def _leave_stock(reason: str) -> None:
     """Say why, and take back what the environment asks of our loader."""
     warn_once(reason)
-    if os.environ.get(_LOADER_VARIABLE) == VIDEO_LOADER:
+    loader = os.environ.get(_LOADER_VARIABLE)
+    if loader in (VIDEO_LOADER, FORMER_VIDEO_LOADER):
         del os.environ[_LOADER_VARIABLE]
-        warn_once(f"{_LOADER_VARIABLE}={VIDEO_LOADER} is taken back: vLLM's own loader is used")
+        warn_once(f"{_LOADER_VARIABLE}={loader} is taken back: vLLM's own loader is used")
 
 
 def _has_rust_frontend() -> bool:

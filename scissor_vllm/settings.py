@@ -12,8 +12,11 @@ from difflib import get_close_matches
 
 from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
 
-VIDEO_LOADER = "decord"
+VIDEO_LOADER = "pyav"
 """Name of our video loader, for ``VLLM_VIDEO_LOADER_BACKEND``."""
+FORMER_VIDEO_LOADER = "decord"
+"""The loader's name in release 0.1, still accepted as ``VLLM_VIDEO_LOADER_BACKEND``."""
+
 
 DEFAULT_FRAME_CACHE_GB = 1.0
 DEFAULT_FEATURE_CACHE_GB = 2.0

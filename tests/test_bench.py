@@ -47,7 +47,7 @@ def test_compress_measures_every_form(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_decode_measures_both_loaders(tmp_path: Path) -> None:
     measured = run("decode", tmp_path / "result.json", "--quick", "--repeats", "1")
-    assert all(row["seconds"].keys() == {"decord", "opencv"} for row in measured["runs"])
+    assert all(row["seconds"].keys() == {"pyav", "opencv"} for row in measured["runs"])
 
 
 @pytest.mark.slow

@@ -223,10 +223,10 @@ def test_plugins_that_were_named_stay_the_only_ones_beside_ours() -> None:
     }
 
 
-def test_decord_is_the_default_loader() -> None:
+def test_pyav_is_the_default_loader() -> None:
     environment: dict[str, str] = {}
     set_environment(environment)
-    assert environment["VLLM_VIDEO_LOADER_BACKEND"] == "decord"
+    assert environment["VLLM_VIDEO_LOADER_BACKEND"] == "pyav"
 
 
 def test_an_unknown_command_is_named_with_those_that_there_are(

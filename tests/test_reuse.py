@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from scissor_vllm.frontend.frame_cache import FrameCache
+from scissor_vllm.frontend.frame_cache import FrameCache, held_bytes
 from scissor_vllm.settings import CacheSizes
 from scissor_vllm.worker import feature_cache
 from scissor_vllm.worker.feature_cache import FeatureCache
@@ -68,6 +68,15 @@ def test_frames_stay_within_their_bytes_and_the_longest_unused_go_first() -> Non
     for key, count in (("a", 0), ("d", 0), ("e", 0), ("b", 1)):
         frames.get(key, decoder)
         assert decoder.count == count
+
+
+def test_a_view_is_kept_without_the_memory_that_it_looks_into() -> None:
+    frames = FrameCache(1000)
+    whole = np.zeros((10, 500), dtype=np.uint8)
+    kept, _ = frames.get("view", lambda: (whole[:1, ::2], {}))
+    assert kept.base is None
+    assert frames.num_bytes == held_bytes(kept) == 250
+    assert held_bytes(whole[:1]) == held_bytes(np.frombuffer(bytes(5000), np.uint8)[:9]) == 5000
 
 
 def test_a_video_larger_than_the_cache_displaces_nothing() -> None:

@@ -91,9 +91,9 @@ def test_a_folder_gets_the_page_and_a_picture_for_each_ratio(shown: Path) -> Non
 
 
 def test_what_is_drawn_is_what_a_server_would_keep(shown: Path, encoder: Encoder) -> None:
-    from scissor_vllm.frontend.video.loader import DecordVideoBackend
+    from scissor_vllm.frontend.video.loader import PyAVVideoBackend
 
-    frames, metadata = DecordVideoBackend.load_bytes(CLIP.read_bytes(), num_frames=NUM_FRAMES)
+    frames, metadata = PyAVVideoBackend.load_bytes(CLIP.read_bytes(), num_frames=NUM_FRAMES)
     tokens = encoder.encode(frames).tokens
     num_tokens = tokens.shape[0] * tokens.shape[1]
     data = data_of(shown / "show.html")

@@ -27,6 +27,18 @@ class _Decoding:
     num_threads: int = 0
 
 
+def held_bytes(frames: np.ndarray) -> int:
+    """Return the bytes of memory that an array keeps alive: of a view, all that it looks into."""
+    owner: Any = frames
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    try:
+        return max(frames.nbytes, memoryview(owner).nbytes)
+    except TypeError:
+        # The memory of another library, a tensor of torch for example.
+        return max(frames.nbytes, getattr(owner, "nbytes", 0))
+
+
 class FrameCache:
     """Decoded frames with their metadata. Safe to use from several threads."""
 
@@ -73,6 +85,8 @@ class FrameCache:
                 frames, metadata = decode()
                 if not isinstance(frames, np.ndarray):
                     return frames, metadata
+                if held_bytes(frames) > frames.nbytes:
+                    frames = frames.copy()
                 frames.flags.writeable = False
                 kept = frames, metadata
                 self._keep(key, frames, metadata)
@@ -95,16 +109,16 @@ class FrameCache:
 
     def _keep(self, key: Hashable, frames: np.ndarray, metadata: dict[str, Any]) -> None:
         with self._lock:
-            if frames.nbytes > self._max_bytes:
+            if held_bytes(frames) > self._max_bytes:
                 return
             self._videos[key] = frames, metadata
-            self._num_bytes += frames.nbytes
+            self._num_bytes += held_bytes(frames)
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         while self._num_bytes > self._max_bytes:
             _, (frames, _) = self._videos.popitem(last=False)
-            self._num_bytes -= frames.nbytes
+            self._num_bytes -= held_bytes(frames)
 
 
 FRAMES = FrameCache()

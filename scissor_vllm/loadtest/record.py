@@ -24,7 +24,6 @@ _PACKAGES = (
     "torch",
     "triton",
     "transformers",
-    "decord2",
     "opencv-python-headless",
     "numpy",
     "aiohttp",

@@ -1,0 +1,226 @@
+"""Frames of a file by their number: frame n is the n-th that the ffmpeg command shows.
+
+Where packets tell the number of each picture, only the groups of pictures that hold a sampled
+frame are decoded. Each decoded picture must then have the time that its number has in the file;
+if one has not, or if packets tell nothing, all packets are decoded and their pictures counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from scissor_vllm.frontend.refusal import RefusedVideoError
+from scissor_vllm.frontend.video.container import Packets, VideoFile
+from scissor_vllm.frontend.video.limits import check_decode_bytes, check_pixels
+from scissor_vllm.frontend.video.picture import PictureConverter
+
+logger = logging.getLogger(__name__)
+
+# Each thread holds a frame of its own: after a seek as many are decoded in vain as there are
+# threads, more than they save where a seek is for fewer frames than this.
+_FRAMES_PER_SEEK_WORTH_THREADS = 32
+# What a thread decodes in some 50 ms: with less for each, handing frames over costs what it saves.
+_PIXELS_WORTH_A_THREAD = 64 * 640 * 360
+_MAX_DECODER_THREADS = 16
+# Pictures that a decoder keeps back for their order or in its threads: 16 of each.
+_MAX_HELD_PICTURES = 64
+
+
+class _UnexpectedPictureError(Exception):
+    """A decoded picture is not the one that the packets promised."""
+
+
+class _NeedsOneThreadError(Exception):
+    """Damage: with several threads FFmpeg may lose good pictures beside broken ones."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Sampled frames that are decoded from one start without a seek between them."""
+
+    start: int
+    """Position of the first packet."""
+    first_number: int
+    """Number of the first picture shown."""
+    wanted: list[int]
+
+
+def read_frames(
+    file: VideoFile, sample: Callable[[int], list[int]], max_threads: int
+) -> tuple[npt.NDArray[np.uint8], list[int], int]:
+    """Sampled frames, uint8 RGB (num_sampled, height, width, 3), their numbers, and the total.
+
+    Args:
+        file: the open video.
+        sample: returns the numbers to sample of so many frames, ascending.
+        max_threads: decoder threads at most.
+
+    Raises:
+        RefusedVideoError: no frame can be decoded, sampled frames differ in size, or they are too
+            large.
+    """
+    num_frames = file.packets.num_shown
+    if len(file.packets.starts) > 0:
+        indices = sample(num_frames)
+        try:
+            return _read_runs(file, indices, max_threads), indices, num_frames
+        except (_UnexpectedPictureError, av.FFmpegError) as error:
+            logger.debug("decoding the whole video: %s", error)
+    # Damage and some codecs show fewer pictures than there are packets: count, then sample anew.
+    # Numbers below the first count exist, so that the second pass finds all.
+    num_threads = min(max_threads, _threads_worth(file, num_frames))
+    while num_frames > 0:
+        indices = sample(num_frames)
+        try:
+            frames, num_counted = _read_all(file, indices, num_threads)
+        except _NeedsOneThreadError:
+            num_threads = 1
+            continue
+        if num_counted == num_frames:
+            return frames, indices, num_frames
+        num_frames = num_counted
+    raise RefusedVideoError(
+        f"at least one frame of a video must be decodable, but none of its "
+        f"{len(file.packets.packets)} packets gives one: the file is damaged or its codec is not "
+        f"supported; send it whole, or encoded as H.264"
+    )
+
+
+def _read_runs(file: VideoFile, indices: list[int], max_threads: int) -> npt.NDArray[np.uint8]:
+    """Frames of these numbers, of the groups of pictures that hold them."""
+    runs = _runs_of(file.packets, indices)
+    num_decoded = sum(run.wanted[-1] - run.first_number + 1 for run in runs)
+    num_threads = 1
+    if num_decoded >= _FRAMES_PER_SEEK_WORTH_THREADS * len(runs):
+        num_threads = min(max_threads, _threads_worth(file, num_decoded))
+    frames = _Frames(indices, file)
+    times = file.packets.shown_times
+    with file.decoder(num_threads) as decoder:
+        for run in runs:
+            number = run.first_number
+            packets = file.packets.packets[run.start :]
+            for picture in _pictures(decoder, packets):
+                is_expected = number < len(times) and picture.pts == times[number]
+                if not is_expected or picture.is_corrupt or picture.interlaced_frame:
+                    raise _UnexpectedPictureError(f"number {number}, time {picture.pts}")
+                frames.offer(number, picture)
+                number += 1
+                if number > run.wanted[-1]:
+                    break
+            if number <= run.wanted[-1]:
+                raise _UnexpectedPictureError(f"no picture of number {number}")
+            decoder.flush_buffers()
+    return frames.pixels()
+
+
+def _runs_of(packets: Packets, indices: list[int]) -> list[_Run]:
+    runs: list[_Run] = []
+    for number in sorted(set(indices)):
+        group = int(np.searchsorted(packets.first_numbers, number, side="right")) - 1
+        first_number = int(packets.first_numbers[group])
+        if runs and first_number <= runs[-1].wanted[-1] + 1:
+            runs[-1].wanted.append(number)
+        else:
+            runs.append(_Run(int(packets.starts[group]), first_number, [number]))
+    return runs
+
+
+def _read_all(
+    file: VideoFile, indices: list[int], num_threads: int
+) -> tuple[npt.NDArray[np.uint8], int]:
+    """Frames of these numbers as far as there are, and how many pictures the file shows."""
+    frames = _Frames(indices, file)
+    number = 0
+
+    def on_error(error: Exception) -> None:
+        if num_threads > 1:
+            raise _NeedsOneThreadError from error
+
+    with file.decoder(num_threads) as decoder:
+        for picture in _pictures(decoder, file.packets.packets, on_error):
+            if picture.is_corrupt and num_threads > 1:
+                raise _NeedsOneThreadError
+            frames.offer(number, picture)
+            number += 1
+    return frames.pixels(), number
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _pictures(
+    decoder: Any, packets: list[Any], on_error: Callable[[Exception], None] = _raise
+) -> Iterator[Any]:
+    """Decoded pictures in the order in which they are shown."""
+    for packet in packets:
+        try:
+            pictures = decoder.decode(packet)
+        except av.FFmpegError as error:
+            on_error(error)
+            continue
+        yield from pictures
+    # A broken picture that was kept back ends a call, not the draining.
+    for _ in range(_MAX_HELD_PICTURES):
+        try:
+            pictures = decoder.decode(None)
+        except EOFError:
+            return
+        except av.FFmpegError as error:
+            on_error(error)
+            continue
+        yield from pictures
+
+
+def _threads_worth(file: VideoFile, num_decoded: int) -> int:
+    """Decoder threads for so many frames, if there are CPUs for them."""
+    worth = num_decoded * file.width * file.height // _PIXELS_WORTH_A_THREAD
+    return max(1, min(worth, _MAX_DECODER_THREADS))
+
+
+class _Frames:
+    """Collects the pixels of sampled frames, each in its place."""
+
+    def __init__(self, indices: list[int], file: VideoFile) -> None:
+        self._places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            self._places.setdefault(index, []).append(place)
+        self._num_places = len(indices)
+        self._num_written = 0
+        self._convert = PictureConverter(file.time_base)
+        self._pixels: npt.NDArray[np.uint8] | None = None
+
+    def offer(self, number: int, picture: Any) -> None:
+        """Write the picture where its number was asked for."""
+        places = self._places.get(number)
+        if places is None:
+            return
+        # A picture may be larger than its file's header says.
+        check_pixels(picture.width, picture.height)
+        rgb = self._convert(picture)
+        height, width, _ = rgb.shape
+        if self._pixels is None:
+            check_decode_bytes(self._num_places, height, width)
+            self._pixels = np.empty((self._num_places, height, width, 3), dtype=np.uint8)
+        if self._pixels.shape[1:3] != (height, width):
+            raise RefusedVideoError(
+                f"all frames of a video must have one size, got {width}x{height} after "
+                f"{self._pixels.shape[2]}x{self._pixels.shape[1]}: encode it anew"
+            )
+        for place in places:
+            # Numpy lets other threads run while it copies to one place, not to some of many.
+            self._pixels[place] = rgb
+        self._num_written += len(places)
+
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """The frames, or none unless all were written."""
+        if self._pixels is None or self._num_written < self._num_places:
+            return np.empty((0, 0, 0, 3), dtype=np.uint8)
+        return self._pixels

@@ -1,0 +1,86 @@
+"""A decoded picture as the ffmpeg command shows it: RGB, upright."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from math import atan2, degrees, hypot
+from typing import Any
+
+import av.filter
+import numpy as np
+import numpy.typing as npt
+from av.sidedata.sidedata import Type as SideDataType
+
+_TURNS_TOLERANCE = 1.0
+
+
+class PictureConverter:
+    """Converts the pictures of one video, by the filters that the ffmpeg command uses.
+
+    FFmpeg's scaler refuses some pictures without these filters, interlaced ones for example.
+    """
+
+    def __init__(self, time_base: Fraction) -> None:
+        self._time_base = time_base
+        self._made_for: tuple[object, ...] | None = None
+        self._graph: Any = None
+
+    def __call__(self, picture: Any) -> npt.NDArray[np.uint8]:
+        """RGB (height, width, 3), valid until the next call."""
+        turns = upright_filters(_display_matrix(picture))
+        made_for = (picture.width, picture.height, picture.format.name, turns)
+        if made_for != self._made_for:
+            self._graph = self._make_graph(picture, turns)
+            self._made_for = made_for
+        self._graph.vpush(picture)
+        rgb = self._graph.vpull()
+        plane = rgb.planes[0]
+        rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+        return rows[: rgb.height, : rgb.width * 3].reshape(rgb.height, rgb.width, 3)
+
+    def _make_graph(self, picture: Any, turns: tuple[tuple[str, str], ...]) -> Any:
+        graph = av.filter.Graph()
+        graph.threads = 1
+        source = graph.add_buffer(
+            width=picture.width,
+            height=picture.height,
+            format=picture.format,
+            time_base=self._time_base,
+        )
+        nodes = [source, *(graph.add(name, options) for name, options in turns)]
+        nodes += [graph.add("scale", "flags=bicubic"), graph.add("format", "rgb24")]
+        graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+        return graph
+
+
+def upright_filters(matrix: tuple[int, ...] | None) -> tuple[tuple[str, str], ...]:
+    """FFmpeg's filters, with their options, that turn a picture as its display matrix asks.
+
+    As the ffmpeg command's autorotation does.
+
+    Args:
+        matrix: nine numbers, rows first, in 16.16 fixed point (the last column in 2.30).
+    """
+    if matrix is None:
+        return ()
+    widths = hypot(matrix[0], matrix[3]), hypot(matrix[1], matrix[4])
+    if 0 in widths:
+        return ()
+    angle = degrees(atan2(matrix[1] / widths[1], matrix[0] / widths[0])) % 360
+    turns = round(angle / 90) % 4
+    if abs((angle - 90 * turns + 180) % 360 - 180) >= _TURNS_TOLERANCE:
+        return (("rotate", f"angle={round(angle)}*PI/180"),)
+    if turns == 1:
+        return (("transpose", "dir=cclock_flip" if matrix[3] > 0 else "dir=clock"),)
+    if turns == 3:
+        return (("transpose", "dir=clock_flip" if matrix[3] < 0 else "dir=cclock"),)
+    if turns == 2:
+        flips = (("hflip", ""),) if matrix[0] < 0 else ()
+        return flips + ((("vflip", ""),) if matrix[4] < 0 else ())
+    return (("vflip", ""),) if matrix[4] < 0 else ()
+
+
+def _display_matrix(picture: Any) -> tuple[int, ...] | None:
+    data = picture.side_data.get(SideDataType.DISPLAYMATRIX)
+    return None if data is None else struct.unpack("=9i", bytes(data)[:36])
