@@ -1,4 +1,4 @@
-"""How many video tokens are kept: the ratio's rules, and the one place that turns it into K.
+"""How many video tokens are kept: the rules of ratio and budget, and the one place that gives K.
 
 Standard library only. Everything downstream carries K as an integer; nothing computes it again
 from a float.
@@ -6,6 +6,7 @@ from a float.
 
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -14,8 +15,11 @@ from typing import Any
 
 RETENTION_RATIO = "retention_ratio"
 """Key of the ratio in a request's body and in vLLM's ``mm_processor_kwargs``."""
+MAX_RETAINED_VIDEO_TOKENS = "max_retained_video_tokens"
+"""The same of the budget: most tokens that the videos of a request keep together."""
 RETENTION = "retention"
-"""Our key in vLLM's ``media_io_kwargs``: a mapping with the two below, of one HTTP request."""
+"""Our key in vLLM's ``media_io_kwargs``: a mapping with the ones here, of one HTTP request. In the
+options of a request's processor: its :class:`RetainedCounts`."""
 RETENTION_REPORT = "retention_report"
 """Key of the request's :class:`RetentionReport`."""
 
@@ -94,6 +98,147 @@ def _out_of_range(ratio: object) -> str:
     )
 
 
+def check_token_budget(budget: object) -> int:
+    """Return the budget if it is an integer of at least 1.
+
+    Raises:
+        TypeError: not an integer (a bool, a float or a string is not one).
+        ValueError: below 1.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be an integer of at least 1, the most tokens that "
+            f"all videos keep together, got {_shown(budget)}"
+        )
+    if budget < 1:
+        raise ValueError(
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be at least 1, got {_shown(budget)}: it is the most "
+            f"tokens that all videos keep together; send {RETENTION_RATIO} to keep a fraction"
+        )
+    return budget
+
+
+class BudgetTooSmallError(ValueError):
+    """A request's videos cannot be kept in its budget."""
+
+
+@dataclass(frozen=True)
+class RetainedCounts:
+    """Tokens of a request's videos before and after compression."""
+
+    num_tokens: tuple[int | None, ...]
+    """N of each, None for a video that a client names by its id in the cache."""
+    num_retained: tuple[int | None, ...]
+    """K of each, None likewise."""
+    ratio: float
+    """In force: the ratio asked for, or the fraction that the budget leaves."""
+    is_budgeted: bool = False
+    """Whether the budget decided."""
+
+    def at(self, indices: Sequence[int]) -> "RetainedCounts":
+        """Return the counts of some of the videos."""
+        return RetainedCounts(
+            tuple(self.num_tokens[index] for index in indices),
+            tuple(self.num_retained[index] for index in indices),
+            self.ratio,
+            self.is_budgeted,
+        )
+
+
+def count_retained(
+    num_tokens: Sequence[int | None],
+    ratio: float,
+    budget: int | None = None,
+    min_ratio: float = 0.0,
+) -> RetainedCounts:
+    """Return K of each video of a request.
+
+    The ratio's K are kept unless they are more than the budget together. Then the videos keep
+    exactly the budget: it is shared out in proportion to their lengths by largest remainders, each
+    video with no more than the ratio and no less than the minimum ratio keep of it.
+
+    Args:
+        num_tokens: N of each video, None for one whose length is not known.
+        ratio: fraction kept, 0 < ratio <= 1.
+        budget: most tokens that all videos keep together, None for no limit.
+        min_ratio: of the operator, at most ``ratio``. At 0 the least is one token a video.
+
+    Raises:
+        BudgetTooSmallError: the least that the videos must keep is more than the budget, or the
+            length of one of them is not known.
+    """
+    by_ratio = tuple(
+        None if count is None else num_retained_tokens(count, ratio) for count in num_tokens
+    )
+    if budget is None:
+        return RetainedCounts(tuple(num_tokens), by_ratio, ratio)
+    known = [count for count in num_tokens if count is not None]
+    if len(known) < len(num_tokens):
+        raise BudgetTooSmallError(
+            f"{MAX_RETAINED_VIDEO_TOKENS} is shared out by the videos' lengths, but video "
+            f"{list(num_tokens).index(None)} is named by its uuid alone: send its data too"
+        )
+    most = [count for count in by_ratio if count is not None]
+    if sum(most) <= budget:
+        return RetainedCounts(tuple(num_tokens), by_ratio, ratio)
+    least = [num_retained_tokens(count, min_ratio) if min_ratio else 1 for count in known]
+    if sum(least) > budget:
+        raise BudgetTooSmallError(
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be at least {sum(least)} for {_described(known)} on "
+            f"this server, got {_shown(budget)}: ask for {sum(least)} or more, send fewer frames, "
+            "or have the operator lower --min-retention-ratio"
+        )
+    shares = tuple(shared_out(budget, known, least, most))
+    return RetainedCounts(tuple(num_tokens), shares, budget / sum(known), is_budgeted=True)
+
+
+def _described(counts: Sequence[int]) -> str:
+    videos = "a video" if len(counts) == 1 else f"{len(counts)} videos"
+    return f"{videos} of {sum(counts)} tokens"
+
+
+def shared_out(
+    total: int, weights: Sequence[int], least: Sequence[int], most: Sequence[int]
+) -> list[int]:
+    """Return integers in proportion to their weights, within bounds, whose sum is the total.
+
+    The exact shares are ``clamp(factor * weight, least, most)``, with the one factor that makes
+    their sum the total. They are rounded by largest remainders, of equal ones the first up.
+
+    Args:
+        total: between the sums of the bounds.
+        weights: each at least 1.
+        least: lower bound of each share.
+        most: upper bound of each share.
+    """
+    shares = [0] * len(weights)
+    free = list(range(len(weights)))
+    while free:
+        # The factor is total / scale for those that are free, all in integers.
+        scale = sum(weights[index] for index in free)
+        below = {i: least[i] * scale - total * weights[i] for i in free}
+        above = {i: total * weights[i] - most[i] * scale for i in free}
+        missing = sum(gap for gap in below.values() if gap > 0)
+        excess = sum(gap for gap in above.values() if gap > 0)
+        if not missing and not excess:
+            break
+        # Bounds of the larger side hold for good: the factor moves towards the other.
+        gaps, bounds = (below, least) if missing >= excess else (above, most)
+        for index in [index for index in free if gaps[index] > 0]:
+            shares[index] = bounds[index]
+            total -= bounds[index]
+            free.remove(index)
+    if not free:
+        return shares
+    for index in free:
+        shares[index] = total * weights[index] // scale
+    left = total - sum(shares[index] for index in free)
+    by_remainder = sorted(free, key=lambda index: -(total * weights[index] % scale))
+    for index in by_remainder[:left]:
+        shares[index] += 1
+    return shares
+
+
 @dataclass
 class RetentionReport:
     """What compression did to one request's videos; filled by the processor, read by the server."""
@@ -104,6 +249,8 @@ class RetentionReport:
     """Tokens of each video before compression."""
     num_retained: list[int] = field(default_factory=list)
     """Tokens of each video after compression."""
+    max_retained: int | None = None
+    """Budget in force for all of them, None for none."""
 
     def add(self, ratio: float, num_tokens: int, num_retained: int) -> None:
         """Record one video."""
@@ -118,8 +265,10 @@ class RetentionReport:
         """Return the response's ``video_compression`` object, None if there was no video."""
         if self.retention_ratio is None:
             return None
+        budget = {} if self.max_retained is None else {MAX_RETAINED_VIDEO_TOKENS: self.max_retained}
         return {
             "retention_ratio": self.retention_ratio,
             "num_video_tokens": sum(self.num_tokens),
             "num_retained_video_tokens": sum(self.num_retained),
+            **budget,
         }

@@ -10,7 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.retention import (
+    MAX_RETAINED_VIDEO_TOKENS,
+    RETENTION,
+    RETENTION_RATIO,
+    check_retention_ratio,
+    check_token_budget,
+)
 
 VIDEO_LOADER = "pyav"
 """Name of our video loader, for ``VLLM_VIDEO_LOADER_BACKEND``."""
@@ -92,6 +98,8 @@ class RetentionPolicy:
     max_video_tokens: int = DEFAULT_MAX_VIDEO_TOKENS
     """Most tokens of a video that is compressed, N. All of them are in the GPU's memory at once,
     however few are kept; what is not compressed is bounded by the model's length."""
+    default_budget: int | None = None
+    """Most tokens that the videos of a request keep together where it names no budget."""
 
     def __post_init__(self) -> None:
         limit = self.max_video_tokens
@@ -101,6 +109,8 @@ class RetentionPolicy:
             raise ValueError(f"{MAX_VIDEO_TOKENS} must be at least 1, got {limit}")
         check_retention_ratio(self.min_ratio)
         check_retention_ratio(self.default_ratio, minimum=self.min_ratio)
+        if self.default_budget is not None:
+            check_token_budget(self.default_budget)
 
     @classmethod
     def from_mm_processor_kwargs(cls, kwargs: Mapping[str, object] | None) -> RetentionPolicy:
@@ -116,7 +126,8 @@ class RetentionPolicy:
         ratio = check_retention_ratio(kwargs.get(RETENTION_RATIO, DEFAULT_RETENTION_RATIO))
         method = kwargs.get(VIDEO_COMPRESSION, DEFAULT_VIDEO_COMPRESSION)
         limit = kwargs.get(MAX_VIDEO_TOKENS, DEFAULT_MAX_VIDEO_TOKENS)
-        return cls(ratio, min_ratio, str(method), limit)  # type: ignore[arg-type]
+        budget = kwargs.get(MAX_RETAINED_VIDEO_TOKENS)
+        return cls(ratio, min_ratio, str(method), limit, budget)  # type: ignore[arg-type]
 
     def check_num_tokens(self, num_tokens: int, ratio: float) -> None:
         """Raise ValueError if a video of N tokens is too long to be compressed to the ratio."""
@@ -133,12 +144,18 @@ class RetentionPolicy:
             return self.default_ratio
         return check_retention_ratio(requested, minimum=self.min_ratio)
 
+    def resolve_budget(self, requested: object | None) -> int | None:
+        """Return the budget in force for a request: its own, checked, or the default."""
+        return self.default_budget if requested is None else check_token_budget(requested)
+
 
 _KEY_SIMILARITY = 0.85
 
-OWN_KEYS = frozenset(
+REQUEST_KEYS = frozenset({RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS})
+"""Of our keys those that a request may name too."""
+
+OWN_KEYS = REQUEST_KEYS | frozenset(
     {
-        RETENTION_RATIO,
         MIN_RETENTION_RATIO,
         VIDEO_COMPRESSION,
         MAX_VIDEO_TOKENS,
@@ -180,4 +197,4 @@ def check_keys(
 
 def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return the kwargs that belong to the Hugging Face processor, ours taken out."""
-    return {key: value for key, value in kwargs.items() if key not in OWN_KEYS}
+    return {key: value for key, value in kwargs.items() if key not in OWN_KEYS and key != RETENTION}

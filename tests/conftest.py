@@ -132,6 +132,7 @@ def server(servers: OneServer) -> Server:
 DEFAULT_RATIO = 0.3
 MIN_RATIO = 0.05
 MAX_TOKENS = 31 * TOKENS_PER_FRAME
+DEFAULT_BUDGET = 33 * TOKENS_PER_FRAME
 """What the operator of ``plugin_server`` chose."""
 
 
@@ -145,6 +146,7 @@ def plugin_server(servers: OneServer) -> Server:
         "retention_ratio": DEFAULT_RATIO,
         "min_retention_ratio": MIN_RATIO,
         "max_video_tokens": MAX_TOKENS,
+        "max_retained_video_tokens": DEFAULT_BUDGET,
         "video_compression": "uniform",
     }
     return servers.get(

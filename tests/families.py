@@ -176,6 +176,8 @@ class Chat:
 
     parts: tuple[Path | str, ...]
     ratio: float | None = None
+    budget: int | None = None
+    """``max_retained_video_tokens``."""
 
 
 def chat(
@@ -194,7 +196,20 @@ def chat(
         "num_tokens": num_tokens,
         "model": str(model),
         "options": options,
-        "chats": [{"message": message(*each.parts), "ratio": each.ratio} for each in chats],
+        "chats": [
+            {
+                "message": message(*each.parts),
+                "kwargs": {
+                    name: value
+                    for name, value in (
+                        ("retention_ratio", each.ratio),
+                        ("max_retained_video_tokens", each.budget),
+                    )
+                    if value is not None
+                },
+            }
+            for each in chats
+        ],
     }
     answers = run_plan(plan, stock=stock)["answers"]
     return [fields if isinstance(fields, str) else _answer(fields) for fields in answers]
@@ -239,8 +254,7 @@ def answer_plan(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer_chat(llm: Any, params: Any, fields: dict[str, Any]) -> dict[str, Any] | str:
-    ratio = fields["ratio"]
-    options = {} if ratio is None else {"mm_processor_kwargs": {"retention_ratio": ratio}}
+    options = {"mm_processor_kwargs": fields["kwargs"]} if fields["kwargs"] else {}
     from vllm.exceptions import VLLMValidationError
 
     try:

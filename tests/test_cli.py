@@ -54,6 +54,22 @@ def test_cache_sizes_reach_the_engine() -> None:
     assert args.mm_processor_kwargs == {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
 
 
+def test_a_default_budget_reaches_the_engine_and_the_line_at_the_start() -> None:
+    args = parse("--default-max-retained-video-tokens", "4000")
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {"max_retained_video_tokens": 4000}
+    assert "4000 video tokens a request at most by default, method" in in_force(args)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "many"])
+def test_a_default_budget_that_is_none_is_a_usage_error(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--default-max-retained-video-tokens", value)
+    assert "--default-max-retained-video-tokens" in capsys.readouterr().err
+
+
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:
     args = parse(*argv)
     args.model_tag = str(model)
@@ -73,6 +89,7 @@ def text_model(tmp_path: Path) -> Path:
         "--default-retention-ratio=0.5",
         "--min-retention-ratio=0.1",
         "--max-video-tokens=9",
+        "--default-max-retained-video-tokens=9",
         "--video-compression=scc",
         "--video-feature-cache-gb=1",
     ],
@@ -247,7 +264,7 @@ def test_serve_help_shows_our_options_with_one_default_each(
     shown = capsys.readouterr().out
     described = re.findall(r"^  (--[a-z-]+).*\n((?: {10,}.*\n)*)", shown, re.MULTILINE)
     texts = {flag: " ".join(text.split()) for flag, text in described}
-    assert len(texts) == 7
+    assert len(texts) == 8
     assert all(text.count("(default: ") == 1 for text in texts.values())
     assert texts["--min-retention-ratio"] == "a request below this is refused (default: 0.01)"
     assert "--help=all" in shown

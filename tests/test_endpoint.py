@@ -24,7 +24,7 @@ from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
 from scissor_vllm.frontend import chat
 from scissor_vllm.frontend.endpoint import RetentionEndpoint
-from scissor_vllm.frontend.guard import misspelt_ratio
+from scissor_vllm.frontend.guard import misspelt_field
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.retention import RetentionReport
 
@@ -205,6 +205,21 @@ def test_a_ratio_that_is_none_is_refused_in_one_short_sentence(
     assert not handler.requests
 
 
+@pytest.mark.parametrize(
+    "budget", [0, -1, 1.5, 2.0, "9", True, [9], {}, -(10**40)], ids=lambda value: str(value)[:8]
+)
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+@pytest.mark.parametrize("messages", [TEXT, VIDEO], ids=["text", "video"])
+def test_a_budget_that_is_none_is_refused_in_one_short_sentence(
+    client: TestClient, handler: Handler, path: str, messages: Any, budget: Any
+) -> None:
+    message = error_of(ask(client, messages, path, max_retained_video_tokens=budget))
+    assert message.startswith("max_retained_video_tokens must be ")
+    assert "got " in message
+    assert len(message) < 300
+    assert not handler.requests
+
+
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999"])
 def test_a_ratio_that_is_no_finite_number_is_refused(client: TestClient, text: str) -> None:
     body = json.dumps({"model": "m", "messages": TEXT, "retention_ratio": 7}).replace("7", text)
@@ -213,16 +228,37 @@ def test_a_ratio_that_is_no_finite_number_is_refused(client: TestClient, text: s
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["retention_ration", "retention-ratio", "retentionRatio", "Retention_Ratio", "retention"],
+    ("name", "right"),
+    [
+        *(
+            (name, "retention_ratio")
+            for name in (
+                "retention_ration",
+                "retention-ratio",
+                "retentionRatio",
+                "Retention_Ratio",
+                "retention",
+            )
+        ),
+        *(
+            (name, "max_retained_video_tokens")
+            for name in (
+                "max_retained_tokens",
+                "maxRetainedVideoTokens",
+                "max_video_tokens",
+                "retained_video_tokens",
+                "max-retained-video-tokens",
+            )
+        ),
+    ],
 )
-def test_a_field_that_is_nearly_the_ratio_is_refused_by_its_name(
-    client: TestClient, name: str
+def test_a_field_that_is_nearly_one_of_ours_is_refused_by_its_name(
+    client: TestClient, name: str, right: str
 ) -> None:
     for path in (CHAT, TOKENIZE, "/v1/chat/completions/batch"):
         message = error_of(ask(client, VIDEO, path, **{name: 0.5}))
         assert message.startswith(f"{name} is not a field")
-        assert "send retention_ratio" in message
+        assert f"send {right}" in message
     nested = error_of(ask(client, VIDEO, extra_body={name: 0.5, "top_k": 1}))
     assert nested.startswith("extra_body is not a field")
 
@@ -237,9 +273,9 @@ MODELS: list[type[BaseModel]] = [
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_no_field_of_vllms_is_taken_for_the_ratio(model: type[BaseModel]) -> None:
+def test_no_field_of_vllms_is_taken_for_one_of_ours(model: type[BaseModel]) -> None:
     fields = dict.fromkeys([*model.model_fields, "my_note", "ratio", "trace_id", "aspect_ratio"])
-    assert misspelt_ratio(fields) is None
+    assert misspelt_field(fields) is None
 
 
 def test_no_route_ignores_a_ratio(app: FastAPI, client: TestClient) -> None:
@@ -251,9 +287,10 @@ def test_no_route_ignores_a_ratio(app: FastAPI, client: TestClient) -> None:
     expected = {"/v1/chat/completions/batch", "/v1/chat/completions/render", "/invocations"}
     assert expected | {"/v1/responses", "/v1/messages", "/v1/completions"} <= paths
     for path in paths - {CHAT, TOKENIZE}:
-        message = error_of(ask(client, VIDEO, path, retention_ratio=0.5))
-        assert message.startswith("retention_ratio is refused: this route"), path
-        assert "send the request to /v1/chat/completions" in message
+        for field, value in (("retention_ratio", 0.5), ("max_retained_video_tokens", 9)):
+            message = error_of(ask(client, VIDEO, path, **dict[str, Any]({field: value})))
+            assert message.startswith(f"{field} is refused: this route"), path
+            assert "send the request to /v1/chat/completions" in message
         # None is no ratio.
         response = ask(client, VIDEO, path, retention_ratio=None)
         assert "retention_ratio is refused" not in response.text, path
@@ -266,6 +303,8 @@ def test_on_a_model_whose_videos_are_not_compressed_a_ratio_is_refused(
     for messages in (VIDEO, UNTYPED):
         message = error_of(ask(client, messages, retention_ratio=0.5))
         assert "for this model" in message
+        message = error_of(ask(client, messages, max_retained_video_tokens=9))
+        assert "must be absent for this model, got 9" in message
         assert ask(client, messages, retention_ratio=1.0).status_code == 200
     assert len(handler.requests) == 2
 

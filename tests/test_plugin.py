@@ -20,7 +20,14 @@ from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend.chat import SWITCH_INTERVAL_SECONDS
 from scissor_vllm.frontend.endpoint import RetentionEndpoint
-from tests.conftest import DEFAULT_RATIO, MAX_TOKENS, MIN_RATIO, NUM_FRAMES, TOKENS_PER_FRAME
+from tests.conftest import (
+    DEFAULT_BUDGET,
+    DEFAULT_RATIO,
+    MAX_TOKENS,
+    MIN_RATIO,
+    NUM_FRAMES,
+    TOKENS_PER_FRAME,
+)
 from tests.engines import SMALL
 from tests.families import Answer, Chat, chat, largest_difference
 from tests.serving import OneServer, Server, same_answer
@@ -51,6 +58,31 @@ def test_the_operators_minimum_is_enforced(plugin_server: Server, clips: dict[st
         )
 
 
+def test_the_operators_budget_applies_where_a_request_names_none(
+    plugin_server: Server, clips: dict[str, Path]
+) -> None:
+    whole = 2 * NUM_FRAMES["tall"] * TOKENS_PER_FRAME
+    videos = (clips["tall"], clips["tall"], "x")
+    assert whole > DEFAULT_BUDGET
+    assert kept(plugin_server.ask(*videos, ratio=1.0))[1] == DEFAULT_BUDGET
+    own = {"max_retained_video_tokens": whole}
+    assert kept(plugin_server.ask(*videos, ratio=1.0, extra_body=own)) == (1.0, whole)
+    # Below the default, the ratio holds.
+    assert kept(plugin_server.ask(*videos, ratio=0.5)) == (0.5, whole // 2)
+
+
+def test_the_least_of_a_budget_follows_the_operators_minimum(
+    plugin_server: Server, clips: dict[str, Path]
+) -> None:
+    counts = [NUM_FRAMES[name] * TOKENS_PER_FRAME for name in ("tall", "twin")]
+    least = sum(num_retained_tokens(count, MIN_RATIO) for count in counts)
+    videos = (clips["tall"], clips["twin"], "x")
+    with pytest.raises(openai.BadRequestError, match=f"must be at least {least} .* {least - 1}"):
+        plugin_server.ask(*videos, extra_body={"max_retained_video_tokens": least - 1})
+    answer = plugin_server.ask(*videos, extra_body={"max_retained_video_tokens": least})
+    assert kept(answer)[1] == least
+
+
 def test_a_video_of_more_tokens_than_the_operator_allows_is_served_whole_or_refused(
     plugin_server: Server, clips: dict[str, Path]
 ) -> None:
@@ -72,6 +104,8 @@ def test_trusted_clients_may_name_the_ratio_among_processor_options(
     assert same_answer(by_options, by_field)
     both = plugin_server.ask(clips["tall"], "x", ratio=0.4, extra_body=options)
     assert kept(both)[0] == 0.4
+    budget = {"mm_processor_kwargs": {"max_retained_video_tokens": 137}}
+    assert kept(plugin_server.ask(clips["tall"], "x", ratio=1.0, extra_body=budget))[1] == 137
 
 
 def test_settings_of_the_server_are_no_clients_to_change(
@@ -157,6 +191,8 @@ def offline(engines: None, clips: dict[str, Path], resaved_model: Path) -> dict[
         "default": Chat(video),
         "picture": Chat(("Hello", clips["picture"])),
         "error": Chat(video, 1.5),
+        "budget": Chat(video, budget=99),
+        "wrong budget": Chat(video, budget=0),
     }
     options: dict[str, Any] = {"max_model_len": 8192, "max_num_batched_tokens": 8192}
     return dict(zip(chats, chat(resaved_model, list(chats.values()), **options), strict=True))
@@ -169,6 +205,13 @@ def test_offline_chat_takes_the_ratio(offline: dict[str, Any]) -> None:
     # The second found its prefix in the cache: computed in other shapes, it rounds otherwise.
     assert largest_difference(offline["default"], offline["1.0"]) < 1e-4
     assert "retention_ratio must be" in offline["error"]
+
+
+def test_offline_chat_takes_the_budget(offline: dict[str, Any]) -> None:
+    num_tokens = NUM_FRAMES["tall"] * TOKENS_PER_FRAME
+    saved = offline["1.0"].num_prompt_tokens - offline["budget"].num_prompt_tokens
+    assert saved == num_tokens - 99
+    assert "max_retained_video_tokens must be at least 1, got 0" in offline["wrong budget"]
 
 
 SCRIPT = """

@@ -1,6 +1,7 @@
 """num_retained_tokens: how many tokens a retention ratio keeps."""
 
 import math
+import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scissor_vllm import num_retained_tokens
+from scissor_vllm.retention import BudgetTooSmallError, count_retained, shared_out
 from scissor_vllm.settings import RetentionPolicy
 
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)
@@ -149,3 +151,109 @@ def test_the_limit_of_video_tokens_is_of_what_is_compressed() -> None:
     policy.check_num_tokens(101, 1.0)
     with pytest.raises(ValueError, match=r"100 tokens before compression.*got 101"):
         policy.check_num_tokens(101, 0.99)
+
+
+# The budget.
+
+
+@st.composite
+def shared(draw: st.DrawFn) -> tuple[int, list[int], list[int], list[int]]:
+    """Total, weights and bounds."""
+    bounds = st.lists(st.integers(1, 60), min_size=3, max_size=3)
+    rows = draw(st.lists(bounds, min_size=1, max_size=7))
+    weights = [row[0] for row in rows]
+    least, most = [min(row[1:]) for row in rows], [max(row[1:]) for row in rows]
+    return draw(st.integers(sum(least), sum(most))), weights, least, most
+
+
+def exact_shares(
+    total: int, weights: list[int], least: list[int], most: list[int]
+) -> list[Fraction]:
+    """Return clamp(factor * weight) for the factor that gives the total, by trying every piece."""
+
+    def at(factor: Fraction) -> list[Fraction]:
+        rows = zip(weights, least, most, strict=True)
+        return [min(max(factor * w, Fraction(low)), Fraction(high)) for w, low, high in rows]
+
+    rows = list(zip(weights, least, most, strict=True))
+    corners = sorted({Fraction(bound, w) for w, *bounds in rows for bound in bounds})
+    for left, right in zip([Fraction(0), *corners], [*corners, corners[-1]], strict=True):
+        low, high = sum(at(left)), sum(at(right))
+        if low <= total <= high:
+            share = 0 if high == low else (total - low) / (high - low)
+            return at(left + (right - left) * share)
+    raise AssertionError("the total is outside of the bounds")
+
+
+@given(shared())
+def test_shares_are_the_exact_ones_rounded_by_largest_remainders(
+    case: tuple[int, list[int], list[int], list[int]],
+) -> None:
+    total, weights, least, most = case
+    exact = exact_shares(*case)
+    expected = [math.floor(share) for share in exact]
+    order = sorted(range(len(exact)), key=lambda i: -(exact[i] - expected[i]))
+    for index in order[: total - sum(expected)]:
+        expected[index] += 1
+    found = shared_out(total, weights, least, most)
+    assert found == expected
+    assert sum(found) == total
+    assert all(low <= k <= high for low, k, high in zip(least, found, most, strict=True))
+
+
+def test_a_thousand_videos_are_shared_out_at_once() -> None:
+    weights = [1 + 37 * i % 4096 for i in range(1000)]
+    most = [num_retained_tokens(weight, 0.9) for weight in weights]
+    begin = time.perf_counter()
+    for total in (1000, 1001, sum(most) // 3, sum(most) - 1):
+        assert sum(shared_out(total, weights, [1] * 1000, most)) == total
+    assert time.perf_counter() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "ratio", "budget", "expected"),
+    [
+        ([100], 1.0, 30, [30]),
+        ([100, 50], 1.0, 30, [20, 10]),
+        ([100, 100, 100], 1.0, 10, [4, 3, 3]),
+        ([1000, 1, 1], 1.0, 12, [10, 1, 1]),
+        ([100, 1, 1], 0.1, 11, [9, 1, 1]),
+        ([100, 50], 0.1, 15, [10, 5]),
+        ([100, 50], 0.1, 14, [9, 5]),
+        ([100, 50], 0.1, 10**40, [10, 5]),
+    ],
+)
+def test_a_budget_is_shared_out_by_lengths(
+    num_tokens: list[int], ratio: float, budget: int, expected: list[int]
+) -> None:
+    counts = count_retained(num_tokens, ratio, budget, min_ratio=0.01)
+    assert list(counts.num_retained) == expected
+    by_ratio = [num_retained_tokens(count, ratio) for count in num_tokens]
+    assert counts.is_budgeted == (sum(by_ratio) > budget)
+    assert counts.ratio == (budget / sum(num_tokens) if counts.is_budgeted else ratio)
+
+
+@given(
+    num_tokens=st.lists(st.integers(1, 5000), min_size=1, max_size=6),
+    budget=st.integers(1, 20000),
+    ratio=st.floats(0.05, 1),
+)
+def test_no_video_keeps_more_than_the_ratio_or_less_than_the_minimum(
+    num_tokens: list[int], budget: int, ratio: float
+) -> None:
+    least = [num_retained_tokens(count, 0.05) for count in num_tokens]
+    most = [num_retained_tokens(count, ratio) for count in num_tokens]
+    if budget < min(sum(least), sum(most)):
+        with pytest.raises(BudgetTooSmallError, match=f"at least {sum(least)} .* got {budget}:"):
+            count_retained(num_tokens, ratio, budget, min_ratio=0.05)
+        return
+    counts = count_retained(num_tokens, ratio, budget, min_ratio=0.05)
+    kept = [k for k in counts.num_retained if k is not None]
+    assert sum(kept) == min(budget, sum(most))
+    assert all(low <= k <= high for low, k, high in zip(least, kept, most, strict=True))
+
+
+def test_a_video_of_unknown_length_has_no_share() -> None:
+    assert count_retained([None, 30], 0.1).num_retained == (None, 3)
+    with pytest.raises(BudgetTooSmallError, match="video 1 is named by its uuid alone"):
+        count_retained([30, None], 0.1, 9)

@@ -92,15 +92,102 @@ def test_the_ratio_applies_to_every_video_and_to_nothing_else(
     assert answer.video_compression["num_retained_video_tokens"] == sum(kept)
 
 
+def budgeted(server: Server, *parts: Path | str, budget: int, **options: Any) -> Any:
+    return server.ask(*parts, extra_body={"max_retained_video_tokens": budget}, **options)
+
+
+@pytest.mark.parametrize("names", [("tall",), ("tall", "short"), ("long", "one", "short")])
+def test_a_requests_videos_together_keep_exactly_its_budget(
+    server: Server, clips: dict[str, Path], names: tuple[str, ...]
+) -> None:
+    videos = tuple(clips[name] for name in names)
+    total = sum(map(num_video_tokens, names))
+    text_only = server.ask("What?").usage.prompt_tokens
+    for budget in (total // 100 + len(names), 137, total - 1):
+        # Again, the videos are found in the cache.
+        for _ in range(2):
+            answer = budgeted(server, *videos, "What?", budget=budget)
+            assert answer.usage.prompt_tokens == text_only + budget + len(names)
+            assert answer.video_compression == {
+                "retention_ratio": budget / total,
+                "num_video_tokens": total,
+                "num_retained_video_tokens": budget,
+                "max_retained_video_tokens": budget,
+            }
+    for budget in (total, 10**9):
+        answer = budgeted(server, *videos, "What?", budget=budget)
+        assert answer.video_compression["num_retained_video_tokens"] == total
+        assert answer.video_compression["retention_ratio"] == 1.0
+
+
+def test_of_a_ratio_and_a_budget_the_smaller_holds(server: Server, clips: dict[str, Path]) -> None:
+    videos = (clips["tall"], clips["webm"])
+    by_ratio = sum(num_retained_tokens(num_video_tokens(name), 0.2) for name in ("tall", "webm"))
+    for budget, expected in ((by_ratio - 1, by_ratio - 1), (by_ratio, by_ratio), (9999, by_ratio)):
+        answer = budgeted(server, *videos, "x", ratio=0.2, budget=budget)
+        assert answer.video_compression["num_retained_video_tokens"] == expected
+        assert (answer.video_compression["retention_ratio"] == 0.2) == (budget >= by_ratio)
+
+
+def test_a_video_of_one_k_by_ratio_and_by_budget_answers_alike(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    num_retained = num_retained_tokens(num_video_tokens("tall"), 0.15)
+    by_ratio = server.ask(clips["tall"], "Alike?", ratio=0.15)
+    by_budget = budgeted(server, clips["tall"], "Alike?", budget=num_retained)
+    assert same_answer(by_ratio, by_budget)
+
+
+def test_a_budget_below_the_least_is_refused_with_the_least(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    least = sum(num_retained_tokens(num_video_tokens(name), 0.01) for name in ("tall", "one"))
+    videos = (clips["tall"], clips["one"])
+    rule = f"at least {least} for 2 videos of {21 * TOKENS_PER_FRAME} tokens .* got {least - 1}"
+    with pytest.raises(openai.BadRequestError, match=rule) as refused:
+        budgeted(server, *videos, "x", budget=least - 1)
+    assert refused.value.param == "max_retained_video_tokens"
+    answer = budgeted(server, *videos, "x", budget=least)
+    assert answer.video_compression["num_retained_video_tokens"] == least
+
+
+def test_a_budget_with_a_video_that_is_named_alone_asks_for_its_data(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    named = message(clips["short"], "Once more?")
+    named["content"][0].update(video_url=None, uuid="another-clip")
+    body = {"model": "demo", "messages": [named], "max_retained_video_tokens": 50}
+    status, content = server.post("/v1/chat/completions", json.dumps(body).encode())
+    assert status == 400
+    assert "video 0 is named by its uuid alone: send its data" in str(content)
+
+
+def test_requests_of_different_budgets_at_the_same_time_answer_as_alone(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    jobs = [(pair, budget) for pair in (("tall", "short"), ("webm", "tall")) for budget in (90, 91)]
+
+    def ask(job: tuple[tuple[str, str], int], salt: str) -> Any:
+        names, budget = job
+        body = {"max_retained_video_tokens": budget, "cache_salt": salt}
+        return server.ask(*(clips[name] for name in names), "Budget?", extra_body=body)
+
+    alone = [ask(job, "alone") for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(lambda job: ask(job, "together"), jobs))
+    for job, one, other in zip(jobs, alone, together, strict=True):
+        assert one.video_compression["num_retained_video_tokens"] == job[1]
+        assert same_answer(one, other), (job, steps(one), steps(other))
+
+
 def test_tokenize_counts_the_prompt_of_a_chat_with_the_same_ratio(
     server: Server, clips: dict[str, Path]
 ) -> None:
-    for ratio in (None, 1.0, 0.1):
+    budget = {"max_retained_video_tokens": 77}
+    for fields in ({}, {"retention_ratio": 1.0}, {"retention_ratio": 0.1}, budget):
         body: dict[str, Any] = {"model": "demo", "messages": [message(clips["tall"], "Why?")]}
-        if ratio is not None:
-            body["retention_ratio"] = ratio
-        status, content = server.post("/tokenize", json.dumps(body).encode())
-        answer = server.ask(clips["tall"], "Why?", ratio=ratio)
+        status, content = server.post("/tokenize", json.dumps({**body, **fields}).encode())
+        answer = server.ask(clips["tall"], "Why?", extra_body=fields)
         assert status == 200
         assert json.loads(content)["count"] == answer.usage.prompt_tokens
     status, content = server.post("/tokenize", b'{"model": "demo", "prompt": "abc"}')
@@ -172,9 +259,10 @@ def test_the_openapi_document_shows_the_field(server: Server) -> None:
         schema = json.dumps(content["application/json"]["schema"])
         names = [part.split('"')[0] for part in schema.split("#/components/schemas/")[1:]]
         fields = [document["components"]["schemas"][name]["properties"] for name in names]
-        found = [each["retention_ratio"] for each in fields if "retention_ratio" in each]
+        found = [each for each in fields if "retention_ratio" in each]
         assert found, path
-        assert "at most 1" in found[0]["description"]
+        assert "at most 1" in found[0]["retention_ratio"]["description"]
+        assert found[0]["max_retained_video_tokens"]["anyOf"][0]["minimum"] == 1
 
 
 # What the server tells of itself.
@@ -215,7 +303,15 @@ def test_metrics_tell_the_time_of_each_stage_of_a_video(
     assert 0 < seconds < 60
 
 
-REASONS = ("invalid_ratio", "ratio_below_minimum", "unreadable_video", "prompt_too_long", "other")
+REASONS = (
+    "invalid_ratio",
+    "ratio_below_minimum",
+    "invalid_budget",
+    "budget_too_small",
+    "unreadable_video",
+    "prompt_too_long",
+    "other",
+)
 OUTCOMES = ("answered", "refused", "aborted", "failed")
 
 VALUES = (
@@ -286,6 +382,8 @@ def test_metrics_tell_why_requests_were_refused(
         ((clips["one"], "x"), {"ratio": 0.001}),
         (("no video",), {"ratio": 0.001}),
         ((broken, "x"), {"ratio": 0.5}),
+        ((clips["one"], "x"), {"extra_body": {"max_retained_video_tokens": 0}}),
+        ((clips["one"], clips["one"], "x"), {"extra_body": {"max_retained_video_tokens": 1}}),
         ((*[clips["long"]] * 6, "x"), {}),
         ((*[clips["long"]] * 6, "x"), {"stream": True, "logprobs": None, "top_logprobs": None}),
         ((clips["one"], "x"), {"model": "another"}),
@@ -295,9 +393,11 @@ def test_metrics_tell_why_requests_were_refused(
         with pytest.raises(openai.APIStatusError):
             server.ask(*parts, **options)  # type: ignore[arg-type]
     assert counted_since(server, before) == {
-        "refused": 7,
+        "refused": 9,
         "invalid_ratio": 2,
         "ratio_below_minimum": 2,
+        "invalid_budget": 1,
+        "budget_too_small": 1,
         "unreadable_video": 1,
         "prompt_too_long": 2,
         "other": 2,

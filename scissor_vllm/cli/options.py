@@ -6,7 +6,12 @@ import argparse
 from typing import Any
 
 from scissor_vllm.cpus import num_cpus
-from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.retention import (
+    MAX_RETAINED_VIDEO_TOKENS,
+    RETENTION_RATIO,
+    check_retention_ratio,
+    check_token_budget,
+)
 from scissor_vllm.settings import (
     DEFAULT_FEATURE_CACHE_GB,
     DEFAULT_FRAME_CACHE_GB,
@@ -55,6 +60,14 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         type=_ratio,
         default=None,
         help=f"a request below this is refused (default: {DEFAULT_MIN_RETENTION_RATIO})",
+    )
+    group.add_argument(
+        "--default-max-retained-video-tokens",
+        metavar="TOKENS",
+        type=_budget,
+        default=None,
+        help="most tokens that the videos of a request keep together where it names no "
+        "max_retained_video_tokens, shared out by their lengths (default: no limit)",
     )
     group.add_argument(
         "--max-video-tokens",
@@ -109,6 +122,13 @@ def _ratio(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _budget(text: str) -> int:
+    try:
+        return check_token_budget(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def print_help() -> None:
     """Print our options; vLLM prints its own."""
     _own_parser().print_help()
@@ -150,6 +170,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
     own = {
         RETENTION_RATIO: args.default_retention_ratio,
         MIN_RETENTION_RATIO: args.min_retention_ratio,
+        MAX_RETAINED_VIDEO_TOKENS: args.default_max_retained_video_tokens,
         MAX_VIDEO_TOKENS: args.max_video_tokens,
         VIDEO_COMPRESSION: args.video_compression,
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
@@ -199,11 +220,14 @@ def in_force(args: argparse.Namespace) -> str:
     policy = RetentionPolicy.from_mm_processor_kwargs(kwargs)
     sizes = CacheSizes.of(kwargs, args.mm_processor_cache_gb)
     num_servers = args.api_server_count or 1
+    budget = ""
+    if policy.default_budget is not None:
+        budget = f", {policy.default_budget} video tokens a request at most by default"
     line = (
         f"scissor_vllm: retention ratio {policy.default_ratio} by default and "
-        f"{policy.min_ratio} at least, method {policy.method}, caches of {sizes.frames / 2**30:g} "
-        f"GiB for frames and {sizes.features / 2**30:g} GiB for features, API servers "
-        f"{num_servers}"
+        f"{policy.min_ratio} at least{budget}, method {policy.method}, caches of "
+        f"{sizes.frames / 2**30:g} GiB for frames and {sizes.features / 2**30:g} GiB for "
+        f"features, API servers {num_servers}"
     )
     if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
         line += " (--api-server-count 2 prepares more videos at once, with a cache in each)"

@@ -1,7 +1,7 @@
-"""``retention_ratio`` on chat/completions and tokenize, and what came of it.
+"""Our fields on chat/completions and tokenize, and what came of them.
 
 The routes replace vLLM's of the same path and call the same handlers. A request with neither a
-video nor a ratio goes straight to vLLM's.
+video nor one of our fields goes straight to vLLM's.
 """
 
 import json
@@ -18,7 +18,8 @@ from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 
-from scissor_vllm.frontend.guard import CHAT_PATH, misspelt_ratio
+from scissor_vllm.frontend.checks import check_request
+from scissor_vllm.frontend.guard import CHAT_PATH
 from scissor_vllm.frontend.outcome import Chat, count_malformed
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.frontend.refusal import RefusedRequestError
@@ -28,13 +29,9 @@ from scissor_vllm.frontend.request import (
     RetentionTokenizeChatRequest,
 )
 from scissor_vllm.frontend.tracing import begin_span
-from scissor_vllm.metrics import Reason, begin_requests_at_zero, count_refusal
+from scissor_vllm.metrics import begin_requests_at_zero, count_refusal
 from scissor_vllm.models import MODELS
-from scissor_vllm.retention import (
-    RETENTION_RATIO,
-    RetentionReport,
-    check_retention_ratio,
-)
+from scissor_vllm.retention import RetentionReport
 from scissor_vllm.settings import RetentionPolicy, check_keys
 
 SWITCH_INTERVAL_SECONDS = 0.0005
@@ -123,7 +120,7 @@ async def create_chat_completion(
     """Answer a chat. Beside ``usage``, ``video_compression`` tells what reached the model."""
     if request.has_video:
         return await _answer_video(request, raw_request)
-    if request.names_ratio:
+    if request.names_fields:
         try:
             check_request(request, raw_request.app.state)
         except RefusedRequestError as error:
@@ -158,43 +155,11 @@ async def tokenize(
     """Return the tokens of the prompt that a chat with the same ratio would have."""
     if not isinstance(request, RetentionRequest):
         return await tokenize_router.tokenize(request, raw_request)
-    if request.names_ratio:
+    if request.names_fields:
         check_request(request, raw_request.app.state)
     if request.has_video:
         request.begin_report()
     return await tokenize_router.tokenize(request, raw_request)
-
-
-def check_request(request: Any, state: State) -> None:
-    """Check a request's ratio against what the server allows and its model can.
-
-    Raises:
-        RefusedRequestError: no ratio in (0, 1], below the operator's minimum, under another name,
-            or the model's videos are not compressed. vLLM answers it with 400.
-    """
-    if misspelt := misspelt_ratio(request.model_extra or {}):
-        raise RefusedRequestError(misspelt, reason=Reason.INVALID_RATIO)
-    if request.retention_ratio is None:
-        return
-    try:
-        check_retention_ratio(request.retention_ratio)
-    except (TypeError, ValueError) as error:
-        raise _refused_ratio(error, Reason.INVALID_RATIO) from error
-    try:
-        ratio = state.retention_policy.resolve(request.retention_ratio)
-    except ValueError as error:
-        raise _refused_ratio(error, Reason.RATIO_BELOW_MINIMUM) from error
-    if ratio != 1.0 and not state.compresses_video and request.has_video:
-        raise RefusedRequestError(
-            f"{RETENTION_RATIO} must be 1.0 or absent for this model, got {ratio}: videos are "
-            f"compressed for {', '.join(MODELS)} only",
-            parameter=RETENTION_RATIO,
-            reason=Reason.UNSUPPORTED_MODEL,
-        )
-
-
-def _refused_ratio(error: Exception, reason: Reason) -> RefusedRequestError:
-    return RefusedRequestError(str(error), parameter=RETENTION_RATIO, reason=reason)
 
 
 def _beside_usage(body: bytes, report: RetentionReport) -> bytes:

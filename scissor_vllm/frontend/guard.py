@@ -1,4 +1,4 @@
-"""Refuses a ratio wherever it would be ignored, and a field whose name is nearly the ratio's.
+"""Refuses our fields wherever they would be ignored, and a field whose name is nearly one of ours.
 
 vLLM's request classes take fields that they do not know and ignore them.
 """
@@ -13,8 +13,10 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.routing import APIRoute
 
-from scissor_vllm.retention import RETENTION_RATIO
+from scissor_vllm.retention import MAX_RETAINED_VIDEO_TOKENS, RETENTION_RATIO
 
+REQUEST_FIELDS = (RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS)
+"""Fields of a request that vLLM does not have."""
 CHAT_PATH = "/v1/chat/completions"
 _NESTED = "extra_body"
 """The ``openai`` client's name for fields that it does not know; in a body it means nothing."""
@@ -23,18 +25,21 @@ _MAX_NAME = 64
 
 
 @lru_cache(maxsize=1024)
-def resembles_ratio(name: str) -> bool:
-    """Return whether a field's name is the ratio's, misspelt."""
-    if name == RETENTION_RATIO or len(name) > _MAX_NAME:
-        return False
+def resembled_field(name: str) -> str | None:
+    """Return which of our fields a field's name is, misspelt; None for none."""
+    if name in REQUEST_FIELDS or len(name) > _MAX_NAME:
+        return None
     letters = "".join(filter(str.isalpha, name.lower()))
-    wanted = RETENTION_RATIO.replace("_", "")
-    if letters == "retention" or wanted in letters:
-        return True
-    return SequenceMatcher(None, letters, wanted).ratio() >= _SIMILARITY
+    if letters == "retention":
+        return RETENTION_RATIO
+    for field in REQUEST_FIELDS:
+        wanted = field.replace("_", "")
+        if wanted in letters or SequenceMatcher(None, letters, wanted).ratio() >= _SIMILARITY:
+            return field
+    return None
 
 
-def misspelt_ratio(fields: Mapping[str, Any], known: Collection[str] = ()) -> str | None:
+def misspelt_field(fields: Mapping[str, Any], known: Collection[str] = ()) -> str | None:
     """Return what is wrong with a body's unknown fields, in one sentence; None for nothing.
 
     Args:
@@ -42,33 +47,34 @@ def misspelt_ratio(fields: Mapping[str, Any], known: Collection[str] = ()) -> st
         known: fields that are right however they are named.
     """
     for name in fields:
-        if name not in known and resembles_ratio(name):
-            return f"{name[:_MAX_NAME]} is not a field of a request: send {RETENTION_RATIO}"
+        if name not in known and (field := resembled_field(name)):
+            return f"{name[:_MAX_NAME]} is not a field of a request: send {field}"
     nested = fields.get(_NESTED)
-    if isinstance(nested, Mapping) and any(
-        name == RETENTION_RATIO or (isinstance(name, str) and resembles_ratio(name))
-        for name in nested
-    ):
-        return f"{_NESTED} is not a field of a request: send {RETENTION_RATIO} beside messages"
+    for name in nested if isinstance(nested, Mapping) else ():
+        if isinstance(name, str) and (field := _field_meant(name)):
+            return f"{_NESTED} is not a field of a request: send {field} beside messages"
     return None
+
+
+def _field_meant(name: str) -> str | None:
+    return name if name in REQUEST_FIELDS else resembled_field(name)
 
 
 def guard_routes(
     app: FastAPI, *, except_paths: Iterable[str] = (), reason: str | None = None
 ) -> None:
-    """Have all routes that take a body refuse a ratio.
+    """Have all routes that take a body refuse our fields.
 
     A route is added again with one more dependency, and vLLM lets it replace the first.
 
     Args:
         app: with all of vLLM's routes.
-        except_paths: routes that serve the ratio.
-        reason: why no route of this server serves it, None if ``CHAT_PATH`` does.
+        except_paths: routes that serve them.
+        reason: why no route of this server serves them, None if ``CHAT_PATH`` does.
     """
-    message = reason or f"this route serves no {RETENTION_RATIO}: send the request to {CHAT_PATH}"
 
-    async def refuse_ratio(request: Request) -> None:
-        """Raise HTTPException if the body names a ratio, or nearly."""
+    async def refuse_fields(request: Request) -> None:
+        """Raise HTTPException if the body names one of them, or nearly."""
         if "json" not in request.headers.get("content-type", ""):
             return
         # Parsed by FastAPI before, or by the route after: the request keeps what it parsed.
@@ -78,9 +84,11 @@ def guard_routes(
             return
         if not isinstance(body, dict):
             return
-        if body.get(RETENTION_RATIO) is not None:
-            raise HTTPException(400, f"{RETENTION_RATIO} is refused: {message}")
-        if misspelt := misspelt_ratio(body):
+        for field in REQUEST_FIELDS:
+            if body.get(field) is not None:
+                why = reason or f"this route serves no {field}: send the request to {CHAT_PATH}"
+                raise HTTPException(400, f"{field} is refused: {why}")
+        if misspelt := misspelt_field(body):
             raise HTTPException(400, misspelt)
 
     router = APIRouter()
@@ -94,7 +102,7 @@ def guard_routes(
             response_model=route.response_model,
             status_code=route.status_code,
             tags=route.tags,
-            dependencies=[Depends(refuse_ratio), *route.dependencies],
+            dependencies=[Depends(refuse_fields), *route.dependencies],
             summary=route.summary,
             description=route.description,
             responses=route.responses,

@@ -1,8 +1,9 @@
 """The processor's part, shared by all models: the ratio in, K placeholders and the integer K out.
 
 vLLM counts a video's placeholders before the vision tower runs, so K is fixed here, from frames,
-tokens of a frame and the ratio alone. It travels to the model as the field ``num_retained`` of each
-video; the model gives back exactly that many rows.
+tokens of a frame, the ratio and the request's budget alone. It is counted once a request, and
+travels to the model as the field ``num_retained`` of each video; the model gives back exactly that
+many rows.
 """
 
 import copy
@@ -30,13 +31,22 @@ from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, w
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.metrics import CLOCK, Reason
 from scissor_vllm.retention import (
+    MAX_RETAINED_VIDEO_TOKENS,
     RETENTION,
     RETENTION_RATIO,
     RETENTION_REPORT,
+    BudgetTooSmallError,
+    RetainedCounts,
     RetentionReport,
-    num_retained_tokens,
+    count_retained,
 )
-from scissor_vllm.settings import OWN_KEYS, CacheSizes, RetentionPolicy, without_own_keys
+from scissor_vllm.settings import (
+    OWN_KEYS,
+    REQUEST_KEYS,
+    CacheSizes,
+    RetentionPolicy,
+    without_own_keys,
+)
 from scissor_vllm.video_fields import (
     FRAME_OF,
     NUM_RETAINED,
@@ -72,11 +82,29 @@ def pixels_of_videos(items: MultiModalDataItems) -> VideoProcessorItems | None:
 
 @dataclass
 class _Request(ProcessorInputs):
-    """vLLM's inputs of a request with a video, the ratio among its options."""
+    """vLLM's inputs of a request with a video, K of each among its options."""
 
     ratio: float = 1.0
     """In force."""
+    budget: int | None = None
+    """In force."""
     report: RetentionReport | None = None
+
+
+def _check_embedded(requested: Mapping[str, object]) -> None:
+    """Raise RefusedRequestError if a request wants videos compressed that it sends as a tower's."""
+    if requested[RETENTION_RATIO] not in (None, 1.0):
+        name, rule = RETENTION_RATIO, "1.0 or absent"
+    elif requested[MAX_RETAINED_VIDEO_TOKENS] is not None:
+        name, rule = MAX_RETAINED_VIDEO_TOKENS, "absent"
+    else:
+        return
+    raise RefusedRequestError(
+        f"{name} must be {rule} for videos sent as embeddings, got {requested[name]}: send their "
+        "files",
+        parameter=name,
+        reason=Reason.UNSUPPORTED_MODEL,
+    )
 
 
 @dataclass
@@ -124,14 +152,16 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         videos = pixels_of_videos(inputs.mm_data_items)
         media_io_kwargs = dict(inputs.media_io_kwargs)
         over_http = media_io_kwargs.pop(RETENTION, {})
-        ratio = self._ratio_of(kwargs, over_http.get(RETENTION_RATIO), has_video and videos is None)
+        ratio, budget = self._in_force(kwargs, over_http, has_video and videos is None)
         options = without_own_keys(kwargs)
         report = over_http.get(RETENTION_REPORT)
         if videos is not None:
+            counts = self._count_retained(videos, options, ratio, budget)
+            ratio = counts.ratio
+            options[RETENTION] = counts
             # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
             if ratio != 1.0:
                 options[RETENTION_RATIO] = ratio
-            self._check_limit(videos, options, ratio)
             if isinstance(report, RetentionReport):
                 report.look(videos)
         request = _Request(
@@ -141,25 +171,26 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 "media_io_kwargs": media_io_kwargs,
             },
             ratio=ratio,
+            budget=budget,
             report=report if isinstance(report, RetentionReport) else None,
         )
         return super().apply(request, timing_ctx)
 
-    def _ratio_of(
-        self, kwargs: Mapping[str, object], over_http: object, is_embedded: bool
-    ) -> float:
-        """Return the ratio in force for a request.
+    def _in_force(
+        self, kwargs: Mapping[str, object], over_http: Mapping[str, object], is_embedded: bool
+    ) -> tuple[float, int | None]:
+        """Return the ratio and the budget in force for a request.
 
         Args:
             kwargs: the request's options for the processor, in which a trusted client or one
-                offline may name it.
-            over_http: the field of the request's body, None if it has none.
+                offline may name them.
+            over_http: fields of the request's body.
             is_embedded: whether a video is sent as what a tower made of it.
 
         Raises:
-            VLLMValidationError: it is none, or not allowed.
+            VLLMValidationError: one of them is none, or not allowed.
         """
-        settings = sorted(OWN_KEYS & kwargs.keys() - {RETENTION_RATIO})
+        settings = sorted(OWN_KEYS & kwargs.keys() - REQUEST_KEYS)
         if settings:
             raise RefusedRequestError(
                 f"{', '.join(settings)} can be set for the whole server only: leave it out of "
@@ -167,33 +198,56 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 parameter="mm_processor_kwargs",
                 reason=Reason.PROCESSOR_OPTIONS,
             )
-        requested = kwargs.get(RETENTION_RATIO) if over_http is None else over_http
+        requested = {
+            key: kwargs.get(key) if over_http.get(key) is None else over_http[key]
+            for key in REQUEST_KEYS
+        }
+        policy = self.info.retention_policy
         try:
-            ratio = self.info.retention_policy.resolve(requested)
+            ratio = policy.resolve(requested[RETENTION_RATIO])
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
-        if requested is not None and ratio != 1.0 and is_embedded:
-            raise RefusedRequestError(
-                f"{RETENTION_RATIO} must be 1.0 or absent for videos sent as embeddings, got "
-                f"{ratio}: send their files",
-                parameter=RETENTION_RATIO,
-                reason=Reason.UNSUPPORTED_MODEL,
-            )
-        return ratio
+        try:
+            budget = policy.resolve_budget(requested[MAX_RETAINED_VIDEO_TOKENS])
+        except (TypeError, ValueError) as error:
+            raise VLLMValidationError(str(error), parameter=MAX_RETAINED_VIDEO_TOKENS) from error
+        if is_embedded:
+            _check_embedded(requested)
+        return ratio, budget
 
-    def _check_limit(
-        self, videos: VideoProcessorItems, options: Mapping[str, object], ratio: float
-    ) -> None:
-        """Raise RefusedRequestError if a video is too long to be compressed to the ratio."""
-        for num_tokens in self._get_num_video_tokens(videos, options):
-            if num_tokens is None:
+    def _count_retained(
+        self,
+        videos: VideoProcessorItems,
+        options: Mapping[str, object],
+        ratio: float,
+        budget: int | None,
+    ) -> RetainedCounts:
+        """Return K of each video.
+
+        Raises:
+            RefusedRequestError: the budget is too small for them, or a video too long to be
+                compressed.
+        """
+        num_tokens = self._get_num_video_tokens(videos, options)
+        policy = self.info.retention_policy
+        try:
+            counts = count_retained(num_tokens, ratio, budget, policy.min_ratio)
+        except BudgetTooSmallError as error:
+            raise RefusedRequestError(
+                str(error),
+                parameter=MAX_RETAINED_VIDEO_TOKENS,
+                reason=Reason.BUDGET_TOO_SMALL,
+            ) from error
+        for count in num_tokens:
+            if count is None:
                 continue
             try:
-                self.info.retention_policy.check_num_tokens(num_tokens, ratio)
+                policy.check_num_tokens(count, counts.ratio)
             except ValueError as error:
                 raise RefusedRequestError(
                     str(error), parameter="video_url", reason=Reason.VIDEO_TOO_LONG
                 ) from error
+        return counts
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """Return vLLM's result, told to the request's report.
@@ -203,6 +257,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         """
         result = super()._cached_apply_hf_processor(inputs, timing_ctx)
         if isinstance(inputs, _Request) and inputs.report is not None:
+            inputs.report.max_retained = inputs.budget
             for updates in result.prompt_updates.get("video", ()):
                 for content in (update.content for update in updates):
                     if isinstance(content, VideoPlaceholders):
@@ -255,14 +310,17 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        """Return cache identities: a video's tells the ratio, everything else's does not."""
+        """Return cache identities: a video's tells the ratio or K, everything else's neither."""
         kwargs = inputs.hf_processor_mm_kwargs
+        plain = without_own_keys(kwargs)
         if RETENTION_RATIO not in kwargs:
-            return super()._get_mm_hashes(inputs)
-        plain = {key: value for key, value in kwargs.items() if key != RETENTION_RATIO}
-        # Two servers with different methods may share a cache that outlives them.
+            return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
+        counts = kwargs.get(RETENTION)
+        by_budget = isinstance(counts, RetainedCounts) and counts.is_budgeted
         of_video = {
-            **kwargs,
+            **plain,
+            RETENTION_RATIO: "by budget" if by_budget else kwargs[RETENTION_RATIO],
+            # Two servers with different methods may share a cache that outlives them.
             "video_compression": self.info.retention_policy.method,
         }
         hashes: dict[str, Any] = {}
@@ -273,7 +331,28 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 hf_processor_mm_kwargs=of_video if modality == "video" else plain,
             )
             hashes.update(super()._get_mm_hashes(only))
+        if by_budget:
+            hashes["video"] = [
+                f"{identity}-{num_retained}"
+                for identity, num_retained in zip(hashes["video"], counts.num_retained, strict=True)
+            ]
         return hashes
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, Sequence[bool]]
+    ) -> Mapping[str, object]:
+        """Return the options with the counts of those videos that are not in the cache."""
+        kwargs = inputs.hf_processor_mm_kwargs
+        # A family's class rearranges its own.
+        plain = replace(inputs, hf_processor_mm_kwargs=without_own_keys(kwargs))
+        missing = dict(super()._get_cache_missing_processor_kwargs(plain, mm_is_cached))
+        if RETENTION_RATIO in kwargs:
+            missing[RETENTION_RATIO] = kwargs[RETENTION_RATIO]
+        counts = kwargs.get(RETENTION)
+        if isinstance(counts, RetainedCounts):
+            is_cached = mm_is_cached["video"]
+            missing[RETENTION] = counts.at([i for i, cached in enumerate(is_cached) if not cached])
+        return missing
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -302,16 +381,17 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         ratio = float(hf_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
         with CLOCK.stage("preprocess"):
             processed = self._prepare(mm_items, without_own_keys(hf_kwargs), ratio)
-        # None of these is in the cache: all have pixels.
-        found = self._get_num_video_tokens(videos, hf_kwargs)
-        counts = [count for count in found if count is not None]
-        for index, num_tokens in enumerate(counts):
-            self._check_num_tokens(processed, index, num_tokens)
-        if counts:
-            processed[NUM_VIDEO_TOKENS] = torch.tensor(counts)
-            processed[NUM_RETAINED] = torch.tensor(
-                [num_retained_tokens(num_tokens, ratio) for num_tokens in counts]
-            )
+        counts = hf_kwargs.get(RETENTION)
+        if not isinstance(counts, RetainedCounts):
+            # Not by way of ``apply``.
+            counts = count_retained(self._get_num_video_tokens(videos, hf_kwargs), ratio)
+        # None of these is in the cache: all have pixels, and so both numbers.
+        num_tokens = [count for count in counts.num_tokens if count is not None]
+        for index, count in enumerate(num_tokens):
+            self._check_num_tokens(processed, index, count)
+        if num_tokens:
+            processed[NUM_VIDEO_TOKENS] = torch.tensor(num_tokens)
+            processed[NUM_RETAINED] = torch.tensor(counts.num_retained)
         return processed
 
     def _prepare(

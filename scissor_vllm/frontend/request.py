@@ -10,6 +10,7 @@ from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.renderers import ChatParams
 
 from scissor_vllm.retention import (
+    MAX_RETAINED_VIDEO_TOKENS,
     RETENTION,
     RETENTION_RATIO,
     RETENTION_REPORT,
@@ -17,13 +18,21 @@ from scissor_vllm.retention import (
     ratio_or_none,
 )
 
-_DESCRIPTION = (
+_RATIO_DESCRIPTION = (
     "Fraction of each video's tokens that reaches the language model, above 0 and at most 1. "
     "1.0 keeps all. Leave it out for the server's default. Images and text are untouched."
 )
-_SCHEMA = {
+_RATIO_SCHEMA = {
     "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}],
     "title": "Retention Ratio",
+}
+_BUDGET_DESCRIPTION = (
+    "Most tokens that all videos of the request keep together, shared out by their lengths. With a "
+    "retention ratio the smaller of both holds. Leave it out for the server's default."
+)
+_BUDGET_SCHEMA = {
+    "anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}],
+    "title": "Max Retained Video Tokens",
 }
 
 
@@ -56,13 +65,18 @@ def _is_video(part: Any) -> bool:
 
 
 class RetentionRequest(BaseModel):
-    """Mixin of a vLLM request: the field, and the way of its value to the processor."""
+    """Mixin of a vLLM request: our fields, and the way of their values to the processor."""
 
     field_names: ClassVar[set[str] | None] = None
 
     # Checked by the route: pydantic's errors are lists of Python values.
     retention_ratio: Annotated[
-        Any, WithJsonSchema(_SCHEMA, mode="validation"), Field(description=_DESCRIPTION)
+        Any, WithJsonSchema(_RATIO_SCHEMA, mode="validation"), Field(description=_RATIO_DESCRIPTION)
+    ] = None
+    max_retained_video_tokens: Annotated[
+        Any,
+        WithJsonSchema(_BUDGET_SCHEMA, mode="validation"),
+        Field(description=_BUDGET_DESCRIPTION),
     ] = None
 
     _report: RetentionReport | None = PrivateAttr(default=None)
@@ -83,9 +97,13 @@ class RetentionRequest(BaseModel):
         return self._has_video
 
     @property
-    def names_ratio(self) -> bool:
-        """Whether the body has a ratio, or fields that vLLM does not know."""
-        return self.retention_ratio is not None or bool(self.model_extra)
+    def names_fields(self) -> bool:
+        """Whether the body has one of our fields, or one that vLLM does not know."""
+        return (
+            self.retention_ratio is not None
+            or self.max_retained_video_tokens is not None
+            or bool(self.model_extra)
+        )
 
     @property
     def valid_ratio(self) -> float | None:
@@ -101,22 +119,26 @@ class RetentionRequest(BaseModel):
         return RetentionReport()
 
     def build_chat_params(self, *args: Any, **kwargs: Any) -> ChatParams:
-        """Return vLLM's parameters, of a request with a report with the ratio and the report.
+        """Return vLLM's parameters, of a request with a report with our fields and the report.
 
         They travel as ``media_io_kwargs`` of a modality of our own, which vLLM carries from here to
         the processor. The request's own ``mm_processor_kwargs`` would be refused unless the
-        operator trusts clients with every option of the processor; this is one checked number.
+        operator trusts clients with every option of the processor; these are checked numbers.
         """
         params: ChatParams = super().build_chat_params(*args, **kwargs)  # type: ignore[misc]
         if self._report is None:
             return params
-        own = {RETENTION_RATIO: self.retention_ratio, RETENTION_REPORT: self._report}
+        own = {
+            RETENTION_RATIO: self.retention_ratio,
+            MAX_RETAINED_VIDEO_TOKENS: self.max_retained_video_tokens,
+            RETENTION_REPORT: self._report,
+        }
         return replace(params, media_io_kwargs={**(params.media_io_kwargs or {}), RETENTION: own})
 
 
 class RetentionChatCompletionRequest(RetentionRequest, ChatCompletionRequest):
-    """vLLM's chat completion request with ``retention_ratio``."""
+    """vLLM's chat completion request with our fields."""
 
 
 class RetentionTokenizeChatRequest(RetentionRequest, TokenizeChatRequest):
-    """vLLM's tokenize request for a chat with ``retention_ratio``."""
+    """vLLM's tokenize request for a chat with our fields."""

@@ -123,7 +123,7 @@ function addRow(question, answer) {
   const { compression, usage } = answer;
   const milliseconds = (value) => value === null ? "–" : `${Math.round(value)} ms`;
   find("table").prepend(make("tr", {},
-    cell(compression ? compression.retention_ratio : "–"),
+    cell(compression ? Number(compression.retention_ratio.toFixed(4)) : "–"),
     cell(compression ?
       `${compression.num_video_tokens} → ${compression.num_retained_video_tokens}` : "–"),
     cell(usage ? usage.prompt_tokens : "–"), cell(milliseconds(answer.first)),
@@ -175,6 +175,7 @@ form.addEventListener("submit", async (event) => {
     const body = {
       model: await findModel(),
       retention_ratio: Number(ratio.value),
+      ...(find("budget").value && { max_retained_video_tokens: Number(find("budget").value) }),
       messages: [{ role: "user", content: [
         { type: "video_url", video_url: { url: await readVideo() } },
         { type: "text", text: question },
