@@ -150,7 +150,7 @@ def error_of(response: Any) -> str:
 def test_a_chat_with_neither_video_nor_ratio_goes_to_vllm_as_it_is(
     client: TestClient, handler: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("check_request", "_answer_video", "_beside_usage", "_with_report"):
+    for name in ("check_request", "_answer_video", "tell_compression"):
         monkeypatch.setattr(chat, name, None)
     response = ask(client, TEXT)
     assert response.json() == ChatCompletionResponse(**ANSWER).model_dump()
@@ -185,6 +185,36 @@ def test_a_streams_last_chunk_with_usage_tells_what_was_kept(client: TestClient)
     last = json.loads(events[1].removeprefix("data: "))
     assert last == {**json.loads(CHUNKS[1].removeprefix("data: ")), "video_compression": COMPRESSED}
     assert events[2:] == ["data: [DONE]", ""]
+
+
+HEADERS = {
+    "x-video-retention-ratio": "0.1",
+    "x-video-tokens": "100",
+    "x-retained-video-tokens": "10",
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_headers_of_an_answer_about_a_video_tell_what_was_kept(
+    client: TestClient, stream: bool
+) -> None:
+    told = ask(client, VIDEO, stream=stream).headers
+    assert {name: told[name] for name in HEADERS} == HEADERS
+    assert told["access-control-expose-headers"].split(", ") == list(HEADERS)
+    for messages, fields in ((TEXT, {}), (VIDEO, {"retention_ratio": 2})):
+        told = ask(client, messages, stream=stream, **fields).headers
+        assert not HEADERS.keys() & told.keys()
+
+
+def test_openapi_describes_what_an_answer_about_a_video_has(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    answered = document["paths"][CHAT]["post"]["responses"]["200"]
+    assert answered["headers"].keys() == HEADERS.keys()
+    assert answered["content"].keys() == {"application/json", "text/event-stream"}
+    name = answered["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    schemas = document["components"]["schemas"]
+    assert "VideoCompressionReport" in str(schemas[name]["properties"]["video_compression"])
+    assert schemas["VideoCompressionReport"]["properties"].keys() >= COMPRESSED.keys()
 
 
 # What is refused.

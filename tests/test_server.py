@@ -215,6 +215,20 @@ def test_the_streams_final_usage_chunk_tells_what_was_kept(
     assert text == plain.choices[0].message.content
 
 
+def test_headers_tell_what_was_kept_before_the_first_token(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    num_retained = num_retained_tokens(num_video_tokens("tall"), 0.25)
+    create = server.client.chat.completions.with_raw_response.create
+    options: dict[str, Any] = {"max_completion_tokens": 2, "extra_body": {"retention_ratio": 0.25}}
+    for stream in (False, True):
+        messages: Any = [message(clips["tall"], "x")]
+        answer = create(model="demo", messages=messages, stream=stream, **options)
+        assert answer.headers["x-video-retention-ratio"] == "0.25"
+        assert answer.headers["x-video-tokens"] == str(num_video_tokens("tall"))
+        assert answer.headers["x-retained-video-tokens"] == str(num_retained)
+
+
 def test_a_stream_without_usage_is_as_vllm_sends_it(server: Server, clips: dict[str, Path]) -> None:
     stream = list(server.ask(clips["one"], "Hm?", ratio=0.5, stream=True))
     assert all(chunk.choices for chunk in stream)

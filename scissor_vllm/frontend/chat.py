@@ -4,14 +4,13 @@ The routes replace vLLM's of the same path and call the same handlers. A request
 video nor one of our fields goes straight to vLLM's.
 """
 
-import json
 import sys
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
@@ -28,10 +27,10 @@ from scissor_vllm.frontend.request import (
     RetentionRequest,
     RetentionTokenizeChatRequest,
 )
+from scissor_vllm.frontend.response import documented, tell_compression
 from scissor_vllm.frontend.tracing import begin_span
 from scissor_vllm.metrics import begin_requests_at_zero, count_refusal
 from scissor_vllm.models import MODELS
-from scissor_vllm.retention import RetentionReport
 from scissor_vllm.settings import RetentionPolicy, check_keys
 
 SWITCH_INTERVAL_SECONDS = 0.0005
@@ -77,12 +76,13 @@ def attach_routes(app: FastAPI) -> list[str]:
         if path not in stock:
             continue
         paths.append(path)
+        responses = stock[path].responses
         router.add_api_route(
             path,
             endpoint,
             methods=["POST"],
             dependencies=stock[path].dependencies,
-            responses=stock[path].responses,
+            responses=documented(responses) if path == CHAT_PATH else responses,
             response_model=None,
             route_class_override=route_class,
         )
@@ -117,7 +117,7 @@ def init_state(state: State) -> None:
 async def create_chat_completion(
     request: RetentionChatCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """Answer a chat. Beside ``usage``, ``video_compression`` tells what reached the model."""
+    """Answer a chat. Headers, and ``video_compression`` beside ``usage``, tell what was kept."""
     if request.has_video:
         return await _answer_video(request, raw_request)
     if request.names_fields:
@@ -140,11 +140,7 @@ async def _answer_video(
     with chat.ended_by_errors():
         check_request(request, state)
         response = await chat_router.create_chat_completion(request, raw_request)
-    if isinstance(response, StreamingResponse):
-        response.body_iterator = _with_report(response.body_iterator, report)
-    elif isinstance(response, JSONResponse) and response.status_code == 200:
-        response.body = _beside_usage(bytes(response.body), report)
-        response.headers["content-length"] = str(len(response.body))
+    tell_compression(response, report)
     chat.follow(response)
     return response
 
@@ -160,33 +156,3 @@ async def tokenize(
     if request.has_video:
         request.begin_report()
     return await tokenize_router.tokenize(request, raw_request)
-
-
-def _beside_usage(body: bytes, report: RetentionReport) -> bytes:
-    """Return an object in JSON with ``video_compression`` as its last field.
-
-    An answer with log probabilities has megabytes: it is not parsed.
-    """
-    described = report.as_response()
-    if described is None or not body.endswith(b"}"):
-        return body
-    added = json.dumps({"video_compression": described}, separators=(",", ":"))
-    return b"".join((body[:-1], b",", added[1:].encode()))
-
-
-async def _with_report(
-    events: AsyncIterable[Any], report: RetentionReport
-) -> AsyncGenerator[Any, None]:
-    """Yield a stream's events, the final usage chunk with the report.
-
-    That chunk is the one without choices; vLLM sends it if the client asks for usage.
-    """
-    async for event in events:
-        if (
-            isinstance(event, str)
-            and event.startswith("data: {")
-            and '"choices":[]' in event
-            and '"usage":{' in event
-        ):
-            event = f"{_beside_usage(event.rstrip().encode(), report).decode()}\n\n"
-        yield event
