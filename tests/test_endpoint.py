@@ -6,6 +6,7 @@ import asyncio
 import json
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -20,15 +21,19 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 )
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
 from scissor_vllm.frontend import chat
 from scissor_vllm.frontend.endpoint import RetentionEndpoint
+from scissor_vllm.frontend.estimate import EstimateRequest
 from scissor_vllm.frontend.guard import misspelt_field
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.retention import RetentionReport
 
 CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
+ESTIMATE = "/v1/scissor/estimate"
 TEXT = [{"role": "user", "content": "Hello"}]
 URL = {"url": "data:video/mp4;base64,AAAA"}
 VIDEO = [{"role": "user", "content": [{"type": "video_url", "video_url": URL}]}]
@@ -71,7 +76,12 @@ class Handler:
 
     async def create_tokenize(self, request: Any, raw_request: Any) -> Any:
         self.requests.append(request)
+        if isinstance(request, EstimateRequest):
+            return create_error_response("no such model", "NotFoundError", HTTPStatus.NOT_FOUND)
         raise ValueError("handled")
+
+    async def show_available_models(self) -> ModelList:
+        return ModelList(data=[ModelCard(id="m"), ModelCard(id="adapter", parent="m")])
 
     async def _stream(self) -> AsyncIterator[str]:
         for chunk in CHUNKS:
@@ -109,7 +119,7 @@ def init(app: FastAPI, *, compresses: bool = True, **settings: object) -> Handle
     processor = kind.__new__(kind) if compresses else None
     state.online_renderer = Namespace(renderer=Namespace(mm_processor=processor))
     state.openai_serving_chat = handler = Handler()
-    state.serving_tokenization = handler
+    state.serving_tokenization = state.openai_serving_models = handler
     asyncio.run(RetentionEndpoint().init_state(None, state, state.args))
     return handler
 
@@ -223,7 +233,7 @@ WRONG: list[Any] = [0, -1, 1.01, 2, "half", "0.5", True, [0.5], {"a": 1}, 10**40
 
 
 @pytest.mark.parametrize("ratio", WRONG, ids=lambda value: str(value)[:8])
-@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
 @pytest.mark.parametrize("messages", [TEXT, VIDEO], ids=["text", "video"])
 def test_a_ratio_that_is_none_is_refused_in_one_short_sentence(
     client: TestClient, handler: Handler, path: str, messages: Any, ratio: Any
@@ -238,7 +248,7 @@ def test_a_ratio_that_is_none_is_refused_in_one_short_sentence(
 @pytest.mark.parametrize(
     "budget", [0, -1, 1.5, 2.0, "9", True, [9], {}, -(10**40)], ids=lambda value: str(value)[:8]
 )
-@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
 @pytest.mark.parametrize("messages", [TEXT, VIDEO], ids=["text", "video"])
 def test_a_budget_that_is_none_is_refused_in_one_short_sentence(
     client: TestClient, handler: Handler, path: str, messages: Any, budget: Any
@@ -285,7 +295,7 @@ def test_a_ratio_that_is_no_finite_number_is_refused(client: TestClient, text: s
 def test_a_field_that_is_nearly_one_of_ours_is_refused_by_its_name(
     client: TestClient, name: str, right: str
 ) -> None:
-    for path in (CHAT, TOKENIZE, "/v1/chat/completions/batch"):
+    for path in (CHAT, TOKENIZE, ESTIMATE, "/v1/chat/completions/batch"):
         message = error_of(ask(client, VIDEO, path, **{name: 0.5}))
         assert message.startswith(f"{name} is not a field")
         assert f"send {right}" in message
@@ -316,7 +326,7 @@ def test_no_route_ignores_a_ratio(app: FastAPI, client: TestClient) -> None:
     }
     expected = {"/v1/chat/completions/batch", "/v1/chat/completions/render", "/invocations"}
     assert expected | {"/v1/responses", "/v1/messages", "/v1/completions"} <= paths
-    for path in paths - {CHAT, TOKENIZE}:
+    for path in paths - {CHAT, TOKENIZE, ESTIMATE}:
         for field, value in (("retention_ratio", 0.5), ("max_retained_video_tokens", 9)):
             message = error_of(ask(client, VIDEO, path, **dict[str, Any]({field: value})))
             assert message.startswith(f"{field} is refused: this route"), path
@@ -337,6 +347,39 @@ def test_on_a_model_whose_videos_are_not_compressed_a_ratio_is_refused(
         assert "must be absent for this model, got 9" in message
         assert ask(client, messages, retention_ratio=1.0).status_code == 200
     assert len(handler.requests) == 2
+
+
+# What a client can ask before it sends a chat.
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+def test_the_list_of_models_tells_what_a_request_may_ask_of_videos(
+    app: FastAPI, client: TestClient, compresses: bool
+) -> None:
+    chosen = {"retention_ratio": 0.5, "min_retention_ratio": 0.1, "max_retained_video_tokens": 700}
+    init(app, compresses=compresses, **(chosen if compresses else {}))
+    cards = client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["m", "adapter"]
+    expected = {
+        "method": "scc-windows",
+        "default_retention_ratio": 0.5,
+        "min_retention_ratio": 0.1,
+        "default_max_retained_video_tokens": 700,
+        "max_video_tokens": 1 << 15,
+    }
+    for card in cards:
+        assert card["video_compression"] == (expected if compresses else None)
+    document = client.get("/openapi.json").json()
+    content = document["paths"]["/v1/models"]["get"]["responses"]["200"]["content"]
+    assert "RetentionModelList" in str(content["application/json"])
+    fields = document["components"]["schemas"]["VideoCompressionCard"]["properties"]
+    assert fields.keys() == expected.keys()
+
+
+def test_an_estimate_says_what_vllm_says_is_wrong(app: FastAPI, client: TestClient) -> None:
+    assert ask(client, VIDEO, ESTIMATE).status_code == 404
+    init(app, compresses=False)
+    assert "count this model's tokens with /tokenize" in error_of(ask(client, VIDEO, ESTIMATE))
 
 
 # What the operator set.

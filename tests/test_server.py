@@ -194,6 +194,63 @@ def test_tokenize_counts_the_prompt_of_a_chat_with_the_same_ratio(
     assert (status, json.loads(content)["count"]) == (200, 3)
 
 
+def test_an_estimate_is_what_a_chat_keeps_without_inference(
+    server: Server, clips: dict[str, Path]
+) -> None:
+    names = ("tall", "short")
+    frames = [NUM_FRAMES[name] for name in names]
+    for fields in ({}, {"retention_ratio": 0.1}, {"max_retained_video_tokens": 140}):
+        asked = message(*(clips[name] for name in names), "What?")
+        body = {"model": "demo", "messages": [asked], "max_tokens": 3, **fields}
+        before = stage_counts(server)
+        status, content = server.post("/v1/scissor/estimate", json.dumps(body).encode())
+        assert status == 200, content
+        told = json.loads(content)
+        assert stage_counts(server)["tower"] == before["tower"]
+        answer = server.ask(*(clips[name] for name in names), "What?", extra_body=fields)
+        videos = told.pop("videos")
+        assert [video["num_frames"] for video in videos] == frames
+        assert [video["num_video_tokens"] for video in videos] == [
+            num_frames * TOKENS_PER_FRAME for num_frames in frames
+        ]
+        kept = sum(video["num_retained_video_tokens"] for video in videos)
+        assert told == {
+            "max_retained_video_tokens": None,
+            **answer.video_compression,
+            "num_prompt_tokens": answer.usage.prompt_tokens,
+            "max_model_len": 8192,
+        }
+        assert kept == told["num_retained_video_tokens"]
+
+
+def test_an_estimate_without_a_video_and_of_a_wrong_one(server: Server, tmp_path: Path) -> None:
+    body = {"model": "demo", "messages": [message("Hello")], "retention_ratio": 0.5}
+    status, content = server.post("/v1/scissor/estimate", json.dumps(body).encode())
+    assert status == 200
+    told = json.loads(content)
+    assert (told["videos"], told["retention_ratio"], told["num_video_tokens"]) == ([], None, 0)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    for wrong in ({"messages": [message(broken)]}, {"messages": 3}, {"retention_ratio": 2}):
+        status, content = server.post(
+            "/v1/scissor/estimate", json.dumps({**body, **wrong}).encode()
+        )
+        assert status == 400, content
+    status, _ = server.post("/v1/scissor/estimate", json.dumps({**body, "model": "no"}).encode())
+    assert status == 404
+
+
+def test_the_list_of_models_tells_what_is_in_force(server: Server) -> None:
+    (card,) = json.loads(server.get("/v1/models"))["data"]
+    assert card["video_compression"] == {
+        "method": DEFAULT_VIDEO_COMPRESSION,
+        "default_retention_ratio": 1.0,
+        "min_retention_ratio": 0.01,
+        "default_max_retained_video_tokens": None,
+        "max_video_tokens": 1 << 15,
+    }
+
+
 def test_the_streams_final_usage_chunk_tells_what_was_kept(
     server: Server, clips: dict[str, Path]
 ) -> None:

@@ -18,7 +18,9 @@ from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 
 from scissor_vllm.frontend.checks import check_request
+from scissor_vllm.frontend.estimate import ESTIMATE_PATH, attach_estimate
 from scissor_vllm.frontend.guard import CHAT_PATH
+from scissor_vllm.frontend.models_route import attach_models
 from scissor_vllm.frontend.outcome import Chat, count_malformed
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.frontend.refusal import RefusedRequestError
@@ -61,7 +63,11 @@ class CountingRoute(APIRoute):
 
 
 def attach_routes(app: FastAPI) -> list[str]:
-    """Put our routes in place of those that the server has, and return their paths."""
+    """Put our routes in place of those that the server has.
+
+    Returns:
+        Paths of the routes that take our fields.
+    """
     router = APIRouter()
     stock = {
         route.path: route
@@ -87,6 +93,10 @@ def attach_routes(app: FastAPI) -> list[str]:
             route_class_override=route_class,
         )
     app.include_router(router)
+    attach_models(app)
+    if TOKENIZE_PATH in stock:
+        attach_estimate(app, stock[TOKENIZE_PATH])
+        paths.append(ESTIMATE_PATH)
     if getattr(app.state.args, WEB_PAGE, False):
         from scissor_vllm.show.web import PICTURE_PATH, attach_page
 
