@@ -4,6 +4,7 @@ setting for, in one place.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from functools import wraps
 from typing import Any
@@ -124,3 +125,37 @@ def ask_where_rows_carry_positions(runner: Any) -> None:
 def carry_positions(model: Any, rows: Iterable[torch.Tensor]) -> bool:
     """Return whether any of an encoder's outputs has more than a row's values."""
     return any(output.shape[-1] != model.row_width for output in rows)
+
+
+def wait_before_shutdown(engine_client: Any, in_flight: Any) -> None:
+    """Have an engine's client wait for the requests in flight before it shuts down.
+
+    After SIGTERM, vLLM 0.32 and 0.33 call ``EngineClient.shutdown`` in a thread while the server
+    still answers. It ends the renderer, and with several API servers the connection to the engine,
+    before the engine has drained. It can go when vLLM counts a request from its arrival on.
+
+    Args:
+        engine_client: an API server's.
+        in_flight: :class:`scissor_vllm.frontend.draining.InFlight` of the same API server.
+    """
+    shutdown = engine_client.shutdown
+
+    @wraps(shutdown)
+    def drain_and_shutdown(timeout: float | None = None) -> None:
+        left = in_flight.drain(0 if _is_on_event_loop() else timeout or 0)
+        shutdown(timeout=left if timeout else timeout)
+        in_flight.cut()
+
+    engine_client.shutdown = drain_and_shutdown
+
+
+def _is_on_event_loop() -> bool:
+    """Return whether requests are answered by this thread: it cannot wait for them.
+
+    So it is where the engine has failed, and at the second call.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

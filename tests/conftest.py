@@ -32,7 +32,10 @@ DEMO_FLAGS = (
 )
 
 
-SERVER_FIXTURES = ("servers", "stock_answers", "plugin_server", "server", "page_server", "qwen")
+SERVER_FIXTURES = (
+    *("servers", "stock_answers", "plugin_server", "server", "page_server", "qwen"),
+    "ending_server",
+)
 """In the order in which tests start servers: each is started once."""
 ENGINE_FIXTURES = ("families", "engines")
 SERVERS, ENGINES = "servers", "engines"
@@ -223,6 +226,13 @@ def qwen(servers: OneServer, qwen_folder: Path) -> Server:
         *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
         f"--chat-template={qwen_folder / 'template.jinja'}",
     )
+
+
+@pytest.fixture
+def ending_server(servers: OneServer, qwen: Server) -> Iterator[Server]:
+    """The last server of all, for a test that ends it."""
+    yield qwen
+    servers.stop()
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ class Server:
 
     port: int
     log: Path
+    process: subprocess.Popen[bytes]
 
     @property
     def client(self) -> openai.OpenAI:
@@ -155,7 +156,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         )
     try:
         _wait_until_healthy(process, port, log)
-        yield Server(port, log)
+        yield Server(port, log, process)
     finally:
         process.terminate()
         try:

@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm.cli import main, options
-from scissor_vllm.cli.options import add_retention_options, apply_retention_options, in_force
-from scissor_vllm.cli.serve import set_environment
+from scissor_vllm.cli.options import (
+    add_retention_options,
+    apply_retention_options,
+    exposure,
+    in_force,
+)
+from scissor_vllm.cli.serve import (
+    DEFAULT_SHUTDOWN_SECONDS,
+    drain_by_default,
+    set_environment,
+)
 from scissor_vllm.compression import METHODS
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.version import __version__
@@ -129,6 +138,46 @@ def test_one_line_tells_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--api-server-count 2" in in_force(args)
     args.api_server_count = 6
     assert in_force(args).endswith("API servers 6")
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_open"),
+    [
+        ({}, True),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "::"}, True),
+        ({"host": "10.1.2.3"}, True),
+        ({"host": "server.example"}, True),
+        ({"api_key": [""]}, True),
+        ({"host": "127.0.0.1"}, False),
+        ({"host": "::1"}, False),
+        ({"host": "localhost"}, False),
+        ({"uds": "/run/server.sock"}, False),
+        ({"api_key": ["secret"]}, False),
+        ({"allowed_media_domains": ["example.org"]}, False),
+    ],
+)
+def test_a_server_that_is_open_in_every_way_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], is_open: bool
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    usual = {"host": None, "port": 8123, "uds": None, "api_key": None}
+    args = argparse.Namespace(**{**usual, "allowed_media_domains": None, **changed})
+    warned = exposure(args)
+    assert (warned is not None) == is_open
+    if warned:
+        for word in ("8123", "--api-key", "--allowed-media-domains", "--host 127.0.0.1"):
+            assert word in warned
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        assert exposure(args) is None
+
+
+def test_our_command_waits_for_answers_unless_it_is_told_otherwise() -> None:
+    for argv, expected in (([], DEFAULT_SHUTDOWN_SECONDS), (["--shutdown-timeout", "0"], 0)):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--shutdown-timeout", type=int, default=0)
+        drain_by_default(parser)
+        assert parser.parse_args(argv).shutdown_timeout == expected
 
 
 def test_without_vllm_a_command_that_needs_it_says_what_to_install() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import os
 from typing import Any
 
 from scissor_vllm.cpus import num_cpus
@@ -232,6 +234,31 @@ def in_force(args: argparse.Namespace) -> str:
     if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
         line += " (--api-server-count 2 prepares more videos at once, with a cache in each)"
     return line
+
+
+def exposure(args: argparse.Namespace) -> str | None:
+    """Return what anyone can do with a server that the operator left open; None if none can.
+
+    Each of a key, a list of hosts and a loopback address closes it.
+    """
+    has_key = any(args.api_key or ()) or bool(os.environ.get("VLLM_API_KEY"))
+    if has_key or args.allowed_media_domains or args.uds or is_loopback(args.host):
+        return None
+    return (
+        f"whoever reaches port {args.port} can use this server, and have it fetch any URL that it "
+        "reaches: set --api-key, name the hosts of videos by --allowed-media-domains, or bind "
+        "--host 127.0.0.1"
+    )
+
+
+def is_loopback(host: str | None) -> bool:
+    """Return whether only this machine reaches a server bound to this host; None is any address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 def add_page_options(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from scissor_vllm.cli.options import (
     add_retention_options,
     apply_page_options,
     apply_retention_options,
+    exposure,
     given_options,
     in_force,
     print_help,
@@ -24,6 +25,8 @@ from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
 from scissor_vllm.settings import VIDEO_LOADER
 from scissor_vllm.version_gate import reason_for_stock, warn_once
 
+DEFAULT_SHUTDOWN_SECONDS = 60
+"""Of ``--shutdown-timeout``; vLLM's own is 0, which cuts every answer at SIGTERM."""
 PLUGIN = "scissor_vllm"
 """Name of our entry points, as ``VLLM_PLUGINS`` lists it."""
 
@@ -57,7 +60,7 @@ def serve(argv: list[str]) -> int:
 
 
 def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
-    command, args = _parsed(argv, add_retention_options, add_page_options)
+    command, args = _parsed(argv, drain_by_default, add_retention_options, add_page_options)
     from vllm.logger import configure_logging_from_args
 
     if args.model_tag == DEMO_MODEL:
@@ -68,6 +71,8 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
     args.process_metrics = has_own_metrics_directory and args.api_server_count in (None, 1)
     configure_logging_from_args(args)
     logger.info(in_force(args))
+    if exposed := exposure(args):
+        warn_once(exposed)
     command.validate(args)
     command.cmd(args)
     return 0
@@ -133,6 +138,11 @@ def name_plugin(environment: MutableMapping[str, str]) -> None:
     else:
         names = set(filter(None, named.split(",")))
     environment["VLLM_PLUGINS"] = ",".join(sorted({*names, PLUGIN}))
+
+
+def drain_by_default(parser: argparse.ArgumentParser) -> None:
+    """Have SIGTERM wait for answers in flight, unless the operator sets another time."""
+    parser.set_defaults(shutdown_timeout=DEFAULT_SHUTDOWN_SECONDS)
 
 
 def bound_encoder_steps(args: argparse.Namespace) -> None:

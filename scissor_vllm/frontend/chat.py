@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 
 from scissor_vllm.frontend.checks import check_request
+from scissor_vllm.frontend.draining import IN_FLIGHT, add_draining
 from scissor_vllm.frontend.estimate import ESTIMATE_PATH, attach_estimate
 from scissor_vllm.frontend.guard import CHAT_PATH
 from scissor_vllm.frontend.models_route import attach_models
@@ -34,6 +35,7 @@ from scissor_vllm.frontend.tracing import begin_span
 from scissor_vllm.metrics import begin_requests_at_zero, count_refusal
 from scissor_vllm.models import MODELS
 from scissor_vllm.settings import RetentionPolicy, check_keys
+from scissor_vllm.vllm_compat import wait_before_shutdown
 
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How long the event loop, while it writes answers, keeps the interpreter from the threads that
@@ -68,6 +70,7 @@ def attach_routes(app: FastAPI) -> list[str]:
     Returns:
         Paths of the routes that take our fields.
     """
+    add_draining(app)
     router = APIRouter()
     stock = {
         route.path: route
@@ -105,8 +108,12 @@ def attach_routes(app: FastAPI) -> list[str]:
     return paths
 
 
-def init_state(state: State) -> None:
-    """Keep what the routes check a ratio against.
+def init_state(engine_client: Any, state: State) -> None:
+    """Keep what the routes check a ratio against, and have a shutdown wait for answers.
+
+    Args:
+        engine_client: of the API server, None where there is no engine.
+        state: of the app.
 
     Raises:
         ValueError: the operator set what this server's model cannot do, or misspelt a setting.
@@ -121,6 +128,8 @@ def init_state(state: State) -> None:
     )
     check_keys(kwargs, state.compresses_video, MODELS)
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
+    if engine_client is not None and hasattr(state, IN_FLIGHT):
+        wait_before_shutdown(engine_client, state.in_flight)
     begin_requests_at_zero(state.retention_policy.method)
 
 

@@ -54,7 +54,7 @@ class RetentionEndpoint:
         if reason is None:
             from scissor_vllm.frontend.chat import init_state
 
-            init_state(state)
+            init_state(engine_client, state)
             return
         config = getattr(getattr(state, "vllm_config", None), "model_config", None)
         kwargs = getattr(getattr(config, "multimodal_config", None), "mm_processor_kwargs", None)
