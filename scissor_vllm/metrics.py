@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -93,6 +93,9 @@ RETENTION_RATIO = "scissor_vllm:retention_ratio"
 """Histograms: the ratio that a chat with a video asks for, if it asks for one, allowed or not; and
 the ratio in force, if it is not refused."""
 
+AUTO_CHOICES = "scissor_vllm:auto_choices"
+"""Counter by ``retention_ratio``: requests whose ratio the server chose."""
+
 REFUSED_REQUESTS = "scissor_vllm:refused_requests"
 """Counter by ``reason``: refused requests with a video or an invalid ratio."""
 
@@ -110,6 +113,7 @@ METRICS = (
     RETAINED_VIDEO_TOKENS,
     REQUESTED_RETENTION_RATIO,
     RETENTION_RATIO,
+    AUTO_CHOICES,
     REFUSED_REQUESTS,
     SIMILARITY_THRESHOLD,
 )
@@ -311,6 +315,17 @@ def count_tokens(method: str, ratio: float, num_tokens: int, num_retained: int) 
     metrics.retained_tokens.labels(method=method).inc(num_retained)
 
 
+def count_auto_choice(ratio: float) -> None:
+    """Count a request whose ratio the server chose."""
+    _auto_choices().labels(retention_ratio=f"{ratio:g}").inc()
+
+
+def begin_auto_choices_at_zero(ratios: Iterable[float]) -> None:
+    """Export the ratios that may be chosen before any is."""
+    for ratio in ratios:
+        _auto_choices().labels(retention_ratio=f"{ratio:g}")
+
+
 def count_refusal(reason: Reason) -> None:
     """Count a request that was refused."""
     _requests().refused.labels(reason=reason.value).inc()
@@ -394,6 +409,14 @@ def _requests() -> _Requests:
         ),
         refused=Counter(REFUSED_REQUESTS, "Chats refused that had a video or a ratio.", ["reason"]),
     )
+
+
+@_once
+def _auto_choices() -> Counter:
+    from prometheus_client import Counter
+
+    documentation = "Requests with a video whose retention ratio the server chose."
+    return Counter(AUTO_CHOICES, documentation, ["retention_ratio"])
 
 
 @_once

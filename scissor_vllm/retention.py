@@ -6,7 +6,7 @@ from a float.
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -17,6 +17,12 @@ RETENTION_RATIO = "retention_ratio"
 """Key of the ratio in a request's body and in vLLM's ``mm_processor_kwargs``."""
 MAX_RETAINED_VIDEO_TOKENS = "max_retained_video_tokens"
 """The same of the budget: most tokens that the videos of a request keep together."""
+AUTO = "auto"
+"""In place of a ratio: the server chooses it."""
+AUTO_STEPS = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
+"""Ratios that the server chooses from, beside the operator's bounds."""
+Chooser = Callable[[Sequence[int | None]], float]
+"""Returns the ratio of a request that leaves it to the server, by N of its videos."""
 RETENTION = "retention"
 """Our key in vLLM's ``media_io_kwargs``: a mapping with the ones here, of one HTTP request. In the
 options of a request's processor: its :class:`RetainedCounts`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from scissor_vllm.retention import (
+    AUTO,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION,
     RETENTION_RATIO,
@@ -77,12 +78,15 @@ def check_cache_gb(name: str, size: object) -> float:
 MIN_RETENTION_RATIO = "min_retention_ratio"
 VIDEO_COMPRESSION = "video_compression"
 MAX_VIDEO_TOKENS = "max_video_tokens"
+AUTO_RETENTION_RATIO = "auto_retention_ratio"
+TARGET_TTFT_MS = "target_ttft_ms"
 VIDEO_FRAME_CACHE_GB = "video_frame_cache_gb"
 VIDEO_FEATURE_CACHE_GB = "video_feature_cache_gb"
 DEFAULT_RETENTION_RATIO = 1.0
 DEFAULT_MIN_RETENTION_RATIO = 0.01
 DEFAULT_VIDEO_COMPRESSION = "scc-windows"
 DEFAULT_MAX_VIDEO_TOKENS = 1 << 15
+MAX_TARGET_TTFT_MS = 600_000
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,14 @@ class RetentionPolicy:
     however few are kept; what is not compressed is bounded by the model's length."""
     default_budget: int | None = None
     """Most tokens that the videos of a request keep together where it names no budget."""
+    auto_bounds: tuple[float, float] | None = None
+    """Lowest and highest ratio that the server chooses for a request that asks for ``auto``; None
+    where it chooses none."""
+    target_ttft_ms: int | None = None
+    """Goal of that choice: milliseconds from a request's arrival to its first token."""
+    is_auto_by_default: bool = False
+    """Whether a request that names no ratio asks for ``auto``. ``default_ratio`` is then the
+    highest."""
 
     def __post_init__(self) -> None:
         limit = self.max_video_tokens
@@ -111,6 +123,25 @@ class RetentionPolicy:
         check_retention_ratio(self.default_ratio, minimum=self.min_ratio)
         if self.default_budget is not None:
             check_token_budget(self.default_budget)
+        self._check_auto()
+
+    def _check_auto(self) -> None:
+        if (self.auto_bounds is None) != (self.target_ttft_ms is None):
+            raise ValueError(
+                f"{AUTO_RETENTION_RATIO} and {TARGET_TTFT_MS} go together, got "
+                f"{self.auto_bounds} and {self.target_ttft_ms}: set both or none"
+            )
+        if self.auto_bounds is None:
+            return
+        lowest, highest = self.auto_bounds
+        check_retention_ratio(lowest, minimum=self.min_ratio)
+        check_retention_ratio(highest)
+        if lowest > highest:
+            raise ValueError(
+                f"{AUTO_RETENTION_RATIO} must be MIN:MAX with MIN at most MAX, got "
+                f"{lowest}:{highest}"
+            )
+        check_target_ttft_ms(self.target_ttft_ms)
 
     @classmethod
     def from_mm_processor_kwargs(cls, kwargs: Mapping[str, object] | None) -> RetentionPolicy:
@@ -123,11 +154,29 @@ class RetentionPolicy:
         min_ratio = check_retention_ratio(
             kwargs.get(MIN_RETENTION_RATIO, DEFAULT_MIN_RETENTION_RATIO)
         )
-        ratio = check_retention_ratio(kwargs.get(RETENTION_RATIO, DEFAULT_RETENTION_RATIO))
+        bounds = kwargs.get(AUTO_RETENTION_RATIO)
+        auto_bounds = None if bounds is None else parse_auto_bounds(bounds)
+        default = kwargs.get(RETENTION_RATIO, DEFAULT_RETENTION_RATIO)
+        is_auto = default == AUTO
+        if is_auto:
+            if auto_bounds is None:
+                raise ValueError(NO_AUTO)
+            default = auto_bounds[1]
+        ratio = check_retention_ratio(default)
         method = kwargs.get(VIDEO_COMPRESSION, DEFAULT_VIDEO_COMPRESSION)
         limit = kwargs.get(MAX_VIDEO_TOKENS, DEFAULT_MAX_VIDEO_TOKENS)
         budget = kwargs.get(MAX_RETAINED_VIDEO_TOKENS)
-        return cls(ratio, min_ratio, str(method), limit, budget)  # type: ignore[arg-type]
+        target = kwargs.get(TARGET_TTFT_MS)
+        return cls(
+            ratio,
+            min_ratio,
+            str(method),
+            limit,  # type: ignore[arg-type]
+            budget,  # type: ignore[arg-type]
+            auto_bounds,
+            target,  # type: ignore[arg-type]
+            is_auto,
+        )
 
     def check_num_tokens(self, num_tokens: int, ratio: float) -> None:
         """Raise ValueError if a video of N tokens is too long to be compressed to the ratio."""
@@ -137,6 +186,20 @@ class RetentionPolicy:
                 f"server, got {num_tokens}: send fewer frames, or have the operator raise "
                 "--max-video-tokens"
             )
+
+    def asks_for_auto(self, requested: object | None) -> bool:
+        """Return whether the server chooses a request's ratio.
+
+        Raises:
+            ValueError: the request asks for it, and the operator set no bounds.
+        """
+        if requested is None:
+            return self.is_auto_by_default
+        if requested != AUTO:
+            return False
+        if self.auto_bounds is None:
+            raise ValueError(NO_AUTO)
+        return True
 
     def resolve(self, requested: object | None) -> float:
         """Return the ratio in force for a request: its own, checked, or the default."""
@@ -149,6 +212,47 @@ class RetentionPolicy:
         return self.default_budget if requested is None else check_token_budget(requested)
 
 
+NO_AUTO = (
+    f"{RETENTION_RATIO} {AUTO} is not offered by this server: send a number in (0, 1], or have the "
+    "operator set --auto-retention-ratio and --target-ttft-ms"
+)
+
+
+def parse_auto_bounds(bounds: object) -> tuple[float, float]:
+    """Return the lowest and the highest ratio that ``MIN:MAX`` names.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: not two ratios in (0, 1].
+    """
+    if not isinstance(bounds, str):
+        raise TypeError(f"{AUTO_RETENTION_RATIO} must be a string MIN:MAX, got {bounds!r}")
+    lowest, _, highest = bounds.partition(":")
+    try:
+        return check_retention_ratio(float(lowest)), check_retention_ratio(float(highest))
+    except ValueError as error:
+        raise ValueError(
+            f"{AUTO_RETENTION_RATIO} must be MIN:MAX, two ratios above 0 and at most 1, got "
+            f"{bounds[:64]!r}: write 0.1:1.0"
+        ) from error
+
+
+def check_target_ttft_ms(target: object) -> int:
+    """Return the goal if it is a number of milliseconds.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: out of range.
+    """
+    if isinstance(target, bool) or not isinstance(target, int):
+        raise TypeError(f"{TARGET_TTFT_MS} must be an int of milliseconds, got {target!r}")
+    if not 1 <= target <= MAX_TARGET_TTFT_MS:
+        raise ValueError(
+            f"{TARGET_TTFT_MS} must be from 1 to {MAX_TARGET_TTFT_MS} milliseconds, got {target}"
+        )
+    return target
+
+
 _KEY_SIMILARITY = 0.85
 
 REQUEST_KEYS = frozenset({RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS})
@@ -159,6 +263,8 @@ OWN_KEYS = REQUEST_KEYS | frozenset(
         MIN_RETENTION_RATIO,
         VIDEO_COMPRESSION,
         MAX_VIDEO_TOKENS,
+        AUTO_RETENTION_RATIO,
+        TARGET_TTFT_MS,
         VIDEO_FRAME_CACHE_GB,
         VIDEO_FEATURE_CACHE_GB,
     }

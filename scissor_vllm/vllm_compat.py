@@ -5,7 +5,7 @@ setting for, in one place.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -159,3 +159,59 @@ def _is_on_event_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def pending_prompts(engine_client: Any) -> tuple[int, int]:
+    """Return how many of an API server's prompts have no first token yet, and their tokens.
+
+    vLLM's ``get_num_queued_tokens`` gives the tokens alone. It can go when vLLM gives both.
+    """
+    states = list(engine_client.output_processor.request_states.values())
+    lengths = [state.prompt_len for state in states if state.is_prefilling]
+    return len(lengths), sum(lengths)
+
+
+def watch_first_tokens(engine_client: Any, record: Callable[[int, int], None]) -> None:
+    """Have each step of an engine tell how many prompts got their first token in it.
+
+    Beside vLLM's own loggers of statistics. Its entry point ``vllm.stat_logger_plugins`` makes one
+    for every engine, offline too, and gives no access to it. It can go when the engine's client
+    takes a logger.
+
+    Args:
+        engine_client: an API server's.
+        record: takes their number and how many tokens they have together.
+
+    Raises:
+        ValueError: the operator switched statistics off.
+    """
+    manager = engine_client.logger_manager
+    if manager is None:
+        raise ValueError(
+            "--auto-retention-ratio needs the engine's statistics: leave --disable-log-stats out"
+        )
+    manager.stat_loggers.append(_first_token_logger(record))
+
+
+def _first_token_logger(record: Callable[[int, int], None]) -> Any:
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+    class FirstTokens(AggregateStatLoggerBase):
+        def __init__(self) -> None:
+            pass
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            if iteration_stats is not None and iteration_stats.time_to_first_tokens_iter:
+                num_prompts = len(iteration_stats.time_to_first_tokens_iter)
+                record(num_prompts, iteration_stats.num_prompt_tokens)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return FirstTokens()

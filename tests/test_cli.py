@@ -79,6 +79,46 @@ def test_a_default_budget_that_is_none_is_a_usage_error(
     assert "--default-max-retained-video-tokens" in capsys.readouterr().err
 
 
+def test_auto_reaches_the_engine_and_the_line_at_the_start() -> None:
+    flags = ("--auto-retention-ratio", "0.1:0.8", "--target-ttft-ms", "1500")
+    args = parse(*flags)
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {"auto_retention_ratio": "0.1:0.8", "target_ttft_ms": 1500}
+    told = "auto: 0.1 to 0.8 for a first token in 1500 ms"
+    assert f"retention ratio 1.0 ({told}) by default" in in_force(args)
+    args = parse(*flags, "--default-retention-ratio", "auto")
+    apply_retention_options(args)
+    assert "retention ratio auto (0.1 to 0.8 for a first token in 1500 ms) by" in in_force(args)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--auto-retention-ratio=0.1",),
+        ("--auto-retention-ratio=0:1",),
+        ("--auto-retention-ratio=0.1:2",),
+        ("--auto-retention-ratio=a:b",),
+        ("--target-ttft-ms=0",),
+        ("--target-ttft-ms=600001",),
+        ("--target-ttft-ms=1.5",),
+        ("--auto-retention-ratio=0.1:1",),
+        ("--target-ttft-ms=100",),
+        ("--auto-retention-ratio=0.5:0.1", "--target-ttft-ms=100"),
+        ("--auto-retention-ratio=0.001:1", "--target-ttft-ms=100"),
+        ("--default-retention-ratio=auto",),
+        ("--default-retention-ratio=automatic",),
+    ],
+)
+def test_bounds_and_goals_that_are_none_end_the_start(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        apply_retention_options(parse(*flags))
+    words = capsys.readouterr().err + str(ended.value)
+    assert "ratio" in words or "--target-ttft-ms" in words
+    assert "Traceback" not in words
+
+
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:
     args = parse(*argv)
     args.model_tag = str(model)
@@ -313,7 +353,7 @@ def test_serve_help_shows_our_options_with_one_default_each(
     shown = capsys.readouterr().out
     described = re.findall(r"^  (--[a-z-]+).*\n((?: {10,}.*\n)*)", shown, re.MULTILINE)
     texts = {flag: " ".join(text.split()) for flag, text in described}
-    assert len(texts) == 8
+    assert len(texts) == 10
     assert all(text.count("(default: ") == 1 for text in texts.values())
     assert texts["--min-retention-ratio"] == "a request below this is refused (default: 0.01)"
     assert "--help=all" in shown

@@ -59,12 +59,20 @@ def status_and_retry(server: Server, path: str, body: bytes | None = None) -> tu
         return error.code, error.headers.get("Retry-After", "")
 
 
+def num_running(server: Server) -> float:
+    try:
+        return server.counter("vllm:num_requests_running")
+    except LookupError:
+        # Before the engine's first step.
+        return 0
+
+
 def assert_drains(server: Server, clip: Path) -> None:
     chat = json.dumps({"model": "demo", "messages": [message("Hello")]}).encode()
     with ThreadPoolExecutor(6) as pool:
         running = [pool.submit(answer, server, clip, stream) for stream in (True, False) * 2]
         deadline = time.monotonic() + 60
-        while server.counter("vllm:num_requests_running") < len(running):
+        while num_running(server) < len(running):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         # These two are at the server before the signal, and not yet in the engine.

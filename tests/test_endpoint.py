@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
@@ -108,7 +109,9 @@ def build(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     return app
 
 
-def init(app: FastAPI, *, compresses: bool = True, **settings: object) -> Handler:
+def init(
+    app: FastAPI, engine: Any = None, *, compresses: bool = True, **settings: object
+) -> Handler:
     """Give the app the state of a server with these settings, and return its handler."""
     state = app.state
     state.vllm_config = Namespace(
@@ -120,7 +123,9 @@ def init(app: FastAPI, *, compresses: bool = True, **settings: object) -> Handle
     state.online_renderer = Namespace(renderer=Namespace(mm_processor=processor))
     state.openai_serving_chat = handler = Handler()
     state.serving_tokenization = state.openai_serving_models = handler
-    asyncio.run(RetentionEndpoint().init_state(None, state, state.args))
+    if engine is not None:
+        engine.shutdown = lambda timeout=None: None
+    asyncio.run(RetentionEndpoint().init_state(engine, state, state.args))
     return handler
 
 
@@ -211,7 +216,8 @@ def test_headers_of_an_answer_about_a_video_tell_what_was_kept(
     told = ask(client, VIDEO, stream=stream).headers
     assert {name: told[name] for name in HEADERS} == HEADERS
     assert told["access-control-expose-headers"].split(", ") == list(HEADERS)
-    for messages, fields in ((TEXT, {}), (VIDEO, {"retention_ratio": 2})):
+    wrong: dict[str, Any] = {"retention_ratio": 2}
+    for messages, fields in ((TEXT, {}), (VIDEO, wrong)):
         told = ask(client, messages, stream=stream, **fields).headers
         assert not HEADERS.keys() & told.keys()
 
@@ -258,6 +264,49 @@ def test_a_budget_that_is_none_is_refused_in_one_short_sentence(
     assert "got " in message
     assert len(message) < 300
     assert not handler.requests
+
+
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
+def test_auto_is_refused_with_the_options_that_offer_it(client: TestClient, path: str) -> None:
+    message = error_of(ask(client, VIDEO, path, retention_ratio="auto"))
+    assert "--auto-retention-ratio and --target-ttft-ms" in message
+
+
+class Statistics:
+    """In place of an engine's client: what an API server knows of its engine."""
+
+    def __init__(self) -> None:
+        self.output_processor = Namespace(request_states={})
+        self.logger_manager: Any = Namespace(stat_loggers=[])
+
+
+AUTO: dict[str, Any] = {"auto_retention_ratio": "0.1:0.8", "target_ttft_ms": 500}
+
+
+def test_auto_has_the_processor_ask_the_server(app: FastAPI, client: TestClient) -> None:
+    engine = Statistics()
+    cases: list[tuple[dict[str, Any], Any]] = [({"retention_ratio": "auto"}, 1.0), ({}, "auto")]
+    for fields, default in cases:
+        handler = init(app, engine, retention_ratio=default, **AUTO)
+        assert ask(client, VIDEO, **fields).status_code == 200
+        kwargs = handler.requests[0].build_chat_params(None, "auto").media_io_kwargs
+        assert kwargs["retention"]["auto"]([100]) == 0.8
+    (_, first_tokens) = engine.logger_manager.stat_loggers
+    waiting = [Namespace(prompt_len=1000, is_prefilling=True) for _ in range(500)]
+    done = Namespace(prompt_len=10**9, is_prefilling=False)
+    engine.output_processor.request_states.update(enumerate([*waiting, done]))
+    stats = Namespace(time_to_first_tokens_iter=[3.0, 3.0], num_prompt_tokens=2000)
+    for _ in range(5):
+        first_tokens.record(None, stats)
+        time.sleep(0.01)
+    assert kwargs["retention"]["auto"]([100]) == 0.1
+
+
+def test_auto_without_the_engines_statistics_ends_the_start(app: FastAPI) -> None:
+    engine = Statistics()
+    engine.logger_manager = None
+    with pytest.raises(ValueError, match="leave --disable-log-stats out"):
+        init(app, engine, **AUTO)
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999"])
@@ -356,7 +405,8 @@ def test_on_a_model_whose_videos_are_not_compressed_a_ratio_is_refused(
 def test_the_list_of_models_tells_what_a_request_may_ask_of_videos(
     app: FastAPI, client: TestClient, compresses: bool
 ) -> None:
-    chosen = {"retention_ratio": 0.5, "min_retention_ratio": 0.1, "max_retained_video_tokens": 700}
+    chosen: dict[str, Any] = {"retention_ratio": 0.5, "min_retention_ratio": 0.1}
+    chosen |= {"max_retained_video_tokens": 700}
     init(app, compresses=compresses, **(chosen if compresses else {}))
     cards = client.get("/v1/models").json()["data"]
     assert [card["id"] for card in cards] == ["m", "adapter"]
@@ -366,6 +416,7 @@ def test_the_list_of_models_tells_what_a_request_may_ask_of_videos(
         "min_retention_ratio": 0.1,
         "default_max_retained_video_tokens": 700,
         "max_video_tokens": 1 << 15,
+        "auto": None,
     }
     for card in cards:
         assert card["video_compression"] == (expected if compresses else None)

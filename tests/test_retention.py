@@ -178,9 +178,9 @@ def exact_shares(
     rows = list(zip(weights, least, most, strict=True))
     corners = sorted({Fraction(bound, w) for w, *bounds in rows for bound in bounds})
     for left, right in zip([Fraction(0), *corners], [*corners, corners[-1]], strict=True):
-        low, high = sum(at(left)), sum(at(right))
+        low, high = sum(at(left), Fraction(0)), sum(at(right), Fraction(0))
         if low <= total <= high:
-            share = 0 if high == low else (total - low) / (high - low)
+            share = Fraction(0) if high == low else (total - low) / (high - low)
             return at(left + (right - left) * share)
     raise AssertionError("the total is outside of the bounds")
 

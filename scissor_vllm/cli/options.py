@@ -9,12 +9,14 @@ from typing import Any
 
 from scissor_vllm.cpus import num_cpus
 from scissor_vllm.retention import (
+    AUTO,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION_RATIO,
     check_retention_ratio,
     check_token_budget,
 )
 from scissor_vllm.settings import (
+    AUTO_RETENTION_RATIO,
     DEFAULT_FEATURE_CACHE_GB,
     DEFAULT_FRAME_CACHE_GB,
     DEFAULT_MAX_VIDEO_TOKENS,
@@ -24,6 +26,7 @@ from scissor_vllm.settings import (
     MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
     OWN_KEYS,
+    TARGET_TTFT_MS,
     VIDEO_COMPRESSION,
     VIDEO_FEATURE_CACHE_GB,
     VIDEO_FRAME_CACHE_GB,
@@ -31,6 +34,8 @@ from scissor_vllm.settings import (
     RetentionPolicy,
     check_cache_gb,
     check_keys,
+    check_target_ttft_ms,
+    parse_auto_bounds,
 )
 
 GROUP = "Video compression"
@@ -51,10 +56,10 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--default-retention-ratio",
         metavar="RATIO",
-        type=_ratio,
+        type=_ratio_or_auto,
         default=None,
         help="fraction of video tokens kept where a request names none; 1.0 is as vLLM without "
-        f"compression (default: {DEFAULT_RETENTION_RATIO})",
+        f"compression; auto has the server choose (default: {DEFAULT_RETENTION_RATIO})",
     )
     group.add_argument(
         "--min-retention-ratio",
@@ -62,6 +67,22 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         type=_ratio,
         default=None,
         help=f"a request below this is refused (default: {DEFAULT_MIN_RETENTION_RATIO})",
+    )
+    group.add_argument(
+        "--auto-retention-ratio",
+        metavar="MIN:MAX",
+        type=_auto_bounds,
+        default=None,
+        help="bounds of the ratio that the server chooses for a request with retention_ratio auto: "
+        "the highest at which its first token comes in --target-ttft-ms (default: none is chosen)",
+    )
+    group.add_argument(
+        "--target-ttft-ms",
+        metavar="MS",
+        type=_target,
+        default=None,
+        help="goal of --auto-retention-ratio: milliseconds from a request's arrival to its first "
+        "token (default: none)",
     )
     group.add_argument(
         "--default-max-retained-video-tokens",
@@ -124,6 +145,25 @@ def _ratio(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _ratio_or_auto(text: str) -> float | str:
+    return text if text == AUTO else _ratio(text)
+
+
+def _auto_bounds(text: str) -> str:
+    try:
+        parse_auto_bounds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _target(text: str) -> int:
+    try:
+        return check_target_ttft_ms(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _budget(text: str) -> int:
     try:
         return check_token_budget(int(text))
@@ -174,6 +214,8 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         MIN_RETENTION_RATIO: args.min_retention_ratio,
         MAX_RETAINED_VIDEO_TOKENS: args.default_max_retained_video_tokens,
         MAX_VIDEO_TOKENS: args.max_video_tokens,
+        AUTO_RETENTION_RATIO: args.auto_retention_ratio,
+        TARGET_TTFT_MS: args.target_ttft_ms,
         VIDEO_COMPRESSION: args.video_compression,
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
@@ -222,11 +264,16 @@ def in_force(args: argparse.Namespace) -> str:
     policy = RetentionPolicy.from_mm_processor_kwargs(kwargs)
     sizes = CacheSizes.of(kwargs, args.mm_processor_cache_gb)
     num_servers = args.api_server_count or 1
+    default = f"{policy.default_ratio}"
+    if policy.auto_bounds is not None:
+        lowest, highest = policy.auto_bounds
+        auto = f"{lowest} to {highest} for a first token in {policy.target_ttft_ms} ms"
+        default = f"auto ({auto})" if policy.is_auto_by_default else f"{default} (auto: {auto})"
     budget = ""
     if policy.default_budget is not None:
         budget = f", {policy.default_budget} video tokens a request at most by default"
     line = (
-        f"scissor_vllm: retention ratio {policy.default_ratio} by default and "
+        f"scissor_vllm: retention ratio {default} by default and "
         f"{policy.min_ratio} at least{budget}, method {policy.method}, caches of "
         f"{sizes.frames / 2**30:g} GiB for frames and {sizes.features / 2**30:g} GiB for "
         f"features, API servers {num_servers}"

@@ -17,6 +17,7 @@ from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 
+from scissor_vllm.frontend.auto_ratio import begin_auto, chooser
 from scissor_vllm.frontend.checks import check_request
 from scissor_vllm.frontend.draining import IN_FLIGHT, add_draining
 from scissor_vllm.frontend.estimate import ESTIMATE_PATH, attach_estimate
@@ -128,6 +129,7 @@ def init_state(engine_client: Any, state: State) -> None:
     )
     check_keys(kwargs, state.compresses_video, MODELS)
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
+    state.auto_ratio = begin_auto(engine_client, state)
     if engine_client is not None and hasattr(state, IN_FLIGHT):
         wait_before_shutdown(engine_client, state.in_flight)
     begin_requests_at_zero(state.retention_policy.method)
@@ -153,7 +155,7 @@ async def _answer_video(
 ) -> Response | None:
     """Answer a chat whose end is counted."""
     state = raw_request.app.state
-    report = request.begin_report()
+    report = request.begin_report(chooser(state, is_counted=True))
     raw_request, span = begin_span(raw_request, state.traces_endpoint)
     chat = Chat(state.retention_policy.method, request.valid_ratio, report, span)
     with chat.ended_by_errors():
@@ -173,5 +175,5 @@ async def tokenize(
     if request.names_fields:
         check_request(request, raw_request.app.state)
     if request.has_video:
-        request.begin_report()
+        request.begin_report(chooser(raw_request.app.state, is_counted=False))
     return await tokenize_router.tokenize(request, raw_request)

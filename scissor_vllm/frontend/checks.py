@@ -39,6 +39,10 @@ def _check_ratio(ratio: Any, has_video: bool, state: State) -> None:
     if ratio is None:
         return
     try:
+        if state.retention_policy.asks_for_auto(ratio):
+            if has_video and not state.compresses_video:
+                raise _unsupported(RETENTION_RATIO, "1.0 or absent", ratio)
+            return
         check_retention_ratio(ratio)
     except (TypeError, ValueError) as error:
         raise _refused(error, RETENTION_RATIO, Reason.INVALID_RATIO) from error

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 
+from scissor_vllm.frontend.auto_ratio import chooser
 from scissor_vllm.frontend.checks import check_request
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request import RetentionTokenizeChatRequest
@@ -97,7 +98,7 @@ async def estimate(request: EstimateRequest, raw_request: Request) -> Response:
             parameter="model",
             reason=Reason.UNSUPPORTED_MODEL,
         )
-    report = request.begin_report()
+    report = request.begin_report(chooser(state, is_counted=False))
     assert isinstance(report, EstimateReport)
     counted = await tokenize_router.tokenization(raw_request).create_tokenize(request, raw_request)
     if isinstance(counted, ErrorResponse):

@@ -1,6 +1,6 @@
 """``GET /v1/models`` with what a client may ask of videos: vLLM's list, one more field a model."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -14,11 +14,21 @@ from scissor_vllm.frontend.response import VIDEO_COMPRESSION
 MODELS_PATH = "/v1/models"
 
 
+class AutoCard(BaseModel):
+    """What the server chooses for a request that asks for ``auto``."""
+
+    min_retention_ratio: float
+    max_retention_ratio: float
+    target_ttft_ms: int = Field(
+        description="Goal: milliseconds from a request's arrival to its first token."
+    )
+
+
 class VideoCompressionCard(BaseModel):
     """What the server does with videos, and what a request may ask for."""
 
     method: str = Field(description="Method of compression.")
-    default_retention_ratio: float = Field(
+    default_retention_ratio: float | Literal["auto"] = Field(
         description="Ratio of a request that names none; 1.0 keeps all."
     )
     min_retention_ratio: float = Field(description="A request below it is refused.")
@@ -28,6 +38,7 @@ class VideoCompressionCard(BaseModel):
     max_video_tokens: int = Field(
         description="Most tokens, before compression, of a video that is compressed."
     )
+    auto: AutoCard | None = Field(description="null where no ratio is chosen by the server.")
 
 
 class RetentionModelCard(ModelCard):
@@ -41,7 +52,7 @@ class RetentionModelCard(ModelCard):
 class RetentionModelList(ModelList):
     """vLLM's list of models, for OpenAPI."""
 
-    data: list[RetentionModelCard] = Field(default_factory=list)  # type: ignore[assignment]
+    data: list[RetentionModelCard] = Field(default_factory=list)
 
 
 def describe_compression(state: State) -> dict[str, Any] | None:
@@ -49,12 +60,21 @@ def describe_compression(state: State) -> dict[str, Any] | None:
     if not state.compresses_video:
         return None
     policy = state.retention_policy
+    auto = None
+    if policy.auto_bounds is not None:
+        lowest, highest = policy.auto_bounds
+        auto = AutoCard(
+            min_retention_ratio=lowest,
+            max_retention_ratio=highest,
+            target_ttft_ms=policy.target_ttft_ms,
+        )
     return VideoCompressionCard(
         method=policy.method,
-        default_retention_ratio=policy.default_ratio,
+        default_retention_ratio="auto" if policy.is_auto_by_default else policy.default_ratio,
         min_retention_ratio=policy.min_ratio,
         default_max_retained_video_tokens=policy.default_budget,
         max_video_tokens=policy.max_video_tokens,
+        auto=auto,
     ).model_dump()
 
 

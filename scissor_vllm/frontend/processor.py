@@ -6,6 +6,8 @@ travels to the model as the field ``num_retained`` of each video; the model give
 many rows.
 """
 
+from __future__ import annotations
+
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
+from scissor_vllm.frontend.asked import Asked, asked_for
 from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
 from scissor_vllm.frontend.refusal import RefusedRequestError
@@ -42,7 +45,6 @@ from scissor_vllm.retention import (
 )
 from scissor_vllm.settings import (
     OWN_KEYS,
-    REQUEST_KEYS,
     CacheSizes,
     RetentionPolicy,
     without_own_keys,
@@ -91,22 +93,6 @@ class _Request(ProcessorInputs):
     report: RetentionReport | None = None
 
 
-def _check_embedded(requested: Mapping[str, object]) -> None:
-    """Raise RefusedRequestError if a request wants videos compressed that it sends as a tower's."""
-    if requested[RETENTION_RATIO] not in (None, 1.0):
-        name, rule = RETENTION_RATIO, "1.0 or absent"
-    elif requested[MAX_RETAINED_VIDEO_TOKENS] is not None:
-        name, rule = MAX_RETAINED_VIDEO_TOKENS, "absent"
-    else:
-        return
-    raise RefusedRequestError(
-        f"{name} must be {rule} for videos sent as embeddings, got {requested[name]}: send their "
-        "files",
-        parameter=name,
-        reason=Reason.UNSUPPORTED_MODEL,
-    )
-
-
 @dataclass
 class VideoPlaceholders(PromptUpdateDetails):
     """A video's placeholders; vLLM keeps them in its cache with the video."""
@@ -152,11 +138,13 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         videos = pixels_of_videos(inputs.mm_data_items)
         media_io_kwargs = dict(inputs.media_io_kwargs)
         over_http = media_io_kwargs.pop(RETENTION, {})
-        ratio, budget = self._in_force(kwargs, over_http, has_video and videos is None)
+        is_embedded = has_video and videos is None
+        asked = asked_for(self.info.retention_policy, kwargs, over_http, is_embedded)
+        ratio = 1.0
         options = without_own_keys(kwargs)
         report = over_http.get(RETENTION_REPORT)
         if videos is not None:
-            counts = self._count_retained(videos, options, ratio, budget)
+            counts = self._count_retained(videos, options, asked)
             ratio = counts.ratio
             options[RETENTION] = counts
             # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
@@ -171,56 +159,16 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 "media_io_kwargs": media_io_kwargs,
             },
             ratio=ratio,
-            budget=budget,
+            budget=asked.budget,
             report=report if isinstance(report, RetentionReport) else None,
         )
         return super().apply(request, timing_ctx)
-
-    def _in_force(
-        self, kwargs: Mapping[str, object], over_http: Mapping[str, object], is_embedded: bool
-    ) -> tuple[float, int | None]:
-        """Return the ratio and the budget in force for a request.
-
-        Args:
-            kwargs: the request's options for the processor, in which a trusted client or one
-                offline may name them.
-            over_http: fields of the request's body.
-            is_embedded: whether a video is sent as what a tower made of it.
-
-        Raises:
-            VLLMValidationError: one of them is none, or not allowed.
-        """
-        settings = sorted(OWN_KEYS & kwargs.keys() - REQUEST_KEYS)
-        if settings:
-            raise RefusedRequestError(
-                f"{', '.join(settings)} can be set for the whole server only: leave it out of "
-                "the request's mm_processor_kwargs",
-                parameter="mm_processor_kwargs",
-                reason=Reason.PROCESSOR_OPTIONS,
-            )
-        requested = {
-            key: kwargs.get(key) if over_http.get(key) is None else over_http[key]
-            for key in REQUEST_KEYS
-        }
-        policy = self.info.retention_policy
-        try:
-            ratio = policy.resolve(requested[RETENTION_RATIO])
-        except (TypeError, ValueError) as error:
-            raise VLLMValidationError(str(error), parameter=RETENTION_RATIO) from error
-        try:
-            budget = policy.resolve_budget(requested[MAX_RETAINED_VIDEO_TOKENS])
-        except (TypeError, ValueError) as error:
-            raise VLLMValidationError(str(error), parameter=MAX_RETAINED_VIDEO_TOKENS) from error
-        if is_embedded:
-            _check_embedded(requested)
-        return ratio, budget
 
     def _count_retained(
         self,
         videos: VideoProcessorItems,
         options: Mapping[str, object],
-        ratio: float,
-        budget: int | None,
+        asked: Asked,
     ) -> RetainedCounts:
         """Return K of each video.
 
@@ -230,8 +178,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         """
         num_tokens = self._get_num_video_tokens(videos, options)
         policy = self.info.retention_policy
+        ratio = asked.ratio if isinstance(asked.ratio, float) else asked.ratio(num_tokens)
         try:
-            counts = count_retained(num_tokens, ratio, budget, policy.min_ratio)
+            counts = count_retained(num_tokens, ratio, asked.budget, policy.min_ratio)
         except BudgetTooSmallError as error:
             raise RefusedRequestError(
                 str(error),

@@ -10,20 +10,27 @@ from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.renderers import ChatParams
 
 from scissor_vllm.retention import (
+    AUTO,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION,
     RETENTION_RATIO,
     RETENTION_REPORT,
+    Chooser,
     RetentionReport,
     ratio_or_none,
 )
 
 _RATIO_DESCRIPTION = (
     "Fraction of each video's tokens that reaches the language model, above 0 and at most 1. "
-    "1.0 keeps all. Leave it out for the server's default. Images and text are untouched."
+    "1.0 keeps all; auto has the server choose, where its operator offers that. Leave it out for "
+    "the server's default. Images and text are untouched."
 )
 _RATIO_SCHEMA = {
-    "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}],
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        {"const": AUTO},
+        {"type": "null"},
+    ],
     "title": "Retention Ratio",
 }
 _BUDGET_DESCRIPTION = (
@@ -80,6 +87,7 @@ class RetentionRequest(BaseModel):
     ] = None
 
     _report: RetentionReport | None = PrivateAttr(default=None)
+    _choose: Chooser | None = PrivateAttr(default=None)
     _has_video: bool = PrivateAttr(default=False)
 
     @model_validator(mode="wrap")
@@ -110,9 +118,15 @@ class RetentionRequest(BaseModel):
         """The ratio if it is one, allowed here or not."""
         return ratio_or_none(self.retention_ratio)
 
-    def begin_report(self) -> RetentionReport:
-        """Return a report that the processor fills; it is complete once the prompt is rendered."""
+    def begin_report(self, choose: Chooser | None = None) -> RetentionReport:
+        """Return a report that the processor fills; it is complete once the prompt is rendered.
+
+        Args:
+            choose: asked by the processor if the ratio is left to the server; None where this
+                server chooses none.
+        """
         self._report = self._new_report()
+        self._choose = choose
         return self._report
 
     def _new_report(self) -> RetentionReport:
@@ -131,6 +145,7 @@ class RetentionRequest(BaseModel):
         own = {
             RETENTION_RATIO: self.retention_ratio,
             MAX_RETAINED_VIDEO_TOKENS: self.max_retained_video_tokens,
+            AUTO: self._choose,
             RETENTION_REPORT: self._report,
         }
         return replace(params, media_io_kwargs={**(params.media_io_kwargs or {}), RETENTION: own})

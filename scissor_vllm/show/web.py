@@ -25,6 +25,7 @@ from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
+from scissor_vllm.frontend.auto_ratio import chooser
 from scissor_vllm.frontend.request import RetentionTokenizeChatRequest
 from scissor_vllm.retention import RetentionReport
 from scissor_vllm.show.picture import (
@@ -161,7 +162,7 @@ async def make_picture(request: PictureRequest, state: State) -> Picture:
     """
     if not state.compresses_video:
         raise VLLMValidationError("videos of this model are not compressed: there is no picture")
-    report = request.begin_report()
+    report = request.begin_report(chooser(state, is_counted=False))
     assert isinstance(report, VideoReport)
     item = await _prepared_video(request, state)
     ((frames, metadata),) = report.videos

@@ -1,0 +1,106 @@
+"""The load of all API servers of an engine, told by each to the others without waiting.
+
+Each writes a few numbers into a file of its own, mapped into memory, and reads those of the others.
+A number may be of the moment before: it is an estimate's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+_PREFIX = "scissor-load-"
+_LOOK_SECONDS = 1.0
+"""Between two looks for servers that came or went."""
+
+
+class Load(NamedTuple):
+    """What an API server counts, or all of them."""
+
+    num_arrived: float = 0
+    """Requests whose ratio was chosen."""
+    num_pending: float = 0
+    """Prompts in the engine without a first token."""
+    num_pending_tokens: float = 0
+    """Of these prompts."""
+    busy_since: float = 0
+    """Time of the last first token, or later, of the end of the engine's idleness."""
+
+
+_FORMAT = struct.Struct(f"{len(Load._fields)}d")
+
+
+def total(loads: Iterable[Load]) -> Load:
+    """Return the sum, and the last time."""
+    arrived, pending, tokens, since = zip(*loads, strict=True)
+    return Load(sum(arrived), sum(pending), sum(tokens), max(since))
+
+
+class SharedLoad:
+    """An API server's load and that of the others."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        suffix: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take a file in a folder that the server's processes share.
+
+        Args:
+            folder: None for a server alone.
+            suffix: of the file's name, for several in one process.
+            clock: in seconds.
+        """
+        self._folder = folder
+        self._clock = clock
+        self._others: dict[str, mmap.mmap] = {}
+        self._looked = -_LOOK_SECONDS
+        self._name = f"{_PREFIX}{os.getpid()}-{suffix}"
+        self._own: mmap.mmap | None = None
+        self._load = Load()
+        if folder is not None:
+            path = folder / self._name
+            path.write_bytes(bytes(_FORMAT.size))
+            with path.open("r+b") as file:
+                self._own = mmap.mmap(file.fileno(), _FORMAT.size)
+
+    def publish(self, load: Load) -> Load:
+        """Tell the others this server's load, and return that of all."""
+        self._load = load
+        if self._own is None:
+            return load
+        _FORMAT.pack_into(self._own, 0, *load)
+        now = self._clock()
+        if now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            self._look()
+        others = (Load(*_FORMAT.unpack_from(shared)) for shared in self._others.values())
+        return total((load, *others))
+
+    def _look(self) -> None:
+        assert self._folder is not None
+        names = {path.name for path in self._folder.glob(f"{_PREFIX}*")} - {self._name}
+        running = {name for name in names if _runs(int(name.split("-")[2]))}
+        self._others = {n: shared for n, shared in self._others.items() if n in running}
+        for name in running - self._others.keys():
+            with (self._folder / name).open("rb") as file:
+                if os.fstat(file.fileno()).st_size == _FORMAT.size:
+                    self._others[name] = mmap.mmap(
+                        file.fileno(), _FORMAT.size, access=mmap.ACCESS_READ
+                    )
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
