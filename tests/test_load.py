@@ -66,10 +66,21 @@ def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("text", "ratios"),
-    [("stock", ()), ("0.25", (0.25,)), ("1", (1.0,)), ("1.0,0.5,0.1", (1.0, 0.5, 0.1))],
+    [
+        ("stock", ()),
+        ("0.25", (0.25,)),
+        ("1", (1.0,)),
+        ("1.0,0.5,0.1", (1.0, 0.5, 0.1)),
+        ("auto", ("auto",)),
+        ("auto,0.5", ("auto", 0.5)),
+    ],
 )
-def test_a_ratio_is_one_several_or_none(text: str, ratios: tuple[float, ...]) -> None:
+def test_a_ratio_is_one_several_none_or_the_servers_choice(
+    text: str, ratios: tuple[float | str, ...]
+) -> None:
     assert parse_ratios(text) == ratios
+    cell = Cell(ratios, 1, None)
+    assert Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) == cell
 
 
 @pytest.mark.parametrize("text", ["", "half", "0", "1.5", "0.5,", "0.5,stock", "nan"])

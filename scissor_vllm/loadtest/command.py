@@ -235,7 +235,7 @@ def _rate(text: str) -> float | None:
     return None if math.isinf(rate) else rate
 
 
-def _ratios(text: str) -> tuple[float, ...]:
+def _ratios(text: str) -> tuple[float | str, ...]:
     try:
         return parse_ratios(text)
     except ValueError as error:
@@ -273,7 +273,8 @@ def _run_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[(1.0,), (0.5,), (0.25,), (0.1,)],
         metavar="RATIO",
-        help=f"0.25; 1.0,0.5,0.1: each request draws one; {STOCK}: requests carry none, as vLLM "
+        help="0.25; 1.0,0.5,0.1: each request draws one; auto: the server chooses, see its "
+        f"--auto-retention-ratio; {STOCK}: requests carry none, as vLLM "
         "without this plugin wants it (default: 1.0 0.5 0.25 0.1)",
     )
     grid.add_argument(

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from scissor_vllm.loadtest.clips import Clip
-from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.retention import AUTO, RETENTION_RATIO, check_retention_ratio
 
 STOCK = "stock"
 """Instead of a ratio: the request has no ``retention_ratio``, as vLLM without us wants it."""
@@ -19,8 +19,9 @@ STOCK = "stock"
 class Cell:
     """One combination that is measured."""
 
-    retention_ratios: tuple[float, ...]
-    """What each request draws its ratio from; none: requests carry no ratio."""
+    retention_ratios: tuple[float | str, ...]
+    """What each request draws its ratio from, ``auto`` among them; none: requests carry no ratio.
+    """
     max_concurrency: int | None
     """Requests in flight at most; None: no bound."""
     request_rate: float | None
@@ -59,34 +60,37 @@ class Cell:
         )
 
 
-def ratio_name(ratios: Sequence[float]) -> str:
+def ratio_name(ratios: Sequence[float | str]) -> str:
     """Return ``stock``, a ratio, or ratios with commas."""
     return ",".join(map(str, ratios)) or STOCK
 
 
-def parse_ratios(text: str) -> tuple[float, ...]:
-    """Return the ratios of one cell: ``stock``, ``0.25``, or ``1.0,0.5,0.1`` for a mix.
+def parse_ratios(text: str) -> tuple[float | str, ...]:
+    """Return the ratios of one cell: ``stock``, ``auto``, ``0.25``, or ``1.0,0.5,0.1`` for a mix.
 
     Raises:
         ValueError: one is no ratio.
     """
     if text == STOCK:
         return ()
-    ratios = []
+    ratios: list[float | str] = []
     for part in text.split(","):
+        if part == AUTO:
+            ratios.append(AUTO)
+            continue
         try:
             number = float(part)
         except ValueError:
             raise ValueError(
-                f"a retention ratio must be a number, several with commas between them, or "
-                f"{STOCK!r}, got {text!r}: write for example 0.25 or 1.0,0.5,0.1"
+                f"a retention ratio must be a number or {AUTO!r}, several with commas between "
+                f"them, or {STOCK!r}, got {text!r}: write for example 0.25 or 1.0,0.5,0.1"
             ) from None
         ratios.append(check_retention_ratio(number))
     return tuple(ratios)
 
 
 def cells(
-    ratios: Sequence[tuple[float, ...]],
+    ratios: Sequence[tuple[float | str, ...]],
     concurrencies: Sequence[int | None],
     request_rates: Sequence[float | None],
 ) -> list[Cell]:
@@ -95,7 +99,7 @@ def cells(
     return list(dict.fromkeys(Cell(ratio, n, rate) for rate, n, ratio in combinations))
 
 
-def draw_ratios(cell: Cell, num_requests: int, seed: int) -> list[float | None]:
+def draw_ratios(cell: Cell, num_requests: int, seed: int) -> list[float | str | None]:
     """Return the ratio of each request: the same for the same cell and seed."""
     if not cell.retention_ratios:
         return [None] * num_requests
@@ -108,7 +112,7 @@ class VideoRequest:
     """One request to send."""
 
     clip: Clip
-    retention_ratio: float | None
+    retention_ratio: float | str | None
 
     def messages(self, question: str) -> list[dict[str, Any]]:
         """Return the chat: the video, then the question."""
