@@ -104,12 +104,16 @@ def _out_of_range(ratio: object) -> str:
     )
 
 
+_MAX_BUDGET = 2**53 - 1
+"""The largest integer that every JSON reader keeps exact."""
+
+
 def check_token_budget(budget: object) -> int:
-    """Return the budget if it is an integer of at least 1.
+    """Return the budget if it is an integer from 1 to 2**53 - 1.
 
     Raises:
         TypeError: not an integer (a bool, a float or a string is not one).
-        ValueError: below 1.
+        ValueError: out of range.
     """
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise TypeError(
@@ -120,6 +124,11 @@ def check_token_budget(budget: object) -> int:
         raise ValueError(
             f"{MAX_RETAINED_VIDEO_TOKENS} must be at least 1, got {_shown(budget)}: it is the most "
             f"tokens that all videos keep together; send {RETENTION_RATIO} to keep a fraction"
+        )
+    if budget > _MAX_BUDGET:
+        raise ValueError(
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be at most {_MAX_BUDGET}, got {_shown(budget)}: "
+            "leave it out for no limit"
         )
     return budget
 

@@ -310,16 +310,20 @@ def test_costs_are_never_negative_and_of_one_length_exact() -> None:
     assert costs.per_token > 0
 
 
-def test_servers_see_each_others_load_and_forget_one_that_is_gone(tmp_path: Path) -> None:
-    now = 0.0
+def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
+    now = 100.0
     one, other = (SharedLoad(tmp_path, name, clock=lambda: now) for name in ("one", "other"))
-    one.publish(Load(1, 2, 30, 4.0))
-    assert other.publish(Load(10, 20, 300, 3.0)) == Load(11, 22, 330, 4.0)
-    gone = tmp_path / "scissor-load-999999999-x"
-    gone.write_bytes((tmp_path / next(tmp_path.iterdir()).name).read_bytes())
+    one.publish(Load(1, 2, 30, 99.0))
+    assert other.publish(Load(10, 20, 300, 98.0)) == Load(11, 22, 330, 99.0, 100.0)
+    # A process that is gone, and a file of another program.
+    (whole, *_) = tmp_path.iterdir()
+    (tmp_path / "scissor-load-999999999-x").write_bytes(whole.read_bytes())
     (tmp_path / "counter_1.db").write_bytes(b"of prometheus_client")
-    now = 2.0
-    assert one.publish(Load(1, 2, 30, 4.0)) == Load(11, 22, 330, 4.0)
+    now = 102.0
+    assert one.publish(Load(1, 2, 30, 99.0)) == Load(11, 22, 330, 99.0, 102.0)
+    # What has come stays counted.
+    for now in (140.0, 3.0):
+        assert one.publish(Load(1, 2, 30, 2.0)) == Load(11, 2, 30, 2.0, now)
     assert SharedLoad(None).publish(Load(1, 2, 3, 4.0)) == Load(1, 2, 3, 4.0)
 
 

@@ -252,7 +252,9 @@ def test_a_ratio_that_is_none_is_refused_in_one_short_sentence(
 
 
 @pytest.mark.parametrize(
-    "budget", [0, -1, 1.5, 2.0, "9", True, [9], {}, -(10**40)], ids=lambda value: str(value)[:8]
+    "budget",
+    [0, -1, 1.5, 2.0, "9", True, [9], {}, -(10**40), 10**40],
+    ids=lambda value: str(value)[:8],
 )
 @pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
 @pytest.mark.parametrize("messages", [TEXT, VIDEO], ids=["text", "video"])

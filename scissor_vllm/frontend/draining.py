@@ -47,10 +47,12 @@ class InFlight:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = threading.Condition()
 
-    def add(self, task: asyncio.Task[Any]) -> None:
-        """Count a request by the task that answers it."""
+    def add(self, task: asyncio.Task[Any]) -> bool:
+        """Count a request by the task that answers it, and return whether it is taken."""
         with self._changed:
-            self._tasks.add(task)
+            if not self.is_draining:
+                self._tasks.add(task)
+            return not self.is_draining
 
     def remove(self, task: asyncio.Task[Any]) -> None:
         """Count it no more."""
@@ -106,10 +108,10 @@ class DrainingMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         is_work = scope["type"] == "http" and scope["method"] == "POST"
-        if self._in_flight.is_draining and (is_work or _asks_for_health(scope)):
-            await _refuse(send)
-        elif is_work:
+        if is_work:
             await self._answer(scope, receive, send)
+        elif self._in_flight.is_draining and _asks_for_health(scope):
+            await _refuse(send)
         else:
             await self._app(scope, receive, send)
 
@@ -123,7 +125,9 @@ class DrainingMiddleware:
 
         task = asyncio.current_task()
         assert task is not None
-        self._in_flight.add(task)
+        if not self._in_flight.add(task):
+            await _refuse(send)
+            return
         try:
             await self._app(scope, receive, watched)
         except asyncio.CancelledError:

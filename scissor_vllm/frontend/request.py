@@ -38,7 +38,7 @@ _BUDGET_DESCRIPTION = (
     "retention ratio the smaller of both holds. Leave it out for the server's default."
 )
 _BUDGET_SCHEMA = {
-    "anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}],
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**53 - 1}, {"type": "null"}],
     "title": "Max Retained Video Tokens",
 }
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 _PREFIX = "scissor-load-"
 _LOOK_SECONDS = 1.0
 """Between two looks for servers that came or went."""
+_FRESH_SECONDS = 30.0
+"""A server that told nothing for so long has no prompts in the engine, or its clients hung up."""
 
 
 class Load(NamedTuple):
@@ -30,15 +32,17 @@ class Load(NamedTuple):
     """Of these prompts."""
     busy_since: float = 0
     """Time of the last first token, or later, of the end of the engine's idleness."""
+    updated: float = 0
+    """When this was told."""
 
 
 _FORMAT = struct.Struct(f"{len(Load._fields)}d")
 
 
 def total(loads: Iterable[Load]) -> Load:
-    """Return the sum, and the last time."""
-    arrived, pending, tokens, since = zip(*loads, strict=True)
-    return Load(sum(arrived), sum(pending), sum(tokens), max(since))
+    """Return the sum, and the last times."""
+    arrived, pending, tokens, since, updated = zip(*loads, strict=True)
+    return Load(sum(arrived), sum(pending), sum(tokens), max(since), max(updated))
 
 
 class SharedLoad:
@@ -63,7 +67,6 @@ class SharedLoad:
         self._looked = -_LOOK_SECONDS
         self._name = f"{_PREFIX}{os.getpid()}-{suffix}"
         self._own: mmap.mmap | None = None
-        self._load = Load()
         if folder is not None:
             path = folder / self._name
             path.write_bytes(bytes(_FORMAT.size))
@@ -72,16 +75,16 @@ class SharedLoad:
 
     def publish(self, load: Load) -> Load:
         """Tell the others this server's load, and return that of all."""
-        self._load = load
         if self._own is None:
             return load
-        _FORMAT.pack_into(self._own, 0, *load)
         now = self._clock()
+        load = load._replace(updated=now)
+        _FORMAT.pack_into(self._own, 0, *load)
         if now - self._looked >= _LOOK_SECONDS:
             self._looked = now
             self._look()
         others = (Load(*_FORMAT.unpack_from(shared)) for shared in self._others.values())
-        return total((load, *others))
+        return total((load, *(_at(other, now) for other in others)))
 
     def _look(self) -> None:
         assert self._folder is not None
@@ -94,6 +97,13 @@ class SharedLoad:
                     self._others[name] = mmap.mmap(
                         file.fileno(), _FORMAT.size, access=mmap.ACCESS_READ
                     )
+
+
+def _at(load: Load, now: float) -> Load:
+    """Return a load as it is now: what was told long ago, or before a reboot, holds no more."""
+    if now - _FRESH_SECONDS <= load.updated <= now:
+        return load
+    return Load(num_arrived=load.num_arrived)
 
 
 def _runs(process: int) -> bool:
