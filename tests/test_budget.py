@@ -1,0 +1,154 @@
+"""A budget in the processors of the families: K of each video, in the prompt and in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.config import ModelConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from scissor_vllm.demo.model import demo_model_path
+from scissor_vllm.plugin import register
+from scissor_vllm.retention import RETENTION, RETENTION_REPORT, RetentionReport, count_retained
+from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS
+from tests.families import build_qwen2_5_vl, build_qwen3_vl
+
+BUILDERS: dict[str, Callable[[Path], Any] | None] = {
+    "llava-onevision": None,
+    "qwen2.5-vl": build_qwen2_5_vl,
+    "qwen3-vl": build_qwen3_vl,
+}
+
+
+class Processor:
+    """A family's processor, with a cache of its own if that is wanted."""
+
+    def __init__(self, model: Path, has_cache: bool) -> None:
+        config = ModelConfig(model=str(model), dtype="float32")
+        self.cache = MultiModalProcessorOnlyCache(config) if has_cache else None
+        self.processor = MULTIMODAL_REGISTRY.create_processor(config)
+
+    def run(
+        self,
+        num_frames: tuple[int, ...],
+        over_http: dict[str, object] | None = None,
+        **options: Any,
+    ) -> tuple[list[tuple[int, int]], list[str], RetentionReport, int]:
+        """Return N and K of videos with so many frames, their identities, the report and how
+        many tokens the prompt has.
+        """
+        videos = [self._video(count) for count in num_frames]
+        text = self.processor.dummy_inputs.get_dummy_text({"video": len(videos)})
+        prompt = self.processor.info.get_tokenizer().encode(text)
+        items = self.processor.info.parse_mm_data({"video": videos})
+        report = RetentionReport()
+        inputs = ProcessorInputs(
+            prompt,
+            items,
+            hf_processor_mm_kwargs=options,
+            media_io_kwargs={RETENTION: {RETENTION_REPORT: report, **(over_http or {})}},
+            cache=self.cache,
+        )
+        result = self.processor.apply(inputs, TimingContext(enabled=False))
+        counts = [
+            (int(item[NUM_VIDEO_TOKENS].data), int(item[NUM_RETAINED].data))
+            for item in result["mm_kwargs"]["video"]
+        ]
+        length = len(result["prompt_token_ids"])
+        return counts, result["mm_hashes"]["video"], report, length
+
+    @staticmethod
+    def _video(num_frames: int) -> Any:
+        shape = (num_frames, 64, 96, 3)
+        frames = np.random.default_rng(num_frames).integers(0, 256, shape, dtype=np.uint8)
+        metadata = {
+            "fps": 2.0,
+            "total_num_frames": num_frames,
+            "duration": num_frames / 2,
+            "video_backend": "opencv",
+            "frames_indices": list(range(num_frames)),
+            "do_sample_frames": False,
+        }
+        return frames, metadata
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    register()
+    build = BUILDERS[request.param]
+    if build is None:
+        return demo_model_path()
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    build(folder)
+    return folder
+
+
+@pytest.fixture(params=[False, True], ids=["no cache", "cache"])
+def processor(request: pytest.FixtureRequest, model: Path) -> Processor:
+    return Processor(model, request.param)
+
+
+def test_videos_keep_their_shares_whichever_are_in_the_cache(processor: Processor) -> None:
+    for num_frames in ((12,), (12, 4), (4, 12, 8), (8,), (12, 4)):
+        whole, _, _, whole_length = processor.run(num_frames)
+        num_tokens = [count for count, _ in whole]
+        budget = sum(num_tokens) // 3
+        counts, _, report, length = processor.run(num_frames, max_retained_video_tokens=budget)
+        expected = count_retained(num_tokens, 1.0, budget, 0.01)
+        assert counts == list(zip(num_tokens, expected.num_retained, strict=True))
+        assert sum(report.num_retained) == budget
+        assert report.num_tokens == num_tokens
+        assert (report.max_retained, report.retention_ratio) == (budget, expected.ratio)
+        assert whole_length - length == sum(num_tokens) - budget
+
+
+def test_an_identity_tells_how_many_tokens_are_kept(processor: Processor) -> None:
+    with_others = processor.run((12, 4), max_retained_video_tokens=23)
+    kept = with_others[0][0][1]
+    again = processor.run((12,), max_retained_video_tokens=kept)
+    assert again[0] == [with_others[0][0]]
+    assert again[1] == with_others[1][:1]
+    other = processor.run((12,), max_retained_video_tokens=kept + 1)
+    assert other[0][0][1] == kept + 1
+    assert other[1] != again[1]
+    # What is not cut by the budget is found by its ratio, as without one.
+    for ratio in (0.2, 1.0):
+        plain = processor.run((4,), retention_ratio=ratio)
+        loose = processor.run((4,), retention_ratio=ratio, max_retained_video_tokens=10**6)
+        assert (plain[0], plain[1]) == (loose[0], loose[1])
+
+
+def test_a_field_of_the_body_comes_before_an_option(processor: Processor) -> None:
+    counts, _, report, _ = processor.run(
+        (12,), {"max_retained_video_tokens": 15}, max_retained_video_tokens=14
+    )
+    assert counts[0][1] == report.max_retained == 15
+
+
+def test_a_ratio_that_is_left_to_the_server_is_asked_once_with_the_videos_tokens(
+    processor: Processor,
+) -> None:
+    asked: list[list[int]] = []
+
+    def choose(num_tokens: list[int]) -> float:
+        asked.append(list(num_tokens))
+        return 0.5
+
+    bounds = {"auto_bounds": (0.1, 1.0), "target_ttft_ms": 1000}
+    info = processor.processor.info
+    for name, value in bounds.items():
+        object.__setattr__(info.retention_policy, name, value)
+    counts, _, report, _ = processor.run((12, 4), {"retention_ratio": "auto", "auto": choose})
+    assert asked == [[count for count, _ in counts]]
+    assert report.retention_ratio == 0.5
+    assert [kept for _, kept in counts] == list(count_retained(asked[0], 0.5).num_retained)
+    with pytest.raises(VLLMValidationError, match="chosen by an API server for chats"):
+        processor.run((4,), retention_ratio="auto")
