@@ -235,11 +235,11 @@ def test_a_long_video_gets_less_than_a_short_one_where_it_would_be_late() -> Non
     engine = Engine()
     for num_tokens, seconds in ((1000, 0.15), (4000, 0.45)) * 20:
         engine.answer(num_tokens, seconds)
-    assert engine.auto.choose([1000], 0.01) == 1.0
+    assert engine.auto.preview([1000], 0.01) == 1.0
     # 0.05 s and 0.1 ms a token: 5000 tokens are late, of 10000 at most 9400 are in time.
-    assert engine.auto.choose([10000], 0.01) == 0.75
-    assert engine.auto.choose([5000, 5000], 0.01) == 0.75
-    assert engine.auto.choose([10000], 0.5) == 0.35
+    assert engine.auto.preview([10000], 0.01) == 0.75
+    assert engine.auto.preview([5000, 5000], 0.01) == 0.75
+    assert engine.auto.preview([10000], 0.5) == 0.35
 
 
 def test_a_video_that_was_fetched_too_slowly_is_not_compressed_for_it() -> None:
@@ -310,21 +310,35 @@ def test_costs_are_never_negative_and_of_one_length_exact() -> None:
     assert costs.per_token > 0
 
 
+def test_requests_on_their_way_to_the_engine_count() -> None:
+    engine = Engine()
+    engine.answer(1000, 0.2, times=20)
+    chosen = [engine.auto.choose([1000], 0.01) for _ in range(30)]
+    assert chosen[0] == 1.0
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[-1] == 0.1
+    # They failed on the way.
+    engine.now += 60
+    assert engine.auto.choose([1000], 0.01) == 1.0
+
+
 def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
     now = 100.0
     one, other = (SharedLoad(tmp_path, name, clock=lambda: now) for name in ("one", "other"))
-    one.publish(Load(1, 2, 30, 99.0))
-    assert other.publish(Load(10, 20, 300, 98.0)) == Load(11, 22, 330, 99.0, 100.0)
+    one.publish(Load(1, 2, 30, 400, 5, 99.0))
+    both = Load(11, 22, 330, 4400, 55, 99.0, 100.0)
+    assert other.publish(Load(10, 20, 300, 4000, 50, 98.0)) == both
     # A process that is gone, and a file of another program.
     (whole, *_) = tmp_path.iterdir()
     (tmp_path / "scissor-load-999999999-x").write_bytes(whole.read_bytes())
     (tmp_path / "counter_1.db").write_bytes(b"of prometheus_client")
     now = 102.0
-    assert one.publish(Load(1, 2, 30, 99.0)) == Load(11, 22, 330, 99.0, 102.0)
+    assert one.publish(Load(1, 2, 30, 400, 5, 99.0)) == both._replace(updated=now)
     # What has come stays counted.
     for now in (140.0, 3.0):
-        assert one.publish(Load(1, 2, 30, 2.0)) == Load(11, 2, 30, 2.0, now)
-    assert SharedLoad(None).publish(Load(1, 2, 3, 4.0)) == Load(1, 2, 3, 4.0)
+        alone = Load(1, 2, 30, 400, 5, 2.0)
+        assert one.publish(alone) == alone._replace(num_arrived=11, updated=now)
+    assert SharedLoad(None).publish(alone) == alone
 
 
 # Over HTTP.

@@ -75,8 +75,8 @@ def assert_drains(server: Server, clip: Path) -> None:
         while num_running(server) < len(running):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        # These two are at the server before the signal, and not yet in the engine.
-        running += [pool.submit(answer, server, clip, stream) for stream in (True, False)]
+        # These two reach the server about when the signal does: they are taken whole or not at all.
+        late = [pool.submit(answer, server, clip, stream) for stream in (True, False)]
         time.sleep(0.3)
         server.process.terminate()
         while status_and_retry(server, "/health") == (200, ""):
@@ -87,7 +87,15 @@ def assert_drains(server: Server, clip: Path) -> None:
         assert not all(future.done() for future in running)
         with pytest.raises(openai.InternalServerError, match="send it again"):
             server.ask("Hello")
-        assert [future.result() for future in running] == [(NUM_TOKENS, "length")] * len(running)
+        whole = (NUM_TOKENS, "length")
+        assert [future.result() for future in running] == [whole] * len(running)
+        for future in late:
+            error = future.exception()
+            if error is None:
+                assert future.result() == whole
+            else:
+                assert isinstance(error, openai.InternalServerError)
+                assert error.status_code == 503
     assert server.process.wait(60) in (0, -15)
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,9 @@ WAIT_SHARES = (0.5, 0.8)
 less than the highest ratio, beyond the second the lowest."""
 RATE_SECONDS = 20.0
 """Over which the rate of requests is averaged."""
+PREPARE_SECONDS = 5.0
+"""Longest time from the choice of a request's ratio to the engine: one that fails on this way is
+counted so long."""
 PAUSE_SECONDS = 5.0
 """Before a ratio rises after its last move."""
 _FORGET = 0.99
@@ -174,6 +178,8 @@ class AutoRatio:
         self._costs = CostModel()
         self._typical = _Typical()
         self._level = 0
+        self._prepared: deque[tuple[float, float]] = deque()
+        """When each ratio was chosen, and its tokens; until as many first tokens came."""
         self._own = Load(busy_since=clock())
         self._last_move = clock()
         self._rate = _Rate(clock())
@@ -202,7 +208,9 @@ class AutoRatio:
                 self._typical.observe(elapsed, sum(known) or self._typical.num_tokens)
             self._rate.observe(now, load.num_arrived)
             self._move(now)
-            return self._highest_in_time(known, elapsed, load)
+            ratio = self._highest_in_time(known, elapsed, load)
+            self._prepared.append((now, ratio * sum(known)))
+            return ratio
 
     def preview(self, num_tokens: Sequence[int | None], elapsed: float) -> float:
         """Return what a request would get now that does not go to the engine."""
@@ -216,6 +224,8 @@ class AutoRatio:
             return
         with self._lock:
             now = self._clock()
+            for _ in range(min(num_prompts, len(self._prepared))):
+                self._prepared.popleft()
             busy_since = self._shared.publish(self._own).busy_since
             self._load_of_all(busy_since=now)
             if now > busy_since:
@@ -224,7 +234,16 @@ class AutoRatio:
     def _load_of_all(self, **changed: float) -> Load:
         """Return the load of all API servers, with this one's prompts as they are now."""
         count, tokens = self._pending()
-        self._own = self._own._replace(num_pending=count, num_pending_tokens=tokens, **changed)
+        while self._prepared and self._clock() - self._prepared[0][0] > PREPARE_SECONDS:
+            self._prepared.popleft()
+        prepared = sum(tokens for _, tokens in self._prepared)
+        self._own = self._own._replace(
+            num_pending=count,
+            num_pending_tokens=tokens,
+            num_prepared=max(0, len(self._prepared) - count),
+            num_prepared_tokens=max(0, prepared - tokens),
+            **changed,
+        )
         return self._shared.publish(self._own)
 
     def _move(self, now: float) -> None:
@@ -254,7 +273,10 @@ class AutoRatio:
 
         Where its first token is in time at none, compression is no remedy: the level's.
         """
-        wait = self._costs.seconds(load.num_pending, load.num_pending_tokens)
+        wait = self._costs.seconds(
+            load.num_pending + load.num_prepared,
+            load.num_pending_tokens + load.num_prepared_tokens,
+        )
         lowest = len(self.steps) - 1
         index = self._level
         while index < lowest and wait > self._most_wait(index):

@@ -30,6 +30,10 @@ class Load(NamedTuple):
     """Prompts in the engine without a first token."""
     num_pending_tokens: float = 0
     """Of these prompts."""
+    num_prepared_tokens: float = 0
+    """Of requests whose ratio was chosen and that have not reached the engine, at most."""
+    num_prepared: float = 0
+    """Their number."""
     busy_since: float = 0
     """Time of the last first token, or later, of the end of the engine's idleness."""
     updated: float = 0
@@ -41,8 +45,8 @@ _FORMAT = struct.Struct(f"{len(Load._fields)}d")
 
 def total(loads: Iterable[Load]) -> Load:
     """Return the sum, and the last times."""
-    arrived, pending, tokens, since, updated = zip(*loads, strict=True)
-    return Load(sum(arrived), sum(pending), sum(tokens), max(since), max(updated))
+    *counts, since, updated = zip(*loads, strict=True)
+    return Load(*map(sum, counts), max(since), max(updated))
 
 
 class SharedLoad:
