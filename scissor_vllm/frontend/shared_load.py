@@ -46,7 +46,7 @@ _FORMAT = struct.Struct(f"{len(Load._fields)}d")
 def total(loads: Iterable[Load]) -> Load:
     """Return the sum, and the last times."""
     *counts, since, updated = zip(*loads, strict=True)
-    return Load(*map(sum, counts), max(since), max(updated))
+    return Load._make((*map(sum, counts), max(since), max(updated)))
 
 
 class SharedLoad:
