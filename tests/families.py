@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.model_shapes.llava_onevision import build_config, build_tokenizer
+from tests.tiny_models.spread import spread_engine_weights
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -74,6 +75,18 @@ class Media:
         }
 
 
+QWEN_MARKS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+"""What stands in a prompt for media."""
+MARKS_FILE = "prompt_marks.json"
+"""In a checkpoint's folder, where its marks are not Qwen's."""
+
+
+def marks_of(folder: Path) -> dict[str, str]:
+    """Return what stands for media in a checkpoint's prompts."""
+    path = folder / MARKS_FILE
+    return dict(json.loads(path.read_text())) if path.exists() else QWEN_MARKS
+
+
 @dataclass(frozen=True)
 class Question:
     """Media, each at the beginning of a prompt, and a text."""
@@ -82,8 +95,8 @@ class Question:
     ratio: float | None = None
     text: str = "What is this?"
 
-    def prompt(self) -> str:
-        parts = [f"<|vision_start|><|{each.kind}_pad|><|vision_end|>" for each in self.media]
+    def prompt(self, marks: Mapping[str, str] = QWEN_MARKS) -> str:
+        parts = [marks[each.kind] for each in self.media]
         ask = f"{' and '.join(parts)}{self.text}"
         return f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -183,7 +196,13 @@ def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
     """Answer what :func:`observe` sends, in its process."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(plan["model"], enforce_eager=True, dtype="float32", **plan["options"])
+    options = {"dtype": "float32", **plan["options"]}
+    if not torch.accelerator.is_available():
+        # Gemma 4's class asks for a device's memory.
+        torch.accelerator.get_memory_info = lambda device=None: (1 << 33, 1 << 34)
+    llm = LLM(plan["model"], enforce_eager=True, **options)
+    if options.get("load_format") == "dummy":
+        llm.apply_model(spread_engine_weights)
     params = SamplingParams(
         temperature=0, max_tokens=plan["num_tokens"], ignore_eos=True, logprobs=8
     )
@@ -194,7 +213,7 @@ def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
             media = tuple(Media(**each) for each in fields.pop("media"))
             question = Question(media, **fields)
             prompt: dict[str, Any] = {
-                "prompt": question.prompt(),
+                "prompt": question.prompt(marks_of(Path(plan["model"]))),
                 "multi_modal_data": question.data(),
             }
             if question.ratio is not None:
