@@ -27,8 +27,8 @@ def build_qwen3_5(folder: Path, *, moe: bool = False) -> Any:
     text |= {
         "num_hidden_layers": 4,
         "head_dim": 64,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     }
