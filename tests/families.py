@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench.model_shapes.llava_onevision import build_config, build_tokenizer
@@ -104,9 +105,8 @@ class Question:
         """The media as vLLM takes them."""
         data: dict[str, list[Any]] = {}
         for each in self.media:
-            item: Any = each.pixels()
-            if each.num_frames:
-                item = (item, each.metadata())
+            pixels = each.pixels()
+            item = (pixels, each.metadata()) if each.num_frames else Image.fromarray(pixels)
             data.setdefault(each.kind, []).append(item)
         return data
 
