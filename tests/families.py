@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench.model_shapes.llava_onevision import build_config, build_tokenizer
-from tests.tiny_models.spread import spread_engine_weights
+from tests.tiny_models.spread import register_spread_weights
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -31,6 +31,16 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Threads that wait for each other on busy cores take ten times as long as one thread alone.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM compiles the ranks of log probabilities, for half a minute on a new machine.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Of an engine of a tiny model."""
 FPS = 2.0
 """Of the made-up videos, every frame of which is sampled."""
 
@@ -178,7 +188,7 @@ def observe(
         text=True,
         timeout=900,
         check=False,
-        env={**os.environ, "VLLM_PLUGINS": plugins, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={**os.environ, **ENGINE_ENVIRONMENT, "VLLM_PLUGINS": plugins},
     )
     assert run.returncode == 0, run.stdout[-12000:] + run.stderr[-3000:]
     result = json.loads(run.stdout.split("RESULT")[1].splitlines()[0])
@@ -200,9 +210,8 @@ def answer_plan(plan: dict[str, Any]) -> dict[str, Any]:
     if not torch.accelerator.is_available():
         # Gemma 4's class asks for a device's memory.
         torch.accelerator.get_memory_info = lambda device=None: (1 << 33, 1 << 34)
+    register_spread_weights()
     llm = LLM(plan["model"], enforce_eager=True, **options)
-    if options.get("load_format") == "dummy":
-        llm.apply_model(spread_engine_weights)
     params = SamplingParams(
         temperature=0, max_tokens=plan["num_tokens"], ignore_eos=True, logprobs=8
     )

@@ -314,7 +314,14 @@ class SequentialFrameRunsProcessor(FrameRunsProcessor):
                 processed, super()._get_mm_fields_config(processed, hf_kwargs)
             )
             processed[VIDEO_IDENTITY] = [
-                identity_of(algorithm, **{name: item[name].data for name in self.pixel_fields})
+                identity_of(
+                    algorithm, **{name: _bytes_of(item[name]) for name in self.pixel_fields}
+                )
                 for item in items["video"]
             ]
         return processed
+
+
+def _bytes_of(field: Any) -> torch.Tensor:
+    """Return a field's values as bytes: NumPy has no bfloat16."""
+    return torch.as_tensor(field.data).contiguous().view(torch.uint8)
