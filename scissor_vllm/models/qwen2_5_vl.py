@@ -28,4 +28,4 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801
 ):
     """Encodes a video to exactly K rows."""
 
-    place_fields = ("video_grid_thw", "second_per_grid_ts")
+    place_fields = (*PatchGridModel.place_fields, "second_per_grid_ts")
