@@ -21,7 +21,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
@@ -65,16 +65,16 @@ class FrameRunsProcessor(RetentionProcessor):
         return None
 
     def _get_num_video_tokens(
-        self, mm_items: MultiModalDataItems, kwargs: Mapping[str, object]
+        self, videos: VideoProcessorItems, kwargs: Mapping[str, object]
     ) -> list[int | None]:
         reason = self._why_not_compressed(kwargs)
-        if reason is not None and "video" in mm_items and RETENTION_RATIO in kwargs:
+        if reason is not None and RETENTION_RATIO in kwargs:
             raise RefusedRequestError(
                 f"{RETENTION_RATIO} must be 1.0 or absent, got {kwargs[RETENTION_RATIO]}: {reason}",
                 parameter=RETENTION_RATIO,
                 reason=Reason.UNSUPPORTED_MODEL,
             )
-        return super()._get_num_video_tokens(mm_items, kwargs)
+        return super()._get_num_video_tokens(videos, kwargs)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
