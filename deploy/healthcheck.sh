@@ -4,7 +4,7 @@
 # starts it again. A service that is still starting is left alone.
 url=$1
 failures=/tmp/health-failures
-if wget -q -T 4 -O /dev/null "$url"; then
+if wget -q -T 4 -t 1 -O /dev/null "$url"; then
   echo 0 >"$failures"
   exit 0
 fi

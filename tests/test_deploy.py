@@ -661,7 +661,8 @@ while True:
     connection, _ = listener.accept()
     if sys.argv[2] == "draining":
         connection.recv(4096)
-        connection.sendall(b"HTTP/1.1 503 Draining\\r\\nRetry-After: 5\\r\\nContent-Length: 0\\r\\n\\r\\n")
+        head = b"HTTP/1.1 503 Draining\\r\\nRetry-After: 5\\r\\n"
+        connection.sendall(head + b"Content-Length: 0\\r\\n\\r\\n")
     connection.close()
 """
 CONTAINER = """
@@ -816,6 +817,78 @@ def test_the_network_policy_is_valid_and_lets_the_charts_router_in(tmp_path: Pat
     assert {"podSelector": {"matchLabels": router}} in rule["from"]
 
 
+def engine_labels() -> dict[str, str]:
+    """Return the labels that every engine has, however it is started."""
+    found: dict[str, str] = manifest("pod-disruption-budget.yaml")["spec"]["selector"][
+        "matchLabels"
+    ]
+    return found
+
+
+def manifest(file: str) -> dict[str, Any]:
+    """Return the one resource of a file."""
+    found: dict[str, Any] = yaml.safe_load((KUBERNETES / file).read_text())
+    return found
+
+
+@pytest.mark.parametrize("file", ["pod-disruption-budget.yaml", "ingress.yaml", "models.yaml"])
+def test_the_manifests_are_valid(tmp_path: Path, file: str) -> None:
+    validate(tmp_path, manifest(file))
+
+
+def test_one_engine_always_stays_and_both_ways_to_start_one_are_meant() -> None:
+    assert manifest("pod-disruption-budget.yaml")["spec"]["minAvailable"] == 1
+    values, _ = production_stack()
+    assert engine_labels().items() <= values["servingEngineSpec"]["labels"].items()
+    assert engine_labels().items() <= kserve()["spec"]["predictor"]["labels"].items()
+
+
+def test_the_service_monitor_finds_every_engine_with_the_job_of_the_alerts(tmp_path: Path) -> None:
+    text = (KUBERNETES / "service-monitor.yaml").read_text()
+    service, monitor = yaml.safe_load_all(text)
+    validate(tmp_path, service)
+    assert service["spec"]["selector"] == engine_labels()
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert (
+        monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    )
+    (endpoint,) = monitor["spec"]["endpoints"]
+    (port,) = service["spec"]["ports"]
+    assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
+    job = service["metadata"]["labels"][monitor["spec"]["jobLabel"]]
+    assert f'job="{job}"' in (DEPLOY / "prometheus" / "alerts.yml").read_text()
+
+
+def test_models_outlive_the_pods(services: dict[str, Any]) -> None:
+    claim = manifest("models.yaml")
+    predictor = kserve()["spec"]["predictor"]
+    (volume,) = [volume for volume in predictor["volumes"] if "persistentVolumeClaim" in volume]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    # Several replicas share it.
+    assert predictor["maxReplicas"] > 1
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    _, model = production_stack()
+    assert model["replicaCount"] > 1
+    assert model["pvcAccessMode"] == ["ReadWriteMany"]
+    (mount,) = [
+        mount
+        for mount in predictor["containers"][0]["volumeMounts"]
+        if mount["name"] == volume["name"]
+    ]
+    # Where huggingface_hub keeps models by itself, in the home of the GPU image's user.
+    home = variables(stages("Dockerfile")[-1], {})["HOME"]
+    assert mount["mountPath"] == f"{home}/.cache/huggingface"
+    for name in ("gpu", "cpu"):
+        targets = {each["target"]: each for each in services[f"server-{name}"]["volumes"]}
+        assert targets[home]["type"] == "volume"
+
+
+def test_the_patch_of_the_charts_deployment_is_valid(tmp_path: Path) -> None:
+    patch = manifest("drain-patch.yaml")["spec"]["template"]["spec"]
+    patch["containers"][0]["image"] = "image"
+    validate(tmp_path, pod(patch))
+
+
 def test_the_pod_of_the_inference_service_is_valid(tmp_path: Path) -> None:
     service = kserve()
     assert (service["apiVersion"], service["kind"]) == (
@@ -825,6 +898,7 @@ def test_the_pod_of_the_inference_service_is_valid(tmp_path: Path) -> None:
     # A predictor is a pod's spec and KServe's scaling.
     predictor = dict(service["spec"]["predictor"])
     assert predictor.pop("minReplicas") <= predictor.pop("maxReplicas")
+    assert predictor.pop("labels") == engine_labels()
     validate(tmp_path, pod(predictor))
     assert_closed(predictor["securityContext"], predictor["containers"][0]["securityContext"])
 
