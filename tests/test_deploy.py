@@ -28,6 +28,7 @@ import yaml  # type: ignore[import-untyped]
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
 from tests.conftest import DEMO_CLIP_TOKENS
+from tests.prometheus import PrometheusError, find_prometheus, present_prometheus
 from tests.proxies import DEPLOY, KEY, ROOT, ask, free_port, proxy, run, tool
 from tests.serving import OneServer, message, serving
 
@@ -768,8 +769,9 @@ def test_grafana_finds_its_data_source_and_its_dashboard(services: dict[str, Any
     home = Path(services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert (Path(mounts[str(home.parent)]["source"]) / home.name).exists()
     assert source["url"] == "http://prometheus:9090"
+    assert source["isDefault"], "the dashboard begins with the default source"
     for panel in panels():
-        assert panel["datasource"]["uid"] == source["uid"], panel["title"]
+        assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
 
 
 def panels() -> list[dict[str, Any]]:
@@ -783,16 +785,128 @@ def panels() -> list[dict[str, Any]]:
     return found
 
 
-def test_every_metric_of_the_dashboard_is_one_that_the_server_exports() -> None:
+def dashboard() -> dict[str, Any]:
+    (path,) = (DEPLOY / "grafana" / "dashboards").glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_the_dashboard_is_of_the_chosen_data_source_model_and_instance() -> None:
+    listed = dashboard()["templating"]["list"]
+    assert [variable["name"] for variable in listed] == ["datasource", "model", "instance"]
+    assert (listed[0]["type"], listed[0]["query"]) == ("datasource", "prometheus")
+    for variable in listed[1:]:
+        assert variable["datasource"]["uid"] == "${datasource}"
+        assert variable["multi"]
+        assert variable["includeAll"]
+    # Our metrics have no model's name: the models chosen choose the instances.
+    assert 'model_name=~"$model"' in listed[2]["query"]["query"]
+    for panel in panels():
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == "${datasource}", panel["title"]
+            metrics = re.findall(r"\b(scissor_vllm|vllm):\w+(\{[^}]*\})?", target["expr"])
+            assert metrics, panel["title"]
+            for prefix, labels in metrics:
+                assert 'instance=~"$instance"' in labels, target["expr"]
+                if prefix == "vllm":
+                    assert 'model_name=~"$model"' in labels, target["expr"]
+
+
+def exported_metrics() -> set[str]:
+    """Return the names of the metrics that a server exports, ours and vLLM's."""
     from vllm.v1.metrics import loggers, perf, stats
 
     sources = "".join(Path(str(part.__file__)).read_text() for part in (loggers, perf, stats))
-    known = set(METRICS) | set(re.findall(r'"(vllm:\w+)"', sources))
-    queries = [target["expr"] for panel in panels() for target in panel["targets"]]
-    used = {name for query in queries for name in re.findall(r"\b\w+:\w+", query)}
-    for name in used:
+    return set(METRICS) | set(re.findall(r'"(vllm:\w+)"', sources))
+
+
+def assert_exported(query: str) -> None:
+    known = exported_metrics()
+    for name in re.findall(r"\b\w+:\w+", query):
         stem = re.sub(r"_(?:total|bucket|sum|count)$", "", name)
         assert {name, stem} & known, name
+
+
+def test_every_metric_of_the_dashboard_is_one_that_the_server_exports() -> None:
+    assert_exported(" ".join(target["expr"] for panel in panels() for target in panel["targets"]))
+
+
+# ---- Alerts ----
+
+ALERTS_TEST = ROOT / "tests" / "alerts_test.yml"
+
+
+def alerts() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
+    found: list[dict[str, Any]] = group["rules"]
+    return found
+
+
+def test_every_metric_of_the_alerts_is_one_that_the_server_exports() -> None:
+    assert_exported(" ".join(rule["expr"] for rule in alerts()))
+    (config,) = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())[
+        "scrape_configs"
+    ]
+    jobs = {job for rule in alerts() for job in re.findall(r'job="([^"]+)"', rule["expr"])}
+    assert jobs == {config["job_name"]}
+
+
+def test_every_alert_is_shown_to_fire_and_says_what_to_do() -> None:
+    tests = yaml.safe_load(ALERTS_TEST.read_text())["tests"]
+    fired = {
+        case["alertname"]
+        for test in tests
+        for case in test["alert_rule_test"]
+        if case["exp_alerts"]
+    }
+    assert {rule["alert"] for rule in alerts()} == fired
+    for rule in alerts():
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert set(rule["annotations"]) == {"summary", "remedy"}
+
+
+def run_alerts(promtool: Path, folder: Path, rules: str) -> str | None:
+    """Return what is wrong with alert rules by their tests, None if nothing is."""
+    (folder / "alerts.yml").write_text(rules)
+    shutil.copy(ALERTS_TEST, folder)
+    shutil.copy(DEPLOY / "prometheus" / "prometheus.yml", folder)
+    run(promtool, "check", "config", folder / "prometheus.yml")
+    command = [promtool, "test", "rules", ALERTS_TEST.name]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_the_alerts_fire_at_their_causes_alone(tmp_path: Path) -> None:
+    promtool = present_prometheus("promtool")
+    if promtool is None:
+        pytest.skip("no promtool: `pytest --slow` downloads it")
+    rules = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    assert run_alerts(promtool, tmp_path, rules) is None
+
+
+@pytest.mark.slow
+def test_alerts_with_another_limit_or_label_fail_their_tests(tmp_path: Path) -> None:
+    try:
+        promtool = find_prometheus("promtool")
+    except PrometheusError as error:
+        pytest.skip(str(error))
+    rules = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    assert run_alerts(promtool, tmp_path, rules) is None
+    changes = [
+        (r"> 0\.02", "> 0.2"),
+        ('status="5xx"', 'status=~"[45]xx"'),
+        ('outcome="failed"', 'outcome=~"failed|refused"'),
+        (r"^ +> 5$", "          > 50"),
+        ("> 0.95", "> 1"),
+        ('reason="media_not_allowed"', 'reason!=""'),
+        (r"^ +- sum by .*$", ""),
+        ("for: 30m", "for: 3m"),
+        ("up{job=.* or ", ""),
+    ]
+    for pattern, replacement in changes:
+        changed = re.sub(pattern, replacement, rules, flags=re.M)
+        assert changed != rules, pattern
+        assert run_alerts(promtool, tmp_path, changed), pattern
 
 
 # ---- Kubernetes ----
