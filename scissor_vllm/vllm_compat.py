@@ -75,7 +75,8 @@ def skip_plain_rows(pruner: Any) -> None:
 
     @wraps(recompute)
     def recompute_carried(self: Any, mm_embeds: list[torch.Tensor], *args: Any) -> Any:
-        if not carry_positions(self.model, mm_embeds):
+        is_ours = hasattr(self.model, "row_width")
+        if is_ours and not carry_positions(self.model, mm_embeds):
             return mm_embeds
         return recompute(self, mm_embeds, *args)
 
@@ -99,6 +100,9 @@ def ask_where_rows_carry_positions(runner: Any) -> None:
 
     @wraps(gather)
     def gather_carried(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.model_config.multimodal_config, PositionsFromModel):
+            # Another model of this process.
+            return gather(self, *args, **kwargs)
         self.rows_carry_positions = carry_positions(self.get_model(), self.encoder_cache.values())
         try:
             return gather(self, *args, **kwargs)

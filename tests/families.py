@@ -264,9 +264,11 @@ def answer_plan(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
 def _answer_chat(llm: Any, params: Any, fields: dict[str, Any]) -> dict[str, Any] | str:
     ratio = fields["ratio"]
     options = {} if ratio is None else {"mm_processor_kwargs": {"retention_ratio": ratio}}
+    from vllm.exceptions import VLLMValidationError
+
     try:
         (output,) = llm.chat([fields["message"]], params, use_tqdm=False, **options)
-    except ValueError as error:
+    except (ValueError, VLLMValidationError) as error:
         return str(error)
     return _as_json(output)
 

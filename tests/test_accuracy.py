@@ -312,7 +312,7 @@ def test_a_file_that_holds_no_questions_is_named(
 def test_every_question_is_asked_at_every_ratio_and_recorded(
     run: Callable[..., int], result: Path, folder: Path
 ) -> None:
-    with fake_server(answer=right_above(0.25), token_seconds=0.01) as fake:
+    with fake_server(answer=right_above(0.25), token_seconds=0.1) as fake:
         status = run(fake, "--retention-ratio", "1.0", "0.25", "0.1", "--concurrency", "3")
     assert status == 0
     assert fake.most_in_flight == 3

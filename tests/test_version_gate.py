@@ -96,6 +96,11 @@ def test_where_vllms_parts_have_moved_it_stays_stock(
     registered: list[str], warnings: list[str], moved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, moved, None)
+    # An import that fails takes a package's modules off it: both come back after the test.
+    for name in [name for name in sys.modules if name.startswith("scissor_vllm.frontend")]:
+        parent, _, child = name.rpartition(".")
+        if hasattr(sys.modules[parent], child):
+            monkeypatch.setattr(sys.modules[parent], child, sys.modules[name])
     for name in [name for name in sys.modules if name.startswith("scissor_vllm.frontend")]:
         monkeypatch.delitem(sys.modules, name)
     plugin.register()
