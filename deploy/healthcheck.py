@@ -43,7 +43,9 @@ def count_failure() -> None:
     FAILURES.write_text(str(num_failures))
     if num_failures >= max_failures:
         FAILURES.unlink()
-        print(f"{num_failures} failures in a row: the server is killed", file=sys.stderr, flush=True)
+        print(
+            f"{num_failures} failures in a row: the server is killed", file=sys.stderr, flush=True
+        )
         # All processes of this user but the first, which is Docker's init, and this one.
         os.kill(-1, signal.SIGKILL)
 

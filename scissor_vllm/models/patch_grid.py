@@ -12,6 +12,7 @@ against vLLM's classes:
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -181,6 +182,10 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         """Return (n, ``row_width``) for text within a video."""
         return pad_to(super()._embed_text(tokens), self.row_width)
 
+    def _tower_of_compressed(self) -> AbstractContextManager[Any]:
+        """Return a context in which the tower encodes compressed videos, equal but for rounding."""
+        return nullcontext()
+
     # Rows.
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
@@ -188,7 +193,8 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         positions behind their values; images, and videos that are all kept whole, as vLLM does.
         """
         parameter = next(self.visual.parameters())
-        self.video_compression.warm_up(self.token_width, parameter.dtype, parameter.device)
+        if self.video_compression.warm_up(self.token_width, parameter.dtype, parameter.device):
+            self._warm_up_tower()
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
         if not isinstance(num_retained, torch.Tensor):
@@ -201,6 +207,9 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             with self.video_compression.stage("tower", parameter.device):
                 return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         return tuple(map(self._encoded, videos, counts))
+
+    def _warm_up_tower(self) -> None:
+        """Have what ``_tower_of_compressed`` needs made while memory is profiled."""
 
     def _take_videos(self, fields: dict[str, Any]) -> list["GridVideo"]:
         """Take a batch's videos out of its fields, but for those that vLLM's class knows."""
@@ -241,6 +250,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     def _encoded(self, video: "GridVideo", num_retained: int) -> torch.Tensor:
         """Return a video's rows, with positions if it is compressed."""
+        is_whole = self.video_compression.keeps_all([video.pixels], [num_retained])
 
         def encode(pixels: torch.Tensor) -> torch.Tensor:
             # The tower attends within a temporal patch, so that a part is encoded as in the whole.
@@ -250,7 +260,8 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
                 pixel_values_videos=self._patches(pixels.flatten(0, 1), video),
                 video_grid_thw=grid[None],
             )
-            (rows,) = self._process_video_input(inputs)  # type: ignore[attr-defined]
+            with nullcontext() if is_whole else self._tower_of_compressed():
+                (rows,) = self._process_video_input(inputs)  # type: ignore[attr-defined]
             return rows.view(len(pixels), -1, rows.shape[-1])
 
         width = self.token_width
