@@ -670,7 +670,7 @@ class Family:
     def whole(self) -> dict[Question, Answer]:
         """What ours answers to each question alone, in one step and without a prefix cache."""
         questions = [*self.single, *self.several, *self.plain, self.other]
-        return self._alone(questions, max_num_batched_tokens=8192, **self.options)
+        return self._alone(questions, max_num_batched_tokens=8192)
 
     @cached_property
     def chunked(self) -> list[list[Answer]]:
