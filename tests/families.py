@@ -701,9 +701,23 @@ class Family:
 
 
 BFLOAT16 = {"dtype": "bfloat16"}
+BFLOAT16_STEPS = 4e-2
+"""Between log probabilities of about -4, of which bfloat16 holds multiples of 1/64."""
 NO_WEIGHTS = {"load_format": LOAD_FORMAT, "trust_remote_code": True}
 LARGE_STEPS = {"max_num_batched_tokens": 512}
 """Where states of recurrent layers are cached in blocks of hundreds of tokens."""
+
+
+FAMILIES = [
+    *("llava_next_video", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
+    *("glm4v", "internvl", "gemma4", "nemotron"),
+]
+"""All but LLaVA-OneVision, which is the demo's."""
+VARIANTS = [
+    *("qwen3_5_moe", "glm46v", "internvl_chat", "nemotron_omni"),
+    *("cosmos3", "exaone4_5", "interns2_preview"),
+]
+"""Models that differ from one of the families in little."""
 
 
 def tiny_families(folder: Path) -> dict[str, Family]:
@@ -723,13 +737,13 @@ def tiny_families(folder: Path) -> dict[str, Family]:
         "options": BFLOAT16,
         "chunk": LARGE_STEPS,
         "other_ratio": 0.9,
-        "tolerance": 2e-3,
+        "tolerance": BFLOAT16_STEPS,
     }
     nemotrons = {
         "options": BFLOAT16 | NO_WEIGHTS,
         "chunk": LARGE_STEPS,
         "caches_prefixes": False,
-        "tolerance": 2e-3,
+        "tolerance": BFLOAT16_STEPS,
     }
     one_video = {"mixed": (PICTURE, WIDE)}
     made: dict[str, tuple[Callable[[Path], Any], Mapping[Media, int], dict[str, Any]]] = {

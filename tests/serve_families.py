@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,12 @@ GPU_OPTIONS = (
     "--gpu-memory-utilization=0.05",
     f"--kv-cache-memory-bytes={2 << 30}",
 )
-# FlashInfer's kernels are built at the first start, which takes minutes.
-GPU_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+GPU_ENVIRONMENT = {
+    # FlashInfer's kernels are built at the first start, which takes minutes.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # So are those that torch.compile makes of a video processor.
+    "TORCHDYNAMO_DISABLE": "1",
+}
 GRAPHS = json.dumps(
     {
         "mode": 0,
@@ -294,16 +299,22 @@ def serve_in_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Serve a family in a process of its own: builders draw from torch's global generator."""
     begin = time.monotonic()
     arguments = [f"--concurrency={args.concurrency}", f"--seconds={args.seconds}", "--row"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.serve_families", name, *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
     try:
-        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        output, errors = process.communicate(timeout=args.limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        output, errors = process.communicate()
+        errors += f"\nno row within {args.limit} s"
+    try:
+        row: dict[str, Any] = json.loads(output.splitlines()[-1])
     except (IndexError, ValueError):
-        row = {"family": name, "is_right": False, "error": (done.stdout + done.stderr)[-12000:]}
+        row = {"family": name, "is_right": False, "error": (output + errors)[-12000:]}
     row["seconds"] = round(time.monotonic() - begin, 1)
     print(as_line(row), flush=True)
     return row
@@ -334,17 +345,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--servers", type=int, default=8, help="at a time")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for one family")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     names = args.families or everything
     if args.row:
+        # Stops the server too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         row = serve_family(names[0], concurrency=args.concurrency, seconds=args.seconds)
         print(json.dumps(row), flush=True)
         return 0
+    rows = []
     with ThreadPoolExecutor(args.servers) as pool:
-        rows = list(pool.map(lambda name: serve_in_process(name, args), names))
-    if args.output:
-        write_json(args.output, {"environment": environment(), "rows": rows})
+        begun = [pool.submit(serve_in_process, name, args) for name in names]
+        for row in map(Future.result, as_completed(begun)):
+            rows.append(row)
+            if args.output:
+                write_json(args.output, {"environment": environment(), "rows": rows})
     return 0 if all(row["is_right"] for row in rows) else 1
 
 

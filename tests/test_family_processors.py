@@ -26,9 +26,11 @@ from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.plugin import register
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_TEXT
 from tests.families import (
+    FAMILIES,
     PICTURE,
     SHORT,
     TALL,
+    VARIANTS,
     WIDE,
     Family,
     Media,
@@ -103,10 +105,9 @@ def all_processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
     FRAMES.resize(0)
 
 
-NAMES = list(tiny_families(Path()))
-
-
-@pytest.fixture(params=NAMES)
+@pytest.fixture(
+    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+)
 def processors(request: pytest.FixtureRequest, all_processors: dict[str, Processors]) -> Processors:
     return all_processors[request.param]
 
