@@ -181,7 +181,7 @@ def test_caches_are_apart_by_ratio_for_videos_alone(processors: Processors) -> N
 
 # What vLLM's issues tell of odd requests: ours answers where stock does, or refuses.
 
-ODD = {
+ODD: dict[str, dict[str, Any]] = {
     "num_frames without fps": {"num_frames": 4},
     "fps with max_frames": {"fps": 1.0, "max_frames": 4},
     "num_frames and fps": {"num_frames": 4, "fps": 1.0},
@@ -212,7 +212,7 @@ def test_an_odd_request_is_answered_as_stock_does_or_refused(
     processors: Processors, odd: str, ratio: float
 ) -> None:
     media = (WIDE,)
-    options: dict[str, Any] = dict(ODD.get(odd, {}))
+    options = ODD.get(odd, {})
     data = {"video": [odd_videos()[odd]]} if odd in odd_videos() else Question(media).data()
     pad = processors.pad
     try:
