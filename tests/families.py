@@ -704,6 +704,11 @@ BFLOAT16 = {"dtype": "bfloat16"}
 BFLOAT16_STEPS = 4e-2
 """Between log probabilities of about -4, of which bfloat16 holds multiples of 1/64."""
 NO_WEIGHTS = {"load_format": LOAD_FORMAT, "trust_remote_code": True}
+WITHIN_WINDOWS = {
+    **{"block_size": 32, "max_num_batched_tokens": 64},
+    "prefix_cache_retention_interval": 32,
+}
+"""Where layers with a sliding window keep, by vLLM's default, the end of a prompt alone."""
 LARGE_STEPS = {"max_num_batched_tokens": 512}
 """Where states of recurrent layers are cached in blocks of hundreds of tokens."""
 
@@ -756,7 +761,11 @@ def tiny_families(folder: Path) -> dict[str, Family]:
         "glm46v": (partial(glm4v.build_glm4v, version="4.6"), of_qwen2_5, one_video),
         "internvl": (internvl.build_internvl, of_llava, {}),
         "internvl_chat": (internvl.build_internvl_chat, of_llava, {"options": NO_WEIGHTS}),
-        "gemma4": (gemma4.build_gemma4, {WIDE: 12 * 60, TALL: 7 * 60, SHORT: 2 * 64}, {}),
+        "gemma4": (
+            gemma4.build_gemma4,
+            {WIDE: 12 * 60, TALL: 7 * 60, SHORT: 2 * 64},
+            {"chunk": WITHIN_WINDOWS},
+        ),
         "nemotron": (nemotron.build_nemotron, of_llava, nemotrons),
         "nemotron_omni": (
             partial(nemotron.build_nemotron, frames_at_once=2),
