@@ -207,7 +207,7 @@ def odd_videos() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("odd", [*ODD, *odd_videos()])
-@pytest.mark.parametrize("ratio", [1.0, 0.5])
+@pytest.mark.parametrize("ratio", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_an_odd_request_is_answered_as_stock_does_or_refused(
     processors: Processors, odd: str, ratio: float
 ) -> None:
