@@ -670,7 +670,7 @@ class Family:
     def whole(self) -> dict[Question, Answer]:
         """What ours answers to each question alone, in one step and without a prefix cache."""
         questions = [*self.single, *self.several, *self.plain, self.other]
-        return self._alone(questions, max_num_batched_tokens=8192, **self.options)
+        return self._alone(questions, max_num_batched_tokens=8192)
 
     @cached_property
     def chunked(self) -> list[list[Answer]]:
@@ -701,9 +701,28 @@ class Family:
 
 
 BFLOAT16 = {"dtype": "bfloat16"}
+BFLOAT16_STEPS = 4e-2
+"""Between log probabilities of about -4, of which bfloat16 holds multiples of 1/64."""
 NO_WEIGHTS = {"load_format": LOAD_FORMAT, "trust_remote_code": True}
+WITHIN_WINDOWS = {
+    **{"block_size": 32, "max_num_batched_tokens": 64},
+    "prefix_cache_retention_interval": 32,
+}
+"""Where layers with a sliding window keep, by vLLM's default, the end of a prompt alone."""
 LARGE_STEPS = {"max_num_batched_tokens": 512}
 """Where states of recurrent layers are cached in blocks of hundreds of tokens."""
+
+
+FAMILIES = [
+    *("llava_next_video", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
+    *("glm4v", "internvl", "gemma4", "nemotron"),
+]
+"""All but LLaVA-OneVision, which is the demo's."""
+VARIANTS = [
+    *("qwen3_5_moe", "glm46v", "internvl_chat", "nemotron_omni"),
+    *("cosmos3", "exaone4_5", "interns2_preview"),
+]
+"""Models that differ from one of the families in little."""
 
 
 def tiny_families(folder: Path) -> dict[str, Family]:
@@ -723,13 +742,13 @@ def tiny_families(folder: Path) -> dict[str, Family]:
         "options": BFLOAT16,
         "chunk": LARGE_STEPS,
         "other_ratio": 0.9,
-        "tolerance": 2e-3,
+        "tolerance": BFLOAT16_STEPS,
     }
     nemotrons = {
         "options": BFLOAT16 | NO_WEIGHTS,
         "chunk": LARGE_STEPS,
         "caches_prefixes": False,
-        "tolerance": 2e-3,
+        "tolerance": BFLOAT16_STEPS,
     }
     one_video = {"mixed": (PICTURE, WIDE)}
     made: dict[str, tuple[Callable[[Path], Any], Mapping[Media, int], dict[str, Any]]] = {
@@ -742,7 +761,11 @@ def tiny_families(folder: Path) -> dict[str, Family]:
         "glm46v": (partial(glm4v.build_glm4v, version="4.6"), of_qwen2_5, one_video),
         "internvl": (internvl.build_internvl, of_llava, {}),
         "internvl_chat": (internvl.build_internvl_chat, of_llava, {"options": NO_WEIGHTS}),
-        "gemma4": (gemma4.build_gemma4, {WIDE: 12 * 60, TALL: 7 * 60, SHORT: 2 * 64}, {}),
+        "gemma4": (
+            gemma4.build_gemma4,
+            {WIDE: 12 * 60, TALL: 7 * 60, SHORT: 2 * 64},
+            {"chunk": WITHIN_WINDOWS},
+        ),
         "nemotron": (nemotron.build_nemotron, of_llava, nemotrons),
         "nemotron_omni": (
             partial(nemotron.build_nemotron, frames_at_once=2),

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm import num_retained_tokens
-from tests.families import Family, Question, ask, build_draft, largest_difference, observe
+from tests.families import (
+    FAMILIES,
+    VARIANTS,
+    Family,
+    Question,
+    ask,
+    build_draft,
+    largest_difference,
+    observe,
+)
 
 NUM_BEHIND = 24
 """Tokens of the prompt of ``Family.other`` behind its video."""
-M_ROPE = ["qwen2_5_vl", "qwen3_vl", "glm4v"]
-"""Families whose rows carry their own positions, on an engine that can be small."""
-FAMILIES = ["llava_next_video", *M_ROPE, "qwen3_5", "internvl", "gemma4", "nemotron"]
-VARIANTS = [
-    *("qwen3_5_moe", "glm46v", "internvl_chat", "nemotron_omni"),
-    *("cosmos3", "exaone4_5", "interns2_preview"),
-]
-"""Models that differ from one of the families in little."""
 
 
 @pytest.fixture(

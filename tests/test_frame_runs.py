@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.config.multimodal import MultiModalConfig
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from scissor_vllm.models import MODELS
 from scissor_vllm.models.frame_runs import FrameRunsModel, text_within, with_text
 from scissor_vllm.models.glm4v import Glm4vVideos
 
@@ -82,3 +86,16 @@ def test_glms_images_are_no_runs_of_its_videos() -> None:
     image = [begin_image, *[image_token] * 3, end_image]
     video = [begin_video, begin_image, *[image_token] * 3, end_image]
     assert Videos()._video_runs([1, *image, 1, *video, 1, *image]) == [(9, 12)]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_server_that_prunes_as_well_does_not_start(architecture: str) -> None:
+    model = resolve_obj_by_qualname(MODELS[architecture].replace(":", "."))
+    if not issubclass(model, FrameRunsModel):
+        pytest.skip("vLLM's class does not prune")
+    pruning = MultiModalConfig(video_pruning_rate=0.5)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(get_multimodal_config=lambda: pruning)
+    )
+    with pytest.raises(ValueError, match="--video-pruning-rate and scissor_vllm exclude"):
+        model(vllm_config=config)

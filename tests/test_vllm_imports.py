@@ -21,7 +21,7 @@ from tests.vllm_names import (
     wanted_names,
 )
 
-VERSIONS = [installed(), *recorded()]
+VERSIONS: list[Sources | Recorded] = [installed(), *recorded()]
 every_version = pytest.mark.parametrize(
     "source", VERSIONS, ids=lambda each: f"{type(each).__name__.lower()}-{each.version}"
 )

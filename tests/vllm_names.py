@@ -73,11 +73,11 @@ def wanted_names(path: Path) -> Iterator[tuple[str, str, int]]:
             if id(node) not in optional:
                 yield node.module or "", alias.name, node.lineno
             modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module = modules.get(node.value.id)
+    for use in ast.walk(tree):
+        if isinstance(use, ast.Attribute) and isinstance(use.value, ast.Name):
+            module = modules.get(use.value.id)
             if module is not None and installed().names_of(module) is not None:
-                yield module, node.attr, node.lineno
+                yield module, use.attr, use.lineno
 
 
 def wanted_modules() -> set[str]:
@@ -116,7 +116,7 @@ class Sources:
         path = self._file_of(module)
         if path is None:
             return None
-        names = set()
+        names: set[str] = set()
         for node in _top_level(ast.parse(path.read_text()).body):
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
                 names |= self.names_of(_absolute(node, path, module)) or set()
@@ -231,7 +231,8 @@ def _absolute(node: ast.ImportFrom, path: Path, module: str) -> str:
 def main(folders: list[str]) -> None:
     """Record the versions of vLLM in some folders, beside those recorded before."""
     made = [installed() if folder == "installed" else Sources(Path(folder)) for folder in folders]
-    versions: dict[str, Sources | Recorded] = {each.version: each for each in [*recorded(), *made]}
+    versions: dict[str, Sources | Recorded] = {each.version: each for each in recorded()}
+    versions |= {each.version: each for each in made}
     record: Record = {}
     for module in sorted(wanted_modules()):
         versions_of: dict[str, list[str]] = {}
