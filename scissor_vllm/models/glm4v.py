@@ -36,8 +36,23 @@ class Glm4vProcessingInfo(PatchGridProcessingInfo, stock.Glm4vProcessingInfo):
         num_frames = max(num_frames, processor.temporal_patch_size)
         given = self.ctx.get_merged_mm_kwargs(mm_kwargs or {}).get("size")
         size = {**dict(processor.size), **given} if isinstance(given, Mapping) else processor.size
-        num_patches = processor.get_num_of_video_patches(num_frames, height, width, {"size": size})
-        return int(num_patches) // int(processor.merge_size) ** 2
+        temporal, patch, merge = (
+            int(processor.temporal_patch_size),
+            int(processor.patch_size),
+            int(processor.merge_size),
+        )
+        # transformers has a method for this only from 5.18 on.
+        rows, columns = stock.smart_resize(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            temporal_factor=temporal,
+            factor=patch * merge,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        num_temporal = -(-num_frames // temporal)
+        return int(num_temporal * (rows // patch // merge) * (columns // patch // merge))
 
 
 class Glm4vProcessor(PatchGridProcessor, stock.Glm4vMultiModalProcessor):
