@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scissor_vllm.cli import add_page_options, add_retention_options
+from scissor_vllm.cli.options import add_page_options, add_retention_options
 from scissor_vllm.compression import METHODS
 from scissor_vllm.metrics import METRICS, Reason
 from scissor_vllm.models import MODELS
