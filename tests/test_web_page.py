@@ -24,11 +24,15 @@ from fastapi import HTTPException
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.cli.options import add_page_options, apply_page_options
 from scissor_vllm.demo.client import CLIP, QUESTION
-from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.settings import (
+    DEFAULT_RETENTION_RATIO,
+    DEFAULT_VIDEO_COMPRESSION,
+    RetentionPolicy,
+)
 from scissor_vllm.show import WORKER_EXTENSION
 from scissor_vllm.show.command import look
 from scissor_vllm.show.picture import Picture
-from scissor_vllm.show.web import PICTURE_PATH, POLICY, read_body
+from scissor_vllm.show.web import PICTURE_PATH, POLICY, read_body, with_ratios
 from scissor_vllm.show.worker import PictureWorker
 from tests.browser import Page, open_page
 from tests.conftest import PAGE_KEY
@@ -99,6 +103,24 @@ def test_the_page_may_load_its_own_files_and_nothing_else(page_server: Server) -
     assert POLICY.startswith("default-src 'none'")
     assert get(page_server, "/scissor/../worker.py")[0] == 404
     assert get(page_server, "/scissor/show.js")[0] == 404
+
+
+def test_the_pages_slider_begins_at_the_servers_default_and_ends_at_its_minimum(
+    page_server: Server,
+) -> None:
+    _, _, page = get(page_server, "/scissor")
+    assert 'min="0.02" max="1"' in page
+    assert f'value="{DEFAULT_RETENTION_RATIO}"' in page
+    assert "{{" not in page
+
+
+@pytest.mark.parametrize("policy", [RetentionPolicy(0.25, 0.05), RetentionPolicy(1.0, 0.001)])
+def test_a_page_has_the_ratios_of_its_server(policy: RetentionPolicy) -> None:
+    page = with_ratios((PAGE_FILES / "ask.html").read_text(), policy)
+    (slider,) = re.findall(r'<input type="range" id="ratio"[^>]*>', page)
+    found = {name: float(number) for name, number in re.findall(r'(min|max|value)="(.*?)"', slider)}
+    assert found == {"min": policy.min_ratio, "max": 1.0, "value": policy.default_ratio}
+    assert f'for="ratio">{policy.default_ratio}</output>' in page
 
 
 def test_a_picture_is_what_show_draws(page_server: Server, shown: Picture) -> None:
@@ -308,6 +330,29 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
     browser.choose_file("#video", Path(shutil.copy(CLIP, tmp_path / "another.mp4")))
     browser.wait("find('answers').hidden && find('what-was-kept').hidden")
     assert browser.evaluate("document.querySelectorAll('#table tr, #picture canvas').length") == 0
+
+
+def test_in_a_browser_the_slider_gives_the_servers_ratios_and_short_ones_between(
+    browser: Page, page_server: Server
+) -> None:
+    browser.goto(f"http://127.0.0.1:{page_server.port}/scissor")
+    assert browser.evaluate("chosenRatio()") == DEFAULT_RETENTION_RATIO
+    assert browser.text("#ratio-text") == str(DEFAULT_RETENTION_RATIO)
+    browser.focus("#ratio")
+    browser.press("Home")
+    assert browser.evaluate("chosenRatio()") == 0.02
+    for _ in range(10):
+        browser.press("ArrowRight")
+        assert len(browser.text("#ratio-text")) <= len("0.25")
+    browser.press("End")
+    assert browser.evaluate("chosenRatio()") == 1
+
+
+def test_in_a_browser_a_narrow_page_scrolls_down_only(browser: Page, page_server: Server) -> None:
+    browser.goto(f"http://127.0.0.1:{page_server.port}/scissor")
+    browser.set_width(320)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 320
+    browser.set_width(1200, 1400)
 
 
 def test_in_a_browser_an_answer_and_its_picture_can_be_stopped(

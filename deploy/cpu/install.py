@@ -31,7 +31,9 @@ def main() -> int:
         "--bench", action="store_true", help="also what makes clips and plots for the load test"
     )
     parser.add_argument(
-        "--dev", action="store_true", help="also what tests, checks, docs and releases need"
+        "--dev",
+        action="store_true",
+        help="also what tests, checks, docs and releases need",
     )
     parser.add_argument(
         "--requirements-only", action="store_true", help="all but the project itself"

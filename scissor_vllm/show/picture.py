@@ -203,16 +203,22 @@ def in_frames(cells: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.int
 
 
 def strip_rows(counts: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
-    """Return the kept tokens that a strip shows: those of most tokens, by first frame, then size.
+    """Return the kept tokens that a strip shows, by first frame, then size.
+
+    Of more than ``most`` an evenly spaced sample in that order is shown. So a frame's share of the
+    strip is its share of the kept tokens. page/picture.js computes the same.
 
     Args:
-        counts: (K, T), tokens of each frame that were merged into each.
-        most: how many are shown at most.
+        counts: (K, T), members of each kept token in each frame.
+        most: largest number of kept tokens to show.
+
+    Returns:
+        (min(K, most),): indices of kept tokens.
     """
-    size = counts.sum(axis=1)
-    largest = np.argsort(-size, kind="stable")[:most]
-    first = (counts[largest] > 0).argmax(axis=1)
-    return largest[np.lexsort((largest, -size[largest], first))]
+    first = (counts > 0).argmax(axis=1)
+    ordered = np.lexsort((-counts.sum(axis=1), first))
+    num_shown = min(len(ordered), most)
+    return ordered[(2 * np.arange(num_shown) + 1) * len(ordered) // (2 * max(num_shown, 1))]
 
 
 def _compact(rows: npt.NDArray[np.int64]) -> str:

@@ -21,5 +21,5 @@ def caption(picture: Picture, grouping: Grouping) -> list[str]:
 def strip_caption(grouping: Grouping, most: int) -> str:
     """Return what the strip shows."""
     num_rows = grouping.num_retained
-    which = f"all {num_rows}" if num_rows <= most else f"{most} of {num_rows}, the largest,"
+    which = f"all {num_rows}" if num_rows <= most else f"{most} of {num_rows}, evenly sampled,"
     return f"kept tokens ({which} top to bottom by first frame) over the frames (left to right)"

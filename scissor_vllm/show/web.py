@@ -1,6 +1,6 @@
 """The server's web page, and the pictures that it asks for.
 
-``GET /scissor`` is the page. ``POST /v1/scissor/picture`` takes the body of a chat with one video
+``GET /scissor`` is the page, its slider from the server's lowest ratio on and at its default. ``POST /v1/scissor/picture`` takes the body of a chat with one video
 and a ``retention_ratio``, and answers with what was kept of the video. It lies under ``/v1``, where
 vLLM asks for the API key. The video is read and prepared as for ``/tokenize`` and compressed by the
 workers; one picture at a time, since each takes as much of the engine's time as encoding does.
@@ -27,6 +27,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from scissor_vllm.frontend.request import RetentionTokenizeChatRequest
 from scissor_vllm.retention import RetentionReport
+from scissor_vllm.settings import RetentionPolicy
 from scissor_vllm.show.picture import (
     Grouping,
     Picture,
@@ -95,7 +96,7 @@ def attach_page(app: FastAPI, check: Callable[[PictureRequest, State], None]) ->
     """
     router = APIRouter(include_in_schema=False)
     for suffix, (name, media_type) in _FILES.items():
-        content = (_FOLDER / name).read_bytes()
+        content = (_FOLDER / name).read_text(encoding="utf-8")
         router.add_api_route(PAGE_PATH + suffix, _file_endpoint(content, media_type))
     gate = asyncio.Semaphore(1)
 
@@ -118,11 +119,18 @@ def attach_page(app: FastAPI, check: Callable[[PictureRequest, State], None]) ->
     app.include_router(router)
 
 
-def _file_endpoint(content: bytes, media_type: str) -> Callable[[], Any]:
-    async def send() -> Response:
-        return Response(content, media_type=media_type, headers=_HEADERS)
+def _file_endpoint(content: str, media_type: str) -> Callable[..., Any]:
+    async def send(raw_request: Request) -> Response:
+        text = with_ratios(content, raw_request.app.state.retention_policy)
+        return Response(text, media_type=media_type, headers=_HEADERS)
 
     return send
+
+
+def with_ratios(page: str, policy: RetentionPolicy) -> str:
+    """Return a file of the page with the server's lowest and default ratio filled in."""
+    page = page.replace("{{MIN_RATIO}}", str(policy.min_ratio))
+    return page.replace("{{DEFAULT_RATIO}}", str(policy.default_ratio))
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
