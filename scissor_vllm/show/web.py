@@ -1,9 +1,10 @@
 """The server's web page, and the pictures that it asks for.
 
-``GET /scissor`` is the page, its slider from the server's lowest ratio on and at its default. ``POST /v1/scissor/picture`` takes the body of a chat with one video
-and a ``retention_ratio``, and answers with what was kept of the video. It lies under ``/v1``, where
-vLLM asks for the API key. The video is read and prepared as for ``/tokenize`` and compressed by the
-workers; one picture at a time, since each takes as much of the engine's time as encoding does.
+``GET /scissor`` is the page; its slider covers the server's ratios and starts at the default.
+``POST /v1/scissor/picture`` takes the body of a chat with one video and a ``retention_ratio``. It
+answers with what was kept of the video. Under ``/v1`` vLLM asks for the API key. The video is read
+and prepared as for ``/tokenize``. The workers compress it. One picture is made at a time, since
+each takes as much of the engine's time as encoding does.
 """
 
 from __future__ import annotations
