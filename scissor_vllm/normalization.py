@@ -21,7 +21,7 @@ def normalized(
     num_frames, height, width, num_channels = frames.shape
     mean, std = normalization[:, :, None, None].unbind()
     out = torch.empty((num_frames, num_channels, height, width), dtype=dtype, device=frames.device)
-    for few, place in zip(frames.split(_FRAMES_AT_ONCE), out.split(_FRAMES_AT_ONCE), strict=True):
-        values = few.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    for block, place in zip(frames.split(_FRAMES_AT_ONCE), out.split(_FRAMES_AT_ONCE), strict=True):
+        values = block.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         place.copy_(values.sub_(mean).div_(std))
     return out

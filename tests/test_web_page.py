@@ -168,7 +168,7 @@ def test_a_picture_asks_for_the_key_of_the_api(page_server: Server) -> None:
     ("parts", "ratio", "complaint"),
     [
         ((CLIP, "?"), 0.01, "must be at least 0.02 on this server"),
-        ((CLIP, "?"), 2, "retention_ratio must be above 0 and at most 1"),
+        ((CLIP, "?"), 2, "retention_ratio must be a number above 0 and at most 1"),
         (("no video",), 0.1, "a picture is of one video, got 0"),
         ((CLIP, CLIP, "?"), 0.1, "a picture is of one video, got 2"),
     ],

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from scissor_vllm.cpus import num_cpus
-from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.retention import RETENTION_RATIO, parse_retention_ratio
 from scissor_vllm.settings import (
     DEFAULT_FEATURE_CACHE_GB,
     DEFAULT_FRAME_CACHE_GB,
@@ -104,7 +104,7 @@ def _gigabytes(text: str) -> float:
 
 def _ratio(text: str) -> float:
     try:
-        return check_retention_ratio(float(text))
+        return parse_retention_ratio(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -147,7 +147,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
     """
     from scissor_vllm.compression import check_method
 
-    own = {
+    settings = {
         RETENTION_RATIO: args.default_retention_ratio,
         MIN_RETENTION_RATIO: args.min_retention_ratio,
         MAX_VIDEO_TOKENS: args.max_video_tokens,
@@ -155,7 +155,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
     }
-    given = {key: value for key, value in own.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None}
     merged = {**(args.mm_processor_kwargs or {}), **given}
     try:
         check_method(RetentionPolicy.from_mm_processor_kwargs(merged).method)

@@ -56,13 +56,18 @@ def forest_labels(num_nodes: int, left: torch.Tensor, right: torch.Tensor) -> to
 def _union(labels: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return labels after the components at the two ends of every edge became one."""
     while True:
-        one, other = labels[left], labels[right]
-        apart = one != other
+        label, other_label = labels[left], labels[right]
+        apart = label != other_label
         if not apart.any():
             return labels
-        left, right, one, other = left[apart], right[apart], one[apart], other[apart]
-        lower = torch.minimum(one, other)
-        labels = _join(labels, torch.cat([one, other]), torch.cat([lower, lower]))
+        left, right, label, other_label = (
+            left[apart],
+            right[apart],
+            label[apart],
+            other_label[apart],
+        )
+        lower = torch.minimum(label, other_label)
+        labels = _join(labels, torch.cat([label, other_label]), torch.cat([lower, lower]))
 
 
 def _join(labels: torch.Tensor, which: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
@@ -128,9 +133,9 @@ def maximum_spanning_trees(similarity: AnySimilarity) -> SpanningTrees:
     weights = [torch.empty(0, dtype=torch.float32, device=similarity.device)]
     edges = [nodes[:0]]
     while True:
-        weight, other = _strongest_outgoing(similarity, labels)
-        other = other + first_of_set
-        edge = torch.minimum(nodes, other) * num_nodes + torch.maximum(nodes, other)
+        weight, neighbor = _strongest_outgoing(similarity, labels)
+        neighbor = neighbor + first_of_set
+        edge = torch.minimum(nodes, neighbor) * num_nodes + torch.maximum(nodes, neighbor)
         best = torch.full_like(weight, -torch.inf).scatter_reduce(0, labels, weight, "amax")
         growing = (labels == nodes) & (best > -torch.inf)
         if not growing.any():
@@ -162,9 +167,9 @@ def _strongest_outgoing(
     """
     by_set = labels.view(similarity.num_sets, similarity.size)
     weight = torch.empty(by_set.shape, dtype=torch.float32, device=similarity.device)
-    other = torch.empty_like(by_set)
+    neighbor = torch.empty_like(by_set)
     for sets, rows, columns, cosines in similarity.blocks():
         inside = by_set[sets, rows, None] == by_set[sets, None, columns]
         strongest, column = cosines.masked_fill(inside, -torch.inf).max(dim=2)
-        weight[sets, rows], other[sets, rows] = strongest, column + columns.start
-    return weight.view(-1), other.view(-1)
+        weight[sets, rows], neighbor[sets, rows] = strongest, column + columns.start
+    return weight.view(-1), neighbor.view(-1)

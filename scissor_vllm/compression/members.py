@@ -25,8 +25,8 @@ def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -
     rows, assignment = compressed.tokens, compressed.assignment
     likeness = torch.cat(
         [
-            cosine_similarity(few.float(), rows[row_of.clamp(min=0)].float(), dim=-1)
-            for few, row_of in zip(
+            cosine_similarity(block.float(), rows[row_of.clamp(min=0)].float(), dim=-1)
+            for block, row_of in zip(
                 flat.split(_TOKENS_AT_ONCE), assignment.split(_TOKENS_AT_ONCE), strict=True
             )
         ]
@@ -70,5 +70,5 @@ def _filled(numbers: torch.Tensor, missing: int) -> torch.Tensor:
     """Return the numbers with the last one before it in place of each that is missing, or 0."""
     place = torch.arange(len(numbers), device=numbers.device)
     last = torch.where(numbers == missing, 0, place).cummax(0).values
-    found = numbers[last]
-    return torch.where(found == missing, 0, found)
+    filled = numbers[last]
+    return torch.where(filled == missing, 0, filled)

@@ -27,11 +27,11 @@ def merged(
     """
     num_tokens, num_rows = windows or ([len(flat)], [len(representatives)])
     first = 0
-    found = []
+    nearest = []
     for tokens, rows in zip(flat.split(num_tokens), representatives.split(num_rows), strict=True):
-        found.append(most_similar(tokens, rows) + first)
+        nearest.append(most_similar(tokens, rows) + first)
         first += len(rows)
-    assignment = torch.cat(found)
+    assignment = torch.cat(nearest)
     count = sizes(assignment, len(representatives))
     total = sums(flat, assignment, count).add_(representatives)
     return total.div_(count[:, None] + 1).float(), assignment

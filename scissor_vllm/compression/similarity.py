@@ -165,16 +165,16 @@ class Similarity:
         every = slice(0, self.size)
         return _finish(_mirrored(self._product(sets, every, every)), first_row=0)
 
-    def _rows(self, one: slice, rows: slice) -> torch.Tensor:
+    def _rows(self, set_: slice, rows: slice) -> torch.Tensor:
         """Return rows of one set, (1, rows, n); a tile and its mirror come from one product."""
         shape = (1, rows.stop - rows.start, self.size)
         cosines = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start in range(0, self.size, self._rows_of_block):
             columns = slice(start, min(start + self._rows_of_block, self.size))
             if start < rows.start:
-                tile = self._product(one, columns, rows).transpose(1, 2)
+                tile = self._product(set_, columns, rows).transpose(1, 2)
             else:
-                tile = self._product(one, rows, columns)
+                tile = self._product(set_, rows, columns)
             cosines[:, :, columns] = _mirrored(tile) if start == rows.start else tile
         return _finish(cosines, first_row=rows.start)
 
@@ -251,9 +251,9 @@ def most_similar(tokens: torch.Tensor, representatives: torch.Tensor) -> torch.T
     """
     unit_tokens, unit_representatives = unit_rows(tokens), unit_rows(representatives)
     step = max(1, BLOCK_ELEMENTS // len(representatives))
-    found = []
+    nearest = []
     for start in range(0, len(tokens), step):
         cosines = _matmul(unit_tokens[start : start + step], unit_representatives.T)
         near = cosines >= cosines.amax(dim=1, keepdim=True) - RESOLUTION
-        found.append(near.to(torch.uint8).argmax(dim=1))
-    return torch.cat(found)
+        nearest.append(near.to(torch.uint8).argmax(dim=1))
+    return torch.cat(nearest)

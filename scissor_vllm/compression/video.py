@@ -43,11 +43,11 @@ class Video:
     ) -> AnySimilarity:
         """Return the similarities of spatial components, by what is known of these."""
         if products is not None:
-            temporal = [each.similarity() for each in products]
+            temporal = [product.similarity() for product in products]
         else:
             known = self.means(spatial) if representatives is None else representatives
             num_rows = self._count_by_window(spatial.part, spatial.num_parts)
-            temporal = [Similarity(few[None]) for few in known.split(num_rows)]
+            temporal = [Similarity(window_means[None]) for window_means in known.split(num_rows)]
         return temporal[0] if len(temporal) == 1 else WindowedSimilarity(temporal)
 
     def merged(self, kept: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

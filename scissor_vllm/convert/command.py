@@ -19,6 +19,7 @@ from scissor_vllm.convert.config import (
     converted_config,
     newlines_of,
     read_json,
+    reading,
     text_config,
     tower_config,
 )
@@ -123,16 +124,19 @@ def convert(
     if out.exists():
         raise ConversionError(f"{out} exists: name a folder that does not, or remove it")
     original = read_json(source / "config.json")
-    check_served(original)
-    tower = tower_config(original, vision_tower)
+    with reading(source / "config.json", "correct the setting"):
+        check_served(original)
+        tower = tower_config(original, vision_tower)
+        vocab_size = text_config(original).vocab_size
     weights = _weights(source, vision_tower, str(original.get("mm_vision_tower")))
-    newlines = newlines_of(
-        original if video_newline else {**original, "mm_newline_position": "no_token"},
-        has_weight=IMAGE_NEWLINE in weights,
-    )
     tokenizer = media_tokenizer(source)
-    token_ids = media_token_ids(tokenizer, text_config(original).vocab_size)
-    config = converted_config(original, tower, newlines, token_ids)
+    token_ids = media_token_ids(tokenizer, vocab_size)
+    with reading(source / "config.json", "correct the setting"):
+        newlines = newlines_of(
+            original if video_newline else {**original, "mm_newline_position": "no_token"},
+            has_weight=IMAGE_NEWLINE in weights,
+        )
+        config = converted_config(original, tower, newlines, token_ids)
     made = plan({name: weight.shape for name, weight in weights.items()}, config)
 
     _check_tied(weights, made.left_out)
@@ -197,11 +201,11 @@ def _check_tied(weights: Mapping[str, _Weight], left_out: Mapping[str, str]) -> 
 
     if OUTPUT_EMBEDDING not in left_out:
         return
-    found = set()
+    checksums = set()
     for name in (INPUT_EMBEDDING, OUTPUT_EMBEDDING):
         with opened(weights[name].path) as shard:
-            found.add(checksum(shard[name]()))
-    if len(found) > 1:
+            checksums.add(checksum(shard[name]()))
+    if len(checksums) > 1:
         raise ConversionError(
             f"config.json says tie_word_embeddings, but {OUTPUT_EMBEDDING} differs from "
             f"{INPUT_EMBEDDING}: set tie_word_embeddings to false there"

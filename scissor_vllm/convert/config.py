@@ -11,7 +11,8 @@ How the original computes, as its public configs and the conversion in transform
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ _SERVED: dict[str, tuple[object, ...]] = {
 }
 """Settings of the original for which vLLM's model computes the same; None where one is absent."""
 
+_MAX_CAUSE = 200
+"""Most characters of another library's message in ours."""
+
 _NEWLINES: dict[object, bool] = {None: True, "one_token": True, "no_token": False}
 """Whether a newline ends a video, by ``mm_newline_position``."""
 
@@ -64,12 +68,38 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object.
 
     Raises:
-        ConversionError: there is no such file.
+        ConversionError: there is no such file, or it has no JSON object.
     """
     if not path.is_file():
         raise ConversionError(f"{path} is missing: name the folder of a downloaded checkpoint")
-    content: dict[str, Any] = json.loads(path.read_text())
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ConversionError(f"{path} must hold a JSON object, got a {kind}: download it again")
     return content
+
+
+@contextmanager
+def reading(path: Path, remedy: str = "download it again") -> Iterator[None]:
+    """Raise what the block raises as a ConversionError of one sentence.
+
+    The libraries that parse a checkpoint's files raise exceptions of many types, plain
+    ``Exception`` among them.
+
+    Args:
+        path: the file or folder that the block reads.
+        remedy: what to do about it.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        (cause, *_) = str(error).strip().splitlines() or [""]
+        raise ConversionError(
+            f"{path} cannot be read ({type(error).__name__}: {cause[:_MAX_CAUSE]}): {remedy}"
+        ) from error
 
 
 def check_served(original: Mapping[str, Any]) -> None:
@@ -129,14 +159,15 @@ def tower_config(original: Mapping[str, Any], vision_tower: Path | None) -> dict
         return shapes
     config = read_json(vision_tower / "config.json")
     config = config.get("vision_config", config)
-    if config.get("model_type") != "siglip_vision_model":
+    if not isinstance(config, dict) or config.get("model_type") != "siglip_vision_model":
         raise ConversionError(
-            f"the vision tower must be a SigLIP, {vision_tower}/config.json says model_type "
-            f"{config.get('model_type')!r}: name the folder of {name!r}"
+            f"the vision tower must be a SigLIP, {vision_tower}/config.json says otherwise by its "
+            f"model_type: name the folder of {name!r}"
         )
     from transformers import SiglipVisionConfig
 
-    whole = SiglipVisionConfig(**config)
+    with reading(vision_tower / "config.json"):
+        whole = SiglipVisionConfig(**config)
     return {key: getattr(whole, key) for key in _TOWER_SHAPES}
 
 
@@ -145,8 +176,8 @@ def text_config(original: Mapping[str, Any]) -> Any:
     from transformers import Qwen2Config
 
     known = {*Qwen2Config().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
-    own = {"model_type", "architectures", "transformers_version"}
-    kept = {key: value for key, value in original.items() if key in known - own}
+    excluded = {"model_type", "architectures", "transformers_version"}
+    kept = {key: value for key, value in original.items() if key in known - excluded}
     return Qwen2Config(**kept)
 
 

@@ -48,23 +48,25 @@ def targets(config: Any, has_newline: bool) -> dict[str, Target]:
     with torch.device("meta"):
         tower = SiglipVisionModel(config.vision_config).state_dict()
         language = Qwen2ForCausalLM(config.text_config).state_dict()
-    found = {}
+    targets_by_name = {}
     for name, weight in tower.items():
         # transformers 5 has no such level, 4 has.
         short = name.removeprefix("vision_model.")
         is_optional = short.startswith(_OPTIONAL)
         new = f"vision_tower.vision_model.{short}"
-        found[TOWER + short] = Target(new, tuple(weight.shape), is_optional)
+        targets_by_name[TOWER + short] = Target(new, tuple(weight.shape), is_optional)
     width, inner = config.text_config.hidden_size, config.vision_config.hidden_size
     for (old, new), columns in zip(_PROJECTOR.items(), (inner, width), strict=True):
-        found[f"{old}weight"] = Target(f"multi_modal_projector.{new}weight", (width, columns))
-        found[f"{old}bias"] = Target(f"multi_modal_projector.{new}bias", (width,))
+        targets_by_name[f"{old}weight"] = Target(
+            f"multi_modal_projector.{new}weight", (width, columns)
+        )
+        targets_by_name[f"{old}bias"] = Target(f"multi_modal_projector.{new}bias", (width,))
     if has_newline:
-        found[IMAGE_NEWLINE] = Target("image_newline", (width,))
+        targets_by_name[IMAGE_NEWLINE] = Target("image_newline", (width,))
     for name, weight in language.items():
         if not (config.text_config.tie_word_embeddings and name == OUTPUT_EMBEDDING):
-            found[name] = Target(f"language_model.{name}", tuple(weight.shape))
-    return found
+            targets_by_name[name] = Target(f"language_model.{name}", tuple(weight.shape))
+    return targets_by_name
 
 
 def plan(shapes: Mapping[str, Shape], config: Any) -> Plan:

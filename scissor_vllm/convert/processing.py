@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from scissor_vllm.convert.config import ConversionError
+from scissor_vllm.convert.config import ConversionError, reading
 
 IMAGE, VIDEO = "<image>", "<video>"
 
@@ -37,10 +37,14 @@ def media_tokenizer(source: Path) -> Any:
     """Return a checkpoint's tokenizer with a token for an image and one for a video.
 
     The original replaces both before the model sees them, so its tokenizer has neither.
+
+    Raises:
+        ConversionError: the folder has no tokenizer, or a damaged one.
     """
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with reading(source, "download the checkpoint's tokenizer again"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = [AddedToken(token, special=True, normalized=False) for token in (IMAGE, VIDEO)]
     tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -117,8 +117,8 @@ def in_threads(
         resize: makes of frames as many others, (t, H, W, C), alike whatever others are among them.
         frames: (T, ...).
     """
-    few = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
-    if len(frames) <= few:
+    num_frames = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
+    if len(frames) <= num_frames:
         return resize(frames)
     # A thread begins outside of inference mode, in which a worker that profiles prepares a video.
     infers = torch.is_inference_mode_enabled()
@@ -132,9 +132,9 @@ def in_threads(
             into.copy_(part)
 
     pool = _resize_pool()
-    parts = list(pool.map(resize_part, frames.split(few)))
+    parts = list(pool.map(resize_part, frames.split(num_frames)))
     resized = torch.empty(len(frames), *parts[0].shape[1:], dtype=parts[0].dtype)
-    for _ in pool.map(copy_part, resized.split(few), parts):
+    for _ in pool.map(copy_part, resized.split(num_frames), parts):
         pass
     return resized
 
@@ -188,8 +188,12 @@ def get_normalization(video_processor: Any) -> torch.Tensor | None:
     factor = video_processor.rescale_factor
     mean, std = video_processor.image_mean, video_processor.image_std
     try:
-        scaled = [torch.tensor(tuple(each)) * (1.0 / factor) for each in (mean, std)]
-        normalization = torch.stack([each.expand(_NUM_CHANNELS) for each in scaled])
+        scaled = [
+            torch.tensor(tuple(channel_values)) * (1.0 / factor) for channel_values in (mean, std)
+        ]
+        normalization = torch.stack(
+            [channel_values.expand(_NUM_CHANNELS) for channel_values in scaled]
+        )
         every = torch.arange(_NUM_VALUES, dtype=torch.uint8)
         every = every[:, None, None, None].repeat(1, _NUM_CHANNELS, 1, 1)
         expected = video_processor.rescale_and_normalize(

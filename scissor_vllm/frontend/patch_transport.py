@@ -30,16 +30,18 @@ def sending_frames(hf_processor: Any, vllm_normalizes: bool = False) -> Any:
         hf_processor: as vLLM loads it.
         vllm_normalizes: whether vLLM's class takes uint8 (``--mm-device-do-normalize``).
     """
-    own = getattr(hf_processor, "video_processor", None)
-    if own is None or not all(hasattr(own, step) for step in ("patchify", "rescale_and_normalize")):
+    original = getattr(hf_processor, "video_processor", None)
+    if original is None or not all(
+        hasattr(original, step) for step in ("patchify", "rescale_and_normalize")
+    ):
         return hf_processor
     changed = copy.copy(hf_processor)
-    kind: Any = _of_frames(own.__class__)
+    kind: Any = _of_frames(original.__class__)
     # Its values, made as a copy is: what a constructor takes is a family's own.
     video_processor = kind.__new__(kind)
-    video_processor.__dict__.update(vars(own))
+    video_processor.__dict__.update(vars(original))
     video_processor.vllm_normalizes = vllm_normalizes
-    video_processor.pixel_normalization = None if vllm_normalizes else get_normalization(own)
+    video_processor.pixel_normalization = None if vllm_normalizes else get_normalization(original)
     changed.video_processor = video_processor
     return changed
 
@@ -58,12 +60,12 @@ class _VideoFrames:
 
     def _prepare_input_videos(self, videos: Any, **options: Any) -> Any:
         """Return frames channel first, in memory as a decoder gives them where that is as good."""
-        other: Any = super()
+        parent: Any = super()
         views = [rgb_view(video) for video in videos]
         if any(view is None for view in views):
-            return other._prepare_input_videos(videos=videos, **options)
+            return parent._prepare_input_videos(videos=videos, **options)
         options["input_data_format"] = "channels_first"
-        return other._prepare_input_videos(videos=views, **options)
+        return parent._prepare_input_videos(videos=views, **options)
 
     def rescale_and_normalize(
         self,
@@ -75,13 +77,19 @@ class _VideoFrames:
         image_std: Any,
     ) -> torch.Tensor:
         """Return uint8 frames as they are if the model will do just this to them, else float."""
-        own: Any = self
+        processor: Any = self
         asked = (do_rescale, rescale_factor, do_normalize, tuple(image_mean), tuple(image_std))
-        usual = (True, own.rescale_factor, True, tuple(own.image_mean), tuple(own.image_std))
+        usual = (
+            True,
+            processor.rescale_factor,
+            True,
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+        )
         if images.dtype == torch.uint8 and self.pixel_normalization is not None and asked == usual:
             return images
-        other: Any = super()
-        result: torch.Tensor = other.rescale_and_normalize(
+        parent: Any = super()
+        result: torch.Tensor = parent.rescale_and_normalize(
             images, do_rescale, rescale_factor, do_normalize, image_mean, image_std
         )
         # Asked for as they are, where uint8 would be normalized later.
@@ -115,10 +123,10 @@ class _InThreads(BaseVideoProcessor):
         """Return videos (B, T, C, H, W) of another size, in memory with channels last."""
 
         def resize(frames: torch.Tensor) -> torch.Tensor:
-            resized: torch.Tensor = other.resize(image=frames, size=size, **options)
+            resized: torch.Tensor = parent.resize(image=frames, size=size, **options)
             return resized.permute(0, 2, 3, 1)
 
-        other: Any = super()
+        parent: Any = super()
         videos = [in_threads(resize, frames).permute(0, 3, 1, 2) for frames in image]
         return videos[0][None] if len(videos) == 1 else torch.stack(videos)
 

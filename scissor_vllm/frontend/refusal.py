@@ -28,9 +28,9 @@ def reason_of(error: BaseException | None) -> Reason:
         reason = getattr(error, "reason", None)
         if isinstance(reason, Reason):
             return reason
-        for pattern, found in _IN_MESSAGES.items():
+        for pattern, matched in _IN_MESSAGES.items():
             if pattern.search(str(error)):
-                return found
+                return matched
         error = error.__cause__
     return Reason.OTHER
 

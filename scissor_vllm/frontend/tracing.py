@@ -63,7 +63,9 @@ def begin_span(request: Request, endpoint: str | None) -> tuple[Request, Compres
     if endpoint is None or not is_tracing_available():
         return request, NO_SPAN
     span = _Span(request.headers)
-    own = {name.encode(): value.encode() for name, value in span.headers().items()}
-    headers = [(name, value) for name, value in request.scope["headers"] if name not in own]
-    scope = {**request.scope, "headers": [*headers, *own.items()]}
+    span_headers = {name.encode(): value.encode() for name, value in span.headers().items()}
+    headers = [
+        (name, value) for name, value in request.scope["headers"] if name not in span_headers
+    ]
+    scope = {**request.scope, "headers": [*headers, *span_headers.items()]}
     return Request(scope, request.receive), span

@@ -197,9 +197,9 @@ def _stages(cell: dict[str, Any], completed: int) -> dict[str, float | None]:
     histograms = (cell.get("server_metrics") or {}).get("histograms", {})
     row: dict[str, float | None] = {}
     for stage, name in STAGES.items():
-        found = histograms.get(name)
-        known = found is not None and found["count"] > 0 and completed > 0
-        row[f"stage_{stage}_seconds"] = found["sum_seconds"] / completed if known else None
+        histogram = histograms.get(name)
+        known = histogram is not None and histogram["count"] > 0 and completed > 0
+        row[f"stage_{stage}_seconds"] = histogram["sum_seconds"] / completed if known else None
     return row
 
 

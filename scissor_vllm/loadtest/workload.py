@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from scissor_vllm.loadtest.clips import Clip
-from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.retention import RETENTION_RATIO, parse_retention_ratio
 
 STOCK = "stock"
 """Instead of a ratio: the request has no ``retention_ratio``, as vLLM without us wants it."""
@@ -72,17 +72,7 @@ def parse_ratios(text: str) -> tuple[float, ...]:
     """
     if text == STOCK:
         return ()
-    ratios = []
-    for part in text.split(","):
-        try:
-            number = float(part)
-        except ValueError:
-            raise ValueError(
-                f"a retention ratio must be a number, several with commas between them, or "
-                f"{STOCK!r}, got {text!r}: write for example 0.25 or 1.0,0.5,0.1"
-            ) from None
-        ratios.append(check_retention_ratio(number))
-    return tuple(ratios)
+    return tuple(map(parse_retention_ratio, text.split(",")))
 
 
 def cells(

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scissor_vllm.retention import check_retention_ratio, num_retained_tokens
+from scissor_vllm.retention import num_retained_tokens, parse_retention_ratio
 
 if TYPE_CHECKING:
     from scissor_vllm.show.picture import Picture
@@ -96,7 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _ratio(text: str) -> float:
     try:
-        return check_retention_ratio(float(text))
+        return parse_retention_ratio(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -176,10 +176,10 @@ def check_output(output: Path) -> None:
     """Raise OSError if the output cannot be written; nothing is made."""
     is_folder = _form(output) is None
     if output.exists() and output.is_dir() != is_folder:
-        wanted, found = ("folder", "file") if is_folder else ("file", "folder")
-        raise OSError(f"--output must be a {wanted}, got the {found} {output}: name another")
+        wanted, actual = ("folder", "file") if is_folder else ("file", "folder")
+        raise OSError(f"--output must be a {wanted}, got the {actual} {output}: name another")
     folder = output if is_folder else output.parent
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(
             f"--output must be where files can be written, got {output}: {existing} is no folder "

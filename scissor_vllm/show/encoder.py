@@ -98,10 +98,10 @@ class Encoder:
         # As the model pools them: half of the patches of a side, rounded up.
         side = -(-(vision.image_size // vision.patch_size) // 2)
         parts = []
-        for few in _few_at_once(video):
-            rows = self._model.get_video_features(few[None]).pooler_output[0]
+        for block in _few_at_once(video):
+            rows = self._model.get_video_features(block[None]).pooler_output[0]
             # The newline that ends a video is behind its tokens, and is not compressed.
-            parts.append(rows[: len(few) * side * side].view(len(few), side * side, -1))
+            parts.append(rows[: len(block) * side * side].view(len(block), side * side, -1))
         return VideoTokens(torch.cat(parts), side, side)
 
     def _encode_grid(
@@ -111,11 +111,11 @@ class Encoder:
         ((num_frames, height, width),) = video_grid_thw.tolist()
         merge = self._config.vision_config.spatial_merge_size
         parts = []
-        for few in _few_at_once(pixel_values_videos.view(num_frames, height * width, -1)):
-            grid = torch.tensor([[len(few), height, width]])
-            found = self._model.get_video_features(few.flatten(0, 1), video_grid_thw=grid)
-            (rows,) = found.pooler_output
-            parts.append(rows.view(len(few), height * width // merge**2, -1))
+        for block in _few_at_once(pixel_values_videos.view(num_frames, height * width, -1)):
+            grid = torch.tensor([[len(block), height, width]])
+            features = self._model.get_video_features(block.flatten(0, 1), video_grid_thw=grid)
+            (rows,) = features.pooler_output
+            parts.append(rows.view(len(block), height * width // merge**2, -1))
         return VideoTokens(torch.cat(parts), height // merge, width // merge)
 
 

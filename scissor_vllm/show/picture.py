@@ -197,8 +197,8 @@ def in_frames(cells: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.int
     """Return how many of each frame's tokens were merged into each kept token, (K, T)."""
     num_frames = len(cells)
     counts = np.zeros((num_rows, num_frames), dtype=np.int64)
-    for frame, each in enumerate(cells):
-        counts[:, frame] = np.bincount(each[each >= 0], minlength=num_rows)
+    for frame, cell in enumerate(cells):
+        counts[:, frame] = np.bincount(cell[cell >= 0], minlength=num_rows)
     return counts
 
 

@@ -86,7 +86,7 @@ def drawn_cells(picture: Picture, grouping: Grouping) -> npt.NDArray[np.uint8]:
         mixed[border] *= 0.45
         drawn.append(mixed.astype(np.uint8))
     per_frame = picture.rows * picture.columns
-    pictures = [Image.fromarray(each) for each in drawn]
+    pictures = [Image.fromarray(frame_picture) for frame_picture in drawn]
     radius = max(1.5, min(cell_width, cell_height) * 0.22)
     for token in grouping.representatives:
         number, place = divmod(int(token), per_frame)
@@ -94,7 +94,7 @@ def drawn_cells(picture: Picture, grouping: Grouping) -> npt.NDArray[np.uint8]:
         x, y = (column + 0.5) * cell_width, (row + 0.5) * cell_height
         box = (x - radius, y - radius, x + radius, y + radius)
         ImageDraw.Draw(pictures[number]).ellipse(box, fill=_PAPER, outline=_INK)
-    return np.stack([np.asarray(each) for each in pictures])
+    return np.stack([np.asarray(frame_picture) for frame_picture in pictures])
 
 
 def drawn_strip(picture: Picture, grouping: Grouping) -> Image.Image:

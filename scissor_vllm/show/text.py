@@ -9,11 +9,11 @@ def caption(picture: Picture, grouping: Grouping) -> list[str]:
     """Return lines that tell what was drawn and what was found."""
     num_frames, per_frame = len(picture.frames), picture.rows * picture.columns
     threshold = grouping.similarity_threshold
-    found = "none" if threshold is None else f"{threshold:.4f}"
+    shown_threshold = "none" if threshold is None else f"{threshold:.4f}"
     return [
         f"{picture.name}: {grouping.method}, retention ratio {grouping.retention_ratio:g}",
         f"K = {grouping.num_retained} kept of T*P = {num_frames} x {per_frame} = "
-        f"{picture.num_tokens} tokens; similarity threshold: {found}",
+        f"{picture.num_tokens} tokens; similarity threshold: {shown_threshold}",
         "one color: merged into one kept token, in every frame; dot: the member nearest to it",
     ]
 

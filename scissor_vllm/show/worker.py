@@ -58,25 +58,25 @@ class PictureWorker:
         item = MsgpackDecoder(MultiModalKwargsItem).decode(parts)
         model = self.get_model()  # type: ignore[attr-defined]
         device = self.device  # type: ignore[attr-defined]
-        found: list[list[Any]] = []
+        replies: list[list[Any]] = []
 
         def watch(tokens: torch.Tensor, compressed: CompressedTokens) -> None:
             members = representative_members(tokens, compressed)
             rows = [compressed.assignment, members]
-            found.append([*(_as_bytes(each) for each in rows), _threshold(compressed)])
+            replies.append([*(_as_bytes(each) for each in rows), _threshold(compressed)])
 
         ((_, _, fields),) = group_and_batch_mm_kwargs([("video", item)], device=device)
         with torch.inference_mode(), model.video_compression.watched(watch):
             model.embed_multimodal(**fields)
-        (groups,) = found
+        (groups,) = replies
         return groups
 
 
 def _threshold(compressed: CompressedTokens) -> float | None:
     if compressed.threshold_on_device is None:
         return compressed.similarity_threshold
-    found = compressed.threshold_on_device.item()
-    return None if math.isnan(found) else found
+    threshold = compressed.threshold_on_device.item()
+    return None if math.isnan(threshold) else threshold
 
 
 def _as_bytes(rows: torch.Tensor) -> bytes:

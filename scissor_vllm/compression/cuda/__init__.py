@@ -100,8 +100,10 @@ def compress_for_serving(
         # Each has two tokens at least; all others are parts as well.
         max_joined = min(num_retained, video.num_tokens - num_retained)
         rows, assignment = merge(video, num_retained, max_joined)
-        found = video.passes.workspace.outcome[layout.THRESHOLD].clone()
-        return CompressedTokens(rows.to(tokens.dtype), assignment, threshold_on_device=found)
+        threshold_on_device = video.passes.workspace.outcome[layout.THRESHOLD].clone()
+        return CompressedTokens(
+            rows.to(tokens.dtype), assignment, threshold_on_device=threshold_on_device
+        )
 
 
 def _at_threshold(tokens: torch.Tensor, threshold: float, window: int) -> CompressedTokens | None:
