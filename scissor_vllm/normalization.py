@@ -1,11 +1,11 @@
-"""Pixel normalization, as the front end checks it and the worker computes it."""
+"""Pixel normalization: the front end checks it, the worker computes it."""
 
 from __future__ import annotations
 
 import torch
 
 _FRAMES_AT_ONCE = 16
-"""Frames that are held in float32 at a time: 27 MiB of 384 x 384."""
+"""Most frames in float32 at a time: 27 MiB at 384 x 384."""
 
 
 def normalized(

@@ -1,7 +1,7 @@
-"""How many video tokens are kept: the ratio's rules, and the one place that turns it into K.
+"""The retention ratio's rules, and the only conversion from the ratio to K.
 
-Standard library only. Everything downstream carries K as an integer; nothing computes it again
-from a float.
+Standard library only. Everything downstream carries K as an integer. Nothing recomputes it from a
+float.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 RETENTION_RATIO = "retention_ratio"
 """Key of the ratio in a request's body and in vLLM's ``mm_processor_kwargs``."""
 RETENTION = "retention"
-"""Our key in vLLM's ``media_io_kwargs``: a mapping with the two below, of one HTTP request."""
+"""Our key in vLLM's ``media_io_kwargs``: a mapping with the ratio and the report of one request."""
 RETENTION_REPORT = "retention_report"
 """Key of the request's :class:`RetentionReport`."""
 
@@ -119,10 +119,10 @@ def _as_json(value: object) -> str:
 
 @dataclass
 class RetentionReport:
-    """What compression did to one request's videos; filled by the processor, read by the server."""
+    """Compression of one request's videos: the processor fills it, the server reads it."""
 
     retention_ratio: float | None = None
-    """Ratio in force; None until a video was processed."""
+    """Ratio in force; None before a video is processed."""
     num_tokens: list[int] = field(default_factory=list)
     """Tokens of each video before compression."""
     num_retained: list[int] = field(default_factory=list)
@@ -135,7 +135,7 @@ class RetentionReport:
         self.num_retained.append(num_retained)
 
     def look(self, videos: Any) -> None:
-        """Look at the decoded videos, vLLM's items of them; a report that draws them keeps them."""
+        """Receive vLLM's items of the decoded videos. Subclasses may keep them."""
 
     def as_response(self) -> dict[str, float | int] | None:
         """Return the response's ``video_compression`` object, None if there was no video."""
