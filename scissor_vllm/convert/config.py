@@ -1,10 +1,10 @@
-"""What the original's ``config.json`` means: the config that vLLM loads, or an error.
+"""Converts the original's ``config.json`` to the config that vLLM loads.
 
-How the original computes, as its public configs and the conversion in transformers tell:
+The original's computation, from its public configs and the conversion in transformers:
 
 - the vision tower is SigLIP without its last encoder layer, final norm and head, whatever
   ``mm_vision_select_layer`` says;
-- two linear layers with GELU between them project its features;
+- the projector is two linear layers with GELU between them;
 - a video's frames are pooled bilinearly to half their height and width, and one newline follows
   where the checkpoint has one.
 """
@@ -29,7 +29,7 @@ _TOWERS = {
         "patch_size": 14,
     }
 }
-"""Shapes by the last part of ``mm_vision_tower``: weights alone do not tell heads and pixels."""
+"""Shapes by the last part of ``mm_vision_tower``. Weights do not determine heads and pixels."""
 
 _TOWER_SHAPES = (*_TOWERS["siglip-so400m-patch14-384"], "layer_norm_eps", "hidden_act")
 
@@ -42,7 +42,7 @@ _SERVED: dict[str, tuple[object, ...]] = {
     "mm_use_im_start_end": (None, False),
     "add_faster_video": (None, False),
 }
-"""Settings of the original for which vLLM's model computes the same; None where one is absent."""
+"""Settings for which vLLM's model computes the same; None stands for a missing key."""
 
 _MAX_CAUSE = 200
 """Most characters of another library's message in ours."""
@@ -52,15 +52,16 @@ _NEWLINES: dict[object, bool] = {None: True, "one_token": True, "no_token": Fals
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be converted: the rule, what was found, the remedy."""
+    """A checkpoint cannot be converted: the rule, the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class Newlines:
-    """Where the model puts its newline vector."""
+    """Use of the model's newline vector."""
 
     has_weight: bool
-    """Without one, only videos are served: vLLM ends each line of an image with a newline."""
+    """Without one only videos are served, because vLLM ends each line of an image with a
+    newline."""
     ends_video: bool
 
 
@@ -103,7 +104,7 @@ def reading(path: Path, remedy: str = "download it again") -> Iterator[None]:
 
 
 def check_served(original: Mapping[str, Any]) -> None:
-    """Raise ConversionError, naming every setting for which vLLM would compute something else."""
+    """Raise ConversionError with every setting for which vLLM would compute something else."""
     architectures = original.get("architectures") or []
     if architectures != [ARCHITECTURE]:
         raise ConversionError(
@@ -122,10 +123,10 @@ def check_served(original: Mapping[str, Any]) -> None:
 
 
 def newlines_of(original: Mapping[str, Any], has_weight: bool) -> Newlines:
-    """Return where newlines go.
+    """Return the use of newlines.
 
     Raises:
-        ConversionError: there are more newlines in a video than vLLM's model has.
+        ConversionError: a video has more newlines than vLLM's model supports.
     """
     if not has_weight:
         return Newlines(has_weight=False, ends_video=False)
@@ -146,7 +147,7 @@ def tower_config(original: Mapping[str, Any], vision_tower: Path | None) -> dict
         vision_tower: folder of the SigLIP repository, None to go by its name.
 
     Raises:
-        ConversionError: no folder is given and the name is not known, or it is no SigLIP.
+        ConversionError: the name is unknown and no folder is given, or the tower is not SigLIP.
     """
     name = str(original.get("mm_vision_tower") or original.get("vision_tower"))
     if vision_tower is None:
@@ -201,7 +202,7 @@ def converted_config(
     from transformers import LlavaOnevisionConfig, SiglipVisionConfig
 
     text = text_config(original)
-    # Named by index -1, the last of 26 layers is computed by vLLM and transformers alike.
+    # With index -1 vLLM and transformers both compute the last of 26 layers.
     used = {**tower, "num_hidden_layers": tower["num_hidden_layers"] - 1}
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**used, vision_use_head=False),
@@ -222,13 +223,13 @@ def converted_config(
 
 
 def _aspect_ratio(original: Mapping[str, Any]) -> str:
-    """Return how pictures are cut: transformers and vLLM know ``anyres_max_N`` alone."""
+    """Return the image aspect ratio setting: transformers and vLLM know only ``anyres_max_N``."""
     ratio = str(original.get("image_aspect_ratio"))
     return ratio if re.fullmatch(r"anyres_max_\d+", ratio) else "anyres_max_9"
 
 
 def _pinpoints(original: Mapping[str, Any], side: int) -> list[list[int]]:
-    """Return the sizes to which pictures are cut, in pixels.
+    """Return the image grid pinpoints in pixels.
 
     The original writes them as a list, or in units of the tower's side as ``(1x1),...,(6x6)``.
     """

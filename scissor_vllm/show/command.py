@@ -1,4 +1,4 @@
-"""``scissor-vllm show``: what the method does to a video, drawn as PNG and as a page."""
+"""``scissor-vllm show``: draws a compressed video as PNG and as a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from scissor_vllm.show.picture import Picture
 
 DEFAULT_NUM_FRAMES = 32
-"""As a server samples."""
+"""A server's default for LLaVA models."""
 MAX_VIDEO_BYTES = 2 * 1024**3
 
 
@@ -105,9 +105,9 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
     """Return the picture of a video, its ratios ascending.
 
     Raises:
-        EncoderError: the model cannot be loaded, or is none whose videos are compressed.
-        ValueError: the file is no video, or too long to be drawn.
-        ImportError: vLLM, by which videos are decoded, is not installed.
+        EncoderError: the model cannot be loaded or is not supported.
+        ValueError: the file is not a video, or is too long to be drawn.
+        ImportError: vLLM, whose loaders decode videos, is not installed.
     """
     from scissor_vllm.compression import get_compressor
     from scissor_vllm.show.encoder import Encoder
@@ -173,7 +173,7 @@ def _model_path(model: str) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raise OSError if the output cannot be written; nothing is made."""
+    """Raise OSError if the output cannot be written. Nothing is created."""
     is_folder = _form(output) is None
     if output.exists() and output.is_dir() != is_folder:
         wanted, actual = ("folder", "file") if is_folder else ("file", "folder")
@@ -194,7 +194,7 @@ def _form(output: Path) -> str | None:
 
 
 def save(picture: Picture, output: Path) -> list[Path]:
-    """Write what the output's name asks for and return the files.
+    """Write the files that the output's name implies, and return them.
 
     Raises:
         OSError: it cannot be written.
