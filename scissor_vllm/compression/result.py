@@ -18,9 +18,8 @@ class CompressedTokens:
     similarity_threshold: float | None = None
     """Cosine above which tokens are connected: the given one, or the one found for the budget."""
     threshold_on_device: torch.Tensor | None = None
-    """In its place where the host did not wait for it: () float64 on the input's device, NaN if
-    none was found, infinite if fewer than K parts were: a defect, which whoever reads it reports.
-    """
+    """The threshold without host synchronization: () float64 on the input's device. NaN means none.
+    Infinity means a defect, fewer than K parts, which the reader reports."""
 
 
 class Compressor(Protocol):

@@ -1,7 +1,7 @@
 """Caches the vision tower's output, so that a video is encoded once for all ratios.
 
-Found by content, by a cryptographic hash, never by a name that a client chose; bounded in bytes,
-least recently used first out.
+The key is a cryptographic hash of the content, never a name from a client. It is an LRU cache,
+bounded in bytes.
 """
 
 from __future__ import annotations
