@@ -114,7 +114,9 @@ def _as_json(value: object) -> str:
         return str(value) if abs(value) < 10**_MAX_SHOWN else "a very large integer"
     if isinstance(value, (Decimal, Rational)):
         return str(value)[:_MAX_SHOWN]
-    return {list: "an array", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, (list, dict)):
+        return "an array" if isinstance(value, list) else "an object"
+    return f"a {type(value).__name__}"
 
 
 @dataclass
