@@ -153,6 +153,32 @@ def test_every_make_target_that_a_page_names_is_there() -> None:
         assert set(named) <= targets, (page.name, named)
 
 
+def test_workflows_and_templates_are_valid() -> None:
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
+    assert len(workflows) >= 3
+    assert len(forms) >= 2
+    for schema, files in (("github-workflows", workflows), ("github-issue-forms", forms)):
+        command = ["check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
+        run = subprocess.run(
+            [sys.executable, "-m", *command, *map(str, files)], capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_pre_commit_and_the_workflows_run_what_make_lint_runs() -> None:
+    (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    commands = {line.strip().removeprefix("$(BIN)/") for line in recipe.strip().splitlines()}
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entries = {
+        hook["entry"].removeprefix(".venv/bin/").replace(" --force-exclude", "") for hook in hooks
+    }
+    assert {command.removesuffix(" .") for command in commands} == entries
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    run = [step.get("run") for job in jobs.values() for step in job["steps"]]
+    assert {"make lint", "make test", "mkdocs build --strict"} <= set(run)
+
+
 def test_every_page_is_in_the_navigation() -> None:
     def files(part: object) -> list[str]:
         if isinstance(part, str):

@@ -25,13 +25,13 @@ _PAGES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class _Features:
-    """Where a video's tokens lie."""
+    """Location of a video's tokens."""
 
     pages: list[int]
     shape: torch.Size
     dtype: torch.dtype
     num_retained: set[int] = field(default_factory=set)
-    """What it was compressed to since it is kept."""
+    """Numbers of kept tokens requested since it was cached."""
 
 
 class Sharing:
