@@ -341,7 +341,7 @@ DAMAGES = {
     "tokenizer.json": ["", "{", "[]"],
     "model.safetensors": ["", "no weights", "{}" * 99],
 }
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "hidden_size": "wide",
     "num_attention_heads": [1],
     "vocab_size": {"a": 1},

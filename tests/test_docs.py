@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from scissor_vllm.cli.options import add_page_options, add_retention_options
 from scissor_vllm.compression import METHODS

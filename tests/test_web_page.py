@@ -10,6 +10,7 @@ import pkgutil
 import re
 import shutil
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastapi import HTTPException
+import uvicorn
+from fastapi import FastAPI, HTTPException
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.cli.options import add_page_options, apply_page_options
 from scissor_vllm.demo.client import CLIP, QUESTION
+from scissor_vllm.loadtest.process import free_port
 from scissor_vllm.settings import (
     DEFAULT_RETENTION_RATIO,
     DEFAULT_VIDEO_COMPRESSION,
@@ -32,7 +35,7 @@ from scissor_vllm.settings import (
 from scissor_vllm.show import WORKER_EXTENSION
 from scissor_vllm.show.command import look
 from scissor_vllm.show.picture import Picture
-from scissor_vllm.show.web import PICTURE_PATH, POLICY, read_body, with_ratios
+from scissor_vllm.show.web import PICTURE_PATH, POLICY, attach_page, read_body, with_ratios
 from scissor_vllm.show.worker import PictureWorker
 from tests.browser import Page, open_page
 from tests.conftest import PAGE_KEY
@@ -332,24 +335,51 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
     assert browser.evaluate("document.querySelectorAll('#table tr, #picture canvas').length") == 0
 
 
+@pytest.fixture(scope="module")
+def page_url() -> Iterator[str]:
+    """The page's own routes without an engine, of a server with other ratios than the defaults."""
+    app = FastAPI()
+    app.state.retention_policy = RetentionPolicy(default_ratio=0.25, min_ratio=0.015)
+    attach_page(app, lambda request, state: None)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}/scissor"
+    server.should_exit = True
+    thread.join(timeout=30)
+
+
 def test_in_a_browser_the_slider_gives_the_servers_ratios_and_short_ones_between(
-    browser: Page, page_server: Server
+    browser: Page, page_url: str
 ) -> None:
-    browser.goto(f"http://127.0.0.1:{page_server.port}/scissor")
-    assert browser.evaluate("chosenRatio()") == DEFAULT_RETENTION_RATIO
-    assert browser.text("#ratio-text") == str(DEFAULT_RETENTION_RATIO)
+    browser.goto(page_url)
+    assert browser.evaluate("chosenRatio()") == 0.25
+    assert browser.text("#ratio-text") == "0.25"
     browser.focus("#ratio")
     browser.press("Home")
-    assert browser.evaluate("chosenRatio()") == 0.02
-    for _ in range(10):
+    assert browser.evaluate("chosenRatio()") == 0.015
+    chosen = [0.015]
+    for _ in range(20):
         browser.press("ArrowRight")
-        assert len(browser.text("#ratio-text")) <= len("0.25")
+        assert len(browser.text("#ratio-text")) <= len("0.025")
+        chosen.append(browser.evaluate("chosenRatio()"))
+    assert chosen == sorted(set(chosen))
     browser.press("End")
     assert browser.evaluate("chosenRatio()") == 1
 
 
-def test_in_a_browser_a_narrow_page_scrolls_down_only(browser: Page, page_server: Server) -> None:
-    browser.goto(f"http://127.0.0.1:{page_server.port}/scissor")
+def test_in_a_browser_a_narrow_page_scrolls_down_only(browser: Page, page_url: str) -> None:
+    browser.goto(page_url)
+    browser.evaluate(
+        "for (const hidden of document.querySelectorAll('[hidden]')) hidden.hidden = false;"
+        "find('video-help').textContent = 'name'.repeat(50);"
+        "find('answer').textContent = 'answer'.repeat(50);"
+        "addRow('question'.repeat(50), {compression: null, usage: null, first: 1, whole: 2,"
+        " text: 'answer'.repeat(50)})"
+    )
     browser.set_width(320)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 320
     browser.set_width(1200, 1400)
