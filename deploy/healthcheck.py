@@ -1,8 +1,8 @@
 """The server's health check. Ends a server that was healthy and no longer answers.
 
-Docker marks a container as unhealthy and lets it run. With HEALTH_MAX_FAILURES set, this check kills
-every process of the container but the first after so many failures in a row; the container then
-stops, and its restart policy starts it again. A server that is still starting, or that says by
+Docker marks a container as unhealthy and lets it run. With HEALTH_MAX_FAILURES set, this check
+kills every process of the container but the first after so many failures in a row; the container
+then stops, and its restart policy starts it again. A server that is still starting, or that says by
 Retry-After that it finishes its last requests, is left alone.
 """
 
@@ -43,9 +43,8 @@ def count_failure() -> None:
     FAILURES.write_text(str(num_failures))
     if num_failures >= max_failures:
         FAILURES.unlink()
-        print(
-            f"{num_failures} failures in a row: the server is killed", file=sys.stderr, flush=True
-        )
+        message = f"{num_failures} failures in a row: the server is killed"
+        print(message, file=sys.stderr, flush=True)
         # All processes of this user but the first, which is Docker's init, and this one.
         os.kill(-1, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""``retention_ratio`` on chat/completions and tokenize, and what came of it.
+"""``retention_ratio`` on chat/completions and tokenize, and ``video_compression`` in the answer.
 
 The routes replace vLLM's of the same path and call the same handlers. A request with neither a
 video nor a ratio goes straight to vLLM's.
@@ -38,20 +38,20 @@ from scissor_vllm.retention import (
 from scissor_vllm.settings import RetentionPolicy, check_keys
 
 SWITCH_INTERVAL_SECONDS = 0.0005
-"""How long the event loop, while it writes answers, keeps the interpreter from the threads that
-decode and prepare videos. With Python's own 5 ms they wait that long after each call into C."""
+"""Longest time that the event loop holds the interpreter lock while threads decode and prepare
+videos. With Python's default of 5 ms these threads wait that long after each call into C."""
 
 WEB_PAGE = "web_page"
-"""Of the server's arguments: whether it serves the page of ``scissor_vllm.show``."""
+"""Name of the server's argument that switches the web page on."""
 
 TOKENIZE_PATH = "/tokenize"
 
 
 class CountingRoute(APIRoute):
-    """A route for chats that counts those whose body it does not take."""
+    """A chat route that counts requests with a malformed body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, its refusals counted."""
+        """Return FastAPI's handler with validation errors counted."""
         handle = super().get_route_handler()
 
         async def counted(request: Request) -> Response:
@@ -65,7 +65,7 @@ class CountingRoute(APIRoute):
 
 
 def attach_routes(app: FastAPI) -> list[str]:
-    """Put our routes in place of those that the server has, and return their paths."""
+    """Replace the server's chat and tokenize routes with ours, and return their paths."""
     router = APIRouter()
     stock = {
         route.path: route
@@ -99,10 +99,10 @@ def attach_routes(app: FastAPI) -> list[str]:
 
 
 def init_state(state: State) -> None:
-    """Keep what the routes check a ratio against.
+    """Store the policy that the routes check ratios against.
 
     Raises:
-        ValueError: the operator set what this server's model cannot do, or misspelt a setting.
+        ValueError: a setting of the operator is misspelt, or the model does not support it.
     """
     sys.setswitchinterval(min(SWITCH_INTERVAL_SECONDS, sys.getswitchinterval()))
     model_config = state.vllm_config.model_config
@@ -120,7 +120,7 @@ def init_state(state: State) -> None:
 async def create_chat_completion(
     request: RetentionChatCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """Answer a chat. Beside ``usage``, ``video_compression`` tells what reached the model."""
+    """Answer a chat. ``video_compression`` beside ``usage`` has the kept tokens."""
     if request.has_video:
         return await _answer_video(request, raw_request)
     if request.names_ratio:
@@ -135,7 +135,7 @@ async def create_chat_completion(
 async def _answer_video(
     request: RetentionChatCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """Answer a chat whose end is counted."""
+    """Answer a chat with a video, and count its outcome."""
     state = raw_request.app.state
     report = request.begin_report()
     raw_request, span = begin_span(raw_request, state.traces_endpoint)
@@ -155,7 +155,7 @@ async def _answer_video(
 async def tokenize(
     request: RetentionTokenizeChatRequest | TokenizeCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """Return the tokens of the prompt that a chat with the same ratio would have."""
+    """Return the prompt's tokens for a chat with the same ratio."""
     if not isinstance(request, RetentionRequest):
         return await tokenize_router.tokenize(request, raw_request)
     if request.names_ratio:
@@ -166,11 +166,11 @@ async def tokenize(
 
 
 def check_request(request: Any, state: State) -> None:
-    """Check a request's ratio against what the server allows and its model can.
+    """Check a request's ratio against the server's policy and its model.
 
     Raises:
-        RefusedRequestError: no ratio in (0, 1], below the operator's minimum, under another name,
-            or the model's videos are not compressed. vLLM answers it with 400.
+        RefusedRequestError: the ratio is invalid, below the operator's minimum or misspelt, or the
+            model is not supported. vLLM answers it with 400.
     """
     if misspelt := misspelt_ratio(request.model_extra or {}):
         raise RefusedRequestError(misspelt, reason=Reason.INVALID_RATIO)
@@ -200,7 +200,7 @@ def _refused_ratio(error: Exception, reason: Reason) -> RefusedRequestError:
 def _beside_usage(body: bytes, report: RetentionReport) -> bytes:
     """Return an object in JSON with ``video_compression`` as its last field.
 
-    An answer with log probabilities has megabytes: it is not parsed.
+    The body is not parsed: an answer with log probabilities has megabytes.
     """
     described = report.as_response()
     if described is None or not body.endswith(b"}"):
@@ -212,9 +212,9 @@ def _beside_usage(body: bytes, report: RetentionReport) -> bytes:
 async def _with_report(
     events: AsyncIterable[Any], report: RetentionReport
 ) -> AsyncGenerator[Any, None]:
-    """Yield a stream's events, the final usage chunk with the report.
+    """Yield a stream's events, with the report added to the final usage chunk.
 
-    That chunk is the one without choices; vLLM sends it if the client asks for usage.
+    That chunk has no choices. vLLM sends it if the client asks for usage.
     """
     async for event in events:
         if (

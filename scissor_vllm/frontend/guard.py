@@ -1,6 +1,6 @@
-"""Refuses a ratio wherever it would be ignored, and a field whose name is nearly the ratio's.
+"""Refuses ratios on routes that would ignore them, and misspelt ratio fields.
 
-vLLM's request classes take fields that they do not know and ignore them.
+vLLM's request classes accept and ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from scissor_vllm.retention import RETENTION_RATIO
 
 CHAT_PATH = "/v1/chat/completions"
 _NESTED = "extra_body"
-"""The ``openai`` client's name for fields that it does not know; in a body it means nothing."""
+"""The ``openai`` client's argument for additional fields. It has no meaning in a body."""
 _SIMILARITY = 0.75
 _MAX_NAME = 64
 
 
 @lru_cache(maxsize=1024)
 def resembles_ratio(name: str) -> bool:
-    """Return whether a field's name is the ratio's, misspelt."""
+    """Return whether a field's name is a misspelt ``retention_ratio``."""
     if name == RETENTION_RATIO or len(name) > _MAX_NAME:
         return False
     letters = "".join(filter(str.isalpha, name.lower()))
@@ -35,11 +35,11 @@ def resembles_ratio(name: str) -> bool:
 
 
 def misspelt_ratio(fields: Mapping[str, Any], known: Collection[str] = ()) -> str | None:
-    """Return what is wrong with a body's unknown fields, in one sentence; None for nothing.
+    """Return an error message if a body has a misspelt ratio, else None.
 
     Args:
-        fields: of the body; which of them the route takes does not matter if it takes none like it.
-        known: fields that are right however they are named.
+        fields: the body's fields.
+        known: field names of the route, which are never misspellings.
     """
     for name in fields:
         if name not in known and resembles_ratio(name):
@@ -56,22 +56,22 @@ def misspelt_ratio(fields: Mapping[str, Any], known: Collection[str] = ()) -> st
 def guard_routes(
     app: FastAPI, *, except_paths: Iterable[str] = (), reason: str | None = None
 ) -> None:
-    """Have all routes that take a body refuse a ratio.
+    """Make all POST routes refuse a ratio.
 
-    A route is added again with one more dependency, and vLLM lets it replace the first.
+    Each route is added again with a dependency that refuses. vLLM lets it replace the first.
 
     Args:
-        app: with all of vLLM's routes.
+        app: the application with all of vLLM's routes.
         except_paths: routes that serve the ratio.
-        reason: why no route of this server serves it, None if ``CHAT_PATH`` does.
+        reason: why this server serves no ratio, None if ``CHAT_PATH`` does.
     """
     message = reason or f"this route serves no {RETENTION_RATIO}: send the request to {CHAT_PATH}"
 
     async def refuse_ratio(request: Request) -> None:
-        """Raise HTTPException if the body names a ratio, or nearly."""
+        """Raise HTTPException if the body has a ratio or a misspelt one."""
         if "json" not in request.headers.get("content-type", ""):
             return
-        # Parsed by FastAPI before, or by the route after: the request keeps what it parsed.
+        # The request caches its parsed body, so it is parsed once.
         try:
             body = await request.json()
         except ValueError:

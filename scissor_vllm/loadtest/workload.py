@@ -1,4 +1,4 @@
-"""A cell of the sweep, and the requests that it sends."""
+"""A cell of the sweep and its requests."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from itertools import product
 from typing import Any
 
 from scissor_vllm.loadtest.clips import Clip
-from scissor_vllm.retention import RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.retention import RETENTION_RATIO, parse_retention_ratio
 
 STOCK = "stock"
-"""Instead of a ratio: the request has no ``retention_ratio``, as vLLM without us wants it."""
+"""Used instead of a ratio for requests without ``retention_ratio``, as for stock vLLM."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination that is measured."""
+    """One combination of ratios, concurrency and request rate."""
 
     retention_ratios: tuple[float, ...]
-    """What each request draws its ratio from; none: requests carry no ratio."""
+    """Ratios from which each request draws its own; empty for requests without a ratio."""
     max_concurrency: int | None
-    """Requests in flight at most; None: no bound."""
+    """Most requests in flight; None: no limit."""
     request_rate: float | None
-    """Requests a second, Poisson arrivals; None: each is sent as soon as the bound allows."""
+    """Requests per second with Poisson arrivals; None: each is sent as soon as the limit allows."""
 
     @property
     def ratio_name(self) -> str:
@@ -42,7 +42,7 @@ class Cell:
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values as a result file names them."""
+        """Return the values by their names in a result file."""
         return {
             "retention_ratios": list(self.retention_ratios),
             "max_concurrency": self.max_concurrency,
@@ -51,7 +51,7 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
-        """Return the cell that `as_dict` described."""
+        """Return the cell of `as_dict`."""
         return cls(
             tuple(values["retention_ratios"]),
             values["max_concurrency"],
@@ -68,21 +68,11 @@ def parse_ratios(text: str) -> tuple[float, ...]:
     """Return the ratios of one cell: ``stock``, ``0.25``, or ``1.0,0.5,0.1`` for a mix.
 
     Raises:
-        ValueError: one is no ratio.
+        ValueError: a part is not a ratio.
     """
     if text == STOCK:
         return ()
-    ratios = []
-    for part in text.split(","):
-        try:
-            number = float(part)
-        except ValueError:
-            raise ValueError(
-                f"a retention ratio must be a number, several with commas between them, or "
-                f"{STOCK!r}, got {text!r}: write for example 0.25 or 1.0,0.5,0.1"
-            ) from None
-        ratios.append(check_retention_ratio(number))
-    return tuple(ratios)
+    return tuple(map(parse_retention_ratio, text.split(",")))
 
 
 def cells(
@@ -96,7 +86,7 @@ def cells(
 
 
 def draw_ratios(cell: Cell, num_requests: int, seed: int) -> list[float | None]:
-    """Return the ratio of each request: the same for the same cell and seed."""
+    """Return the ratio of each request. It depends on the cell and the seed alone."""
     if not cell.retention_ratios:
         return [None] * num_requests
     rng = random.Random(f"{seed} {cell.name}")
@@ -119,16 +109,17 @@ class VideoRequest:
         return [{"role": "user", "content": content}]
 
     def body(self) -> dict[str, Any]:
-        """Return the fields of the body that are this request's own."""
+        """Return the fields of the body that differ by request."""
         return {} if self.retention_ratio is None else {RETENTION_RATIO: self.retention_ratio}
 
 
 def build_requests(
     clips: Sequence[Clip], cell: Cell, *, num_prompts: int, num_warmups: int, seed: int
 ) -> tuple[list[VideoRequest], list[VideoRequest]]:
-    """Return the warm-up requests and those that are measured.
+    """Return the warm-up requests and the measured requests.
 
-    Every cell sends the same clips in the same order, the warm-ups others while there are enough.
+    Every cell sends the same clips in the same order. Warm-ups have other clips if there are
+    enough.
     """
     ratios = draw_ratios(cell, num_prompts + num_warmups, seed)
     chosen = [clips[number % len(clips)] for number in range(len(ratios))]
