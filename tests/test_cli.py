@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm.cli import main, options
-from scissor_vllm.cli.options import add_retention_options, apply_retention_options, in_force
+from scissor_vllm.cli.options import (
+    add_retention_options,
+    apply_retention_options,
+    choose_api_servers,
+    in_force,
+)
 from scissor_vllm.cli.serve import set_environment
 from scissor_vllm.compression import METHODS
 from scissor_vllm.demo.model import demo_model_path
@@ -112,6 +117,44 @@ def test_one_line_tells_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--api-server-count 2" in in_force(args)
     args.api_server_count = 6
     assert in_force(args).endswith("API servers 6")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 2),
+        ({"mm_processor_cache_gb": 4}, None),
+        ({"api_server_count": 1}, 1),
+        ({"enable_fault_tolerance": True}, None),
+        ({"fault_tolerance_config": {}}, None),
+        ({"headless": True}, None),
+        ({"grpc": True}, None),
+        ({"enable_elastic_ep": True}, None),
+        ({"data_parallel_size": 2}, None),
+    ],
+)
+def test_there_are_two_api_servers_where_they_answer_as_one_does(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], expected: int | None
+) -> None:
+    monkeypatch.setattr(options, "num_cpus", lambda: 16)
+    off = ("enable_fault_tolerance", "headless", "grpc", "enable_elastic_ep")
+    args = argparse.Namespace(
+        api_server_count=None,
+        mm_processor_cache_gb=0,
+        fault_tolerance_config=None,
+        data_parallel_size=1,
+        **dict.fromkeys(off, False),
+    )
+    vars(args).update(changed)
+    choose_api_servers(args)
+    assert args.api_server_count == expected
+
+
+def test_on_few_cpus_there_is_one_api_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "num_cpus", lambda: 15)
+    args = argparse.Namespace(api_server_count=None, mm_processor_cache_gb=0)
+    choose_api_servers(args)
+    assert args.api_server_count is None
 
 
 def test_without_vllm_a_command_that_needs_it_says_what_to_install() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from scissor_vllm.cpus import num_cpus
@@ -28,7 +29,7 @@ from scissor_vllm.settings import (
 
 GROUP = "Video compression"
 CPUS_FOR_API_SERVERS = 16
-"""Number of CPUs from which the log suggests a second API server."""
+"""Number of CPUs from which a second API server pays."""
 
 
 def refuse(message: str) -> SystemExit:
@@ -208,6 +209,29 @@ def in_force(args: argparse.Namespace) -> str:
     if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
         line += " (--api-server-count 2 prepares more videos at once, with a cache in each)"
     return line
+
+
+def choose_api_servers(args: argparse.Namespace) -> None:
+    """Start two API servers where they answer as one does, unless the operator chose a number.
+
+    One prepares about 11 videos a second of 32 frames. Two have a processor cache each, so a video
+    that is named by its ``uuid`` alone would be found by one of them: they are started where the
+    operator switched that cache off. vLLM refuses several beside some options.
+    """
+    needs_one = (
+        args.api_server_count is not None
+        or args.mm_processor_cache_gb > 0
+        or num_cpus() < CPUS_FOR_API_SERVERS
+        or args.headless
+        or args.grpc
+        or args.enable_fault_tolerance
+        or isinstance(args.fault_tolerance_config, dict)
+        or args.enable_elastic_ep
+        or args.data_parallel_size > 1
+        or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true")
+    )
+    if not needs_one:
+        args.api_server_count = 2
 
 
 def add_page_options(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from scissor_vllm.cli.options import (
     add_retention_options,
     apply_page_options,
     apply_retention_options,
+    choose_api_servers,
     given_options,
     in_force,
     print_help,
@@ -65,6 +66,7 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
     apply_retention_options(args)
     bound_encoder_steps(args)
     apply_page_options(args)
+    choose_api_servers(args)
     args.process_metrics = has_own_metrics_directory and args.api_server_count in (None, 1)
     configure_logging_from_args(args)
     logger.info(in_force(args))
