@@ -73,8 +73,8 @@ def main() -> None:
                 times[name].append(taken)
     first = statistics.median(times["vLLM's"])
     print(f"32 frames, {len(patches)} patches, {torch.cuda.get_device_name()}")
-    for name, taken in times.items():
-        median = statistics.median(taken)
+    for name, all_taken in times.items():
+        median = statistics.median(all_taken)
         print(f"{name:14} {median:7.2f} ms {median / first:6.2f}")
     if args.json:
         write_json(args.json, {"environment": environment(), "milliseconds": times})

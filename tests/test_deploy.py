@@ -871,7 +871,7 @@ def run_alerts(promtool: Path, folder: Path, rules: str) -> str | None:
     shutil.copy(ALERTS_TEST, folder)
     shutil.copy(DEPLOY / "prometheus" / "prometheus.yml", folder)
     run(promtool, "check", "config", folder / "prometheus.yml")
-    command = [promtool, "test", "rules", ALERTS_TEST.name]
+    command = [str(promtool), "test", "rules", ALERTS_TEST.name]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else done.stdout + done.stderr
 

@@ -413,7 +413,7 @@ def nginx(program: str, folder: Path, configuration: str, upstream: int) -> Iter
     tls = folder / "tls"
     tls.mkdir()
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    files = ["-keyout", tls / "key.pem", "-out", tls / "certificate.pem"]
+    files: list[str | Path] = ["-keyout", tls / "key.pem", "-out", tls / "certificate.pem"]
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     run("openssl", "req", "-x509", "-days", "1", *key, *names, *files)
     directives = "daemon off;" + (" user root;" if os.geteuid() == 0 else "")

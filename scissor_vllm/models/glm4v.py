@@ -9,6 +9,7 @@ Beside what ``patch_grid`` says:
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.models.glm4v.image_processing_glm4v import smart_resize
 from transformers.video_utils import VideoMetadata
 from vllm.model_executor.models import glm4_1v as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -42,7 +43,7 @@ class Glm4vProcessingInfo(PatchGridProcessingInfo, stock.Glm4vProcessingInfo):
             int(processor.merge_size),
         )
         # transformers has a method for this only from 5.18 on.
-        rows, columns = stock.smart_resize(
+        rows, columns = smart_resize(
             num_frames=num_frames,
             height=height,
             width=width,
