@@ -11,7 +11,7 @@ RATIOS := 1.0 0.25 0.1 0.05
 NUM_PER_SKILL := 10
 WANTED := pyproject.toml $(wildcard deploy/cpu/*.py deploy/cpu/*.txt)
 
-.PHONY: demo serve bench accuracy test test-all lint clean
+.PHONY: demo serve bench accuracy test test-all lint docs clean
 
 demo: $(INSTALLED)  ## serve the small model, send it a clip at four ratios, stop
 	@$(BIN)/scissor-vllm demo
@@ -44,6 +44,9 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED_DEV)  ## build the docs into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # $(call install,FLAGS)
 define install

@@ -33,7 +33,20 @@ SO400M = SiglipVisionConfig(
 )
 
 
-def make_tower(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+def make_siglip(config: Any) -> Any:
+    """Return vLLM's SigLIP tower, without what pools an image to one vector."""
+    from vllm.model_executor.models.siglip import SiglipVisionModel
+
+    return SiglipVisionModel(config, use_head=False)
+
+
+def make_tower(
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    make: Callable[[Any], Any] = make_siglip,
+) -> Any:
     """Return vLLM's tower with matrices of deviation 0.02, as ``model_shapes/weights.py`` does."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
@@ -41,7 +54,6 @@ def make_tower(config: Any, device: torch.device, dtype: torch.dtype, seed: int 
         init_distributed_environment,
         model_parallel_is_initialized,
     )
-    from vllm.model_executor.models.siglip import SiglipVisionModel
     from vllm.utils.network_utils import get_open_port
 
     default = torch.get_default_dtype()
@@ -52,7 +64,7 @@ def make_tower(config: Any, device: torch.device, dtype: torch.dtype, seed: int 
                 address = f"tcp://127.0.0.1:{get_open_port()}"
                 init_distributed_environment(1, 0, address, 0, backend="gloo")
                 ensure_model_parallel_initialized(1, 1)
-            tower = SiglipVisionModel(config, use_head=False)
+            tower = make(config)
     finally:
         torch.set_default_dtype(default)
     generator = torch.Generator(device).manual_seed(seed)

@@ -9,6 +9,11 @@ if [ -z "${VLLM_API_KEY:-}" ]; then
   exit 1
 fi
 export VLLM_API_KEY
+# huggingface_hub reads the token from this file.
+if [ -e "${HF_TOKEN_PATH:-}" ] && [ ! -r "$HF_TOKEN_PATH" ]; then
+  echo "the user $(id -u) cannot read $HF_TOKEN_PATH: let that user read the file of HF_TOKEN_FILE" >&2
+  exit 1
+fi
 # The load test is a client and sends it.
 export OPENAI_API_KEY="${OPENAI_API_KEY:-$VLLM_API_KEY}"
 exec scissor-vllm "$@"

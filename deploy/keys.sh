@@ -1,8 +1,15 @@
 #!/bin/sh
-# Leaves the API key and Grafana's password where only the services that need them look: those of
-# .env, or ones made at the first start and kept.
+# Writes each key into the volume of the services that need it: the keys of .env, or keys made at the
+# first start and kept.
 set -eu
 keys=${1:-/keys}
+
+write() { # FILE VALUE
+  # Every service that reads it runs as a user of its own.
+  printf %s "$2" >"$1.new"
+  chmod 0444 "$1.new"
+  mv "$1.new" "$1"
+}
 
 keep() { # FILE VALUE
   value=$2
@@ -10,18 +17,29 @@ keep() { # FILE VALUE
     if [ -s "$1" ]; then return; fi
     value=$(head -c 32 /dev/urandom | sha256sum | cut -d ' ' -f 1)
   fi
-  # Each of the services that read it has a user of its own.
-  printf %s "$value" >"$1.new"
-  chmod 0444 "$1.new"
-  mv "$1.new" "$1"
+  write "$1" "$value"
 }
 
-# The proxy would read a star as "anything", and a header holds no more than these (RFC 6750).
-case ${API_KEY:-} in
-  *[!A-Za-z0-9._~+/=-]*)
-    echo "API_KEY must be of letters, digits and -._~+/= only: change it, or leave it empty and one is made" >&2
-    exit 1
-    ;;
-esac
+# The proxy would read a star as "anything", and a header holds these characters only (RFC 6750).
+check() { # NAME VALUE
+  case $2 in
+    *[!A-Za-z0-9._~+/=-]*)
+      echo "$1 must be of letters, digits and -._~+/= only: change it, or leave it empty" >&2
+      exit 1
+      ;;
+  esac
+}
+check API_KEY "${API_KEY:-}"
+check PREVIOUS_API_KEY "${PREVIOUS_API_KEY:-}"
+
 keep "$keys/api/key" "${API_KEY:-}"
+if [ -n "${PREVIOUS_API_KEY:-}" ]; then
+  write "$keys/api/previous-key" "$PREVIOUS_API_KEY"
+else
+  rm -f "$keys/api/previous-key"
+fi
+# What the proxy sends to the server; no client has it.
+keep "$keys/server/key" ""
 keep "$keys/grafana/password" "${GRAFANA_PASSWORD:-}"
+# A new volume belongs to root, and the proxy keeps its certificates in this one.
+chmod 0777 "$keys/certificates"

@@ -1,7 +1,7 @@
 """Compressed video tokens: Semantic Connected Components as a torch function, and for vLLM.
 
-Importing this package needs the standard library alone, using its functions torch; vLLM finds its
-part through entry points.
+Importing the package needs the standard library alone. Its functions need torch. vLLM finds the
+plugin through entry points.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ __all__ = ["CompressedTokens", "__version__", "compress", "num_retained_tokens"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return what needs torch when it is first asked for."""
+    """Import names that need torch on first access."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from scissor_vllm import compression

@@ -1,9 +1,9 @@
-"""How a server's processes get a video's memory from the system: what they touched, they keep.
+"""Tunes glibc malloc to keep large freed buffers mapped.
 
-A video is some buffers of tens of MiB, in the process that decodes it and in the one that receives
-it. By itself glibc maps each anew and gives it back after, and the first touch of each page is a
-fault: 10 thousand for 40 MiB, more time than the copy that touches them, several times as much on
-some virtual machines, and all threads of a process wait for one another there.
+A video takes buffers of tens of MiB in the process that decodes it and in the one that receives it.
+By default glibc maps each buffer anew and unmaps it afterwards. The first write to each page is
+then a page fault: 10 thousand for 40 MiB. The faults take longer than the copy, and on some virtual
+machines several times as long. All threads of a process contend for the same lock there.
 """
 
 import ctypes
@@ -18,24 +18,24 @@ _SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": (-3, 128 * _MIB),
     "MALLOC_TRIM_THRESHOLD_": (-1, 512 * _MIB),
 }
-"""One heap for all threads, since one of a thread's own ends at 64 MiB; blocks up to 128 MiB from
-it; and up to 512 MiB of it are kept while they are free."""
+"""One arena for all threads, because a thread's own arena ends at 64 MiB. It serves blocks of up to
+128 MiB and keeps up to 512 MiB of free memory."""
 
 _LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Torch's: tensors of 2 MiB and more ask the kernel for large pages."""
 
 
 def keep_touched_memory(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have this process, and those that it starts, keep memory that videos lay in for the next.
+    """Tune malloc in this process and in the processes that it starts.
 
-    What the operator set stays: glibc's settings are left alone if one of them is there.
+    If the operator set one of glibc's variables, all of them stay as they are.
     """
     environment.setdefault(_LARGE_PAGES, "1")
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in environment):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for name, (number, value) in _SETTINGS.items():
-        # The environment is for processes that start, this call for the one that runs.
+        # The environment reaches new processes; mallopt acts on this one.
         environment[name] = str(value)
         if mallopt is not None:
             mallopt(number, value)

@@ -1,4 +1,4 @@
-"""How many CPUs there are for what runs in threads."""
+"""Number of CPUs for thread pools."""
 
 from __future__ import annotations
 

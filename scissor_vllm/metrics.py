@@ -1,9 +1,9 @@
-"""What our part of a request takes and saves, as Prometheus metrics on the server's ``/metrics``.
+"""Prometheus metrics of video compression, on the server's ``/metrics``.
 
-The values come from several processes: the API servers count requests, decode and prepare, the
-workers encode and compress. prometheus_client joins them if ``PROMETHEUS_MULTIPROC_DIR`` names a
-directory before it is first imported; `scissor-vllm serve` makes one, vLLM by itself for several
-API servers only.
+API servers count requests and time decoding and preprocessing. Workers time the vision tower and
+compression. prometheus_client merges the values of several processes if
+``PROMETHEUS_MULTIPROC_DIR`` names a directory before its first import. `scissor-vllm serve` makes
+one. vLLM makes one for several API servers only.
 """
 
 from __future__ import annotations
@@ -39,18 +39,17 @@ class Reason(StrEnum):
     PROCESSOR_OPTIONS = "processor_options"
     """One of our settings in a request's ``mm_processor_kwargs``."""
     MEDIA_NOT_ALLOWED = "media_not_allowed"
-    """A URL that the operator's ``--allowed-media-domains`` or ``--allowed-local-media-path``
-    forbids: what a probe looks like."""
+    """A URL that ``--allowed-media-domains`` or ``--allowed-local-media-path`` forbids."""
     MEDIA_NOT_FETCHED = "media_not_fetched"
-    """A URL that is none, or that cannot be read."""
+    """An invalid URL, or one that cannot be fetched."""
     UNREADABLE_VIDEO = "unreadable_video"
     """No frame of it can be decoded."""
     VIDEO_TOO_LARGE = "video_too_large"
-    """In bytes, decoded."""
+    """The decoded frames take too many bytes."""
     VIDEO_TOO_LONG = "video_too_long"
-    """In tokens: for compression, or what is kept of it for a step of the engine."""
+    """Too many tokens before compression, or too many kept tokens for one engine step."""
     PROMPT_TOO_LONG = "prompt_too_long"
-    """For the model, after compression."""
+    """The compressed prompt exceeds the model's length."""
     OTHER = "other"
     """vLLM's own: an unknown model, a wrong parameter."""
 
@@ -66,32 +65,30 @@ T = TypeVar("T")
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 VIDEO_STAGE_SECONDS = "scissor_vllm:video_stage_seconds"
-"""Histogram by ``stage``: "decode" (a file to frames, in the API server), "preprocess" (a request's
-frames to the engine's input, there too), "tower" and "compress" (in the worker; one call may hold
-several videos that are kept whole)."""
+"""Histogram by ``stage``. In the API server: "decode" (file to frames) and "preprocess" (frames to
+the engine's input). In the worker: "tower" and "compress"; one call may hold several uncompressed
+videos."""
 
 VIDEO_CACHE_QUERIES = "scissor_vllm:video_cache_queries"
 VIDEO_CACHE_HITS = "scissor_vllm:video_cache_hits"
 """Counters by ``cache``: "frames" (decoded, in the API server) and "features" (in the worker)."""
 
 VIDEO_CACHE_CROSS_RATIO_HITS = "scissor_vllm:video_cache_cross_ratio_hits"
-"""Counter: those hits of "features" that served a ratio which the video was not kept or found for
-before."""
+"""Counter: hits of "features" at a ratio that is new for the cached video."""
 
 VIDEO_REQUESTS = "scissor_vllm:video_requests"
-"""Counter by ``method`` and ``outcome``: chats with a video. "answered" to the end; "refused", with
-a status of 4xx; "failed", by the server's own fault; "aborted" by the client."""
+"""Counter by ``method`` and ``outcome``: chats with a video. "answered": complete. "refused":
+status 4xx. "failed": status 5xx. "aborted": the client disconnected."""
 
 VIDEO_TOKENS = "scissor_vllm:video_tokens"
 RETAINED_VIDEO_TOKENS = "scissor_vllm:retained_video_tokens"
-"""Counters by ``method``: tokens of these requests' videos before and after compression, those that
-are kept whole included; of requests that were not refused. A video that a client names by its id in
-the cache, without sending it, is in neither."""
+"""Counters by ``method``: video tokens before and after compression, of requests that were not
+refused. Uncompressed videos count too. Videos that a client names by ``uuid`` alone do not."""
 
 REQUESTED_RETENTION_RATIO = "scissor_vllm:requested_retention_ratio"
 RETENTION_RATIO = "scissor_vllm:retention_ratio"
-"""Histograms: the ratio that a chat with a video asks for, if it asks for one, allowed or not; and
-the ratio in force, if it is not refused."""
+"""Histograms of chats with a video: the requested ratio, allowed or not, and the ratio in force of
+requests that are not refused."""
 
 AUTO_CHOICES = "scissor_vllm:auto_choices"
 """Counter by ``retention_ratio``: requests whose ratio the server chose."""
@@ -100,8 +97,8 @@ REFUSED_REQUESTS = "scissor_vllm:refused_requests"
 """Counter by ``reason``: refused requests with a video or an invalid ratio."""
 
 SIMILARITY_THRESHOLD = "scissor_vllm:similarity_threshold"
-"""Histogram, in the worker: the cosine above which a compressed video's tokens were connected, for
-the methods that have one."""
+"""Histogram, in the worker: similarity threshold of a compressed video, for methods that have
+one."""
 
 METRICS = (
     VIDEO_STAGE_SECONDS,
@@ -133,14 +130,14 @@ _RATIOS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8,
 _COSINES = (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995, 1)
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _MAX_UNREAD = 256
-"""Values of a GPU, stages or thresholds, that are not there yet; one more is left out."""
+"""Most pending values of a GPU, stages or thresholds. Further ones are dropped."""
 
 
 @contextmanager
 def metrics_directory(environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Let the processes that are started inside share their metrics, and clean up after them.
+    """Share the metrics of child processes through a directory for the duration of the context.
 
-    A directory that the operator named is made if there is none, and stays as it is.
+    The operator's directory is created if it is missing, and is not removed.
     """
     if named := environment.get(DIRECTORY_VARIABLE):
         Path(named).mkdir(parents=True, exist_ok=True)
@@ -159,8 +156,8 @@ def metrics_directory(environment: MutableMapping[str, str]) -> Iterator[None]:
 class StageClock:
     """Times the stages of a video in one process.
 
-    On a GPU it marks a stage's begin and end in the stream, and reads them when a later stage comes
-    by: nothing waits for the GPU, and what the last video took is seen with the next.
+    On a GPU it records CUDA events at a stage's start and end and reads them in a later call. So
+    there is no host synchronization, and the times of the last video appear with the next one.
     """
 
     def __init__(self) -> None:
@@ -169,7 +166,7 @@ class StageClock:
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
-        """Record no stage within the block: what it does is for no request."""
+        """Record no stage within the block, whose work belongs to no request."""
         token = self._is_silent.set(True)
         try:
             yield
@@ -178,11 +175,11 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Record how long the block takes; one that raises is not recorded.
+        """Record the duration of the block unless it raises.
 
         Args:
-            name: of the stage.
-            device: where the block's work is done, the CPU if None.
+            name: the stage.
+            device: the device of the block's work, the CPU if None.
         """
         if self._is_silent.get():
             yield
@@ -219,10 +216,10 @@ class StageClock:
 
 
 class ThresholdReader:
-    """Records thresholds that a GPU is still computing, without waiting for it.
+    """Records thresholds that a GPU is still computing, without host synchronization.
 
-    A threshold is copied to the host behind the work that finds it, and read when a later one comes
-    by, as `StageClock` does.
+    A threshold is copied to pinned memory asynchronously and read in a later call, as in
+    `StageClock`.
     """
 
     def __init__(self) -> None:
@@ -231,7 +228,7 @@ class ThresholdReader:
         self._unread: deque[tuple[int, torch.cuda.Event]] = deque()
 
     def read(self, threshold: torch.Tensor) -> None:
-        """Record a threshold soon.
+        """Queue a threshold to be recorded.
 
         Args:
             threshold: () float64 on a GPU, of the current stream; NaN is not recorded.
@@ -242,7 +239,7 @@ class ThresholdReader:
         if torch.cuda.is_current_stream_capturing():
             return
         if self._slots is None:
-            # Once: taking pinned memory can wait for the device.
+            # Allocated once: allocating pinned memory can synchronize with the device.
             self._slots = torch.empty(_MAX_UNREAD, dtype=torch.float64, pin_memory=_can_pin())
             self._free = list(range(_MAX_UNREAD))
         if not self._free:
@@ -277,19 +274,19 @@ def _can_pin() -> bool:
 
 
 def record_threshold(threshold: float) -> None:
-    """Record the cosine above which a video's tokens were connected."""
+    """Record the similarity threshold of a compressed video."""
     _compression().threshold.observe(threshold)
 
 
 def count_cache_query(cache: str, is_hit: bool) -> None:
-    """Count that a video was looked for in a cache."""
+    """Count a cache lookup of a video."""
     queries, hits = _video_cache_counters()
     queries.labels(cache=cache).inc()
     hits.labels(cache=cache).inc(int(is_hit))
 
 
 def count_cross_ratio_hit() -> None:
-    """Count that a video's features were found for a ratio that is new to them."""
+    """Count a feature cache hit at a ratio that is new for the video."""
     _compression().cross_ratio_hits.inc()
 
 
@@ -297,9 +294,9 @@ def count_request(method: str, outcome: Outcome, requested_ratio: float | None) 
     """Count a chat with a video.
 
     Args:
-        method: of compression, the server's.
-        outcome: its end.
-        requested_ratio: what it asks for, None if it names no ratio.
+        method: the server's compression method.
+        outcome: the request's outcome.
+        requested_ratio: the ratio in the request, None without one.
     """
     metrics = _requests()
     metrics.requests.labels(method=method, outcome=outcome.value).inc()
@@ -332,7 +329,7 @@ def count_refusal(reason: Reason) -> None:
 
 
 def begin_requests_at_zero(method: str) -> None:
-    """Export what an API server counts before there is any: the first is then a rise."""
+    """Export the API server's counters at zero, so that the first request is an increase."""
     metrics = _requests()
     for outcome in Outcome:
         metrics.requests.labels(method=method, outcome=outcome.value)
@@ -344,7 +341,7 @@ def begin_requests_at_zero(method: str) -> None:
 
 
 def begin_compression_at_zero() -> None:
-    """The same of a worker."""
+    """Export the worker's counters at zero."""
     _compression()
     _begin_at_zero(("tower", "compress"), "features")
 
@@ -358,7 +355,7 @@ def _begin_at_zero(stages: tuple[str, ...], kept: str) -> None:
 
 @dataclass(frozen=True)
 class _Requests:
-    """What API servers count."""
+    """Metrics of API servers."""
 
     requests: Counter
     tokens: Counter
@@ -370,14 +367,14 @@ class _Requests:
 
 @dataclass(frozen=True)
 class _Compression:
-    """What workers count."""
+    """Metrics of workers."""
 
     threshold: Histogram
     cross_ratio_hits: Counter
 
 
 def _once(make: Callable[[], T]) -> Callable[[], T]:
-    """Return a function that makes its value at the first call, whatever thread calls."""
+    """Return a thread-safe function that computes its value on the first call."""
     lock, made = threading.Lock(), cache(make)
 
     def get() -> T:
@@ -399,15 +396,17 @@ def _requests() -> _Requests:
         ),
         requested_ratio=Histogram(
             REQUESTED_RETENTION_RATIO,
-            "Share of video tokens that a chat with a video asks to keep.",
+            "Requested retention ratio of chats with a video.",
             buckets=_RATIOS,
         ),
         ratio=Histogram(
             RETENTION_RATIO,
-            "Share of video tokens to keep that is in force for a chat with a video.",
+            "Retention ratio in force of chats with a video.",
             buckets=_RATIOS,
         ),
-        refused=Counter(REFUSED_REQUESTS, "Chats refused that had a video or a ratio.", ["reason"]),
+        refused=Counter(
+            REFUSED_REQUESTS, "Refused requests with a video or an invalid ratio.", ["reason"]
+        ),
     )
 
 
@@ -426,12 +425,12 @@ def _compression() -> _Compression:
     return _Compression(
         threshold=Histogram(
             SIMILARITY_THRESHOLD,
-            "Cosine above which a video's tokens were connected.",
+            "Similarity threshold of compressed videos.",
             buckets=_COSINES,
         ),
         cross_ratio_hits=Counter(
             VIDEO_CACHE_CROSS_RATIO_HITS,
-            "Videos whose features were found for a ratio that is new to them.",
+            "Feature cache hits at a ratio that is new for the video.",
         ),
     )
 
@@ -448,8 +447,8 @@ def _video_stage_seconds() -> Histogram:
 def _video_cache_counters() -> tuple[Counter, Counter]:
     from prometheus_client import Counter
 
-    queries = "Videos looked for among those that are kept for another question."
-    hits = "Videos found among those that are kept for another question."
+    queries = "Cache lookups of videos."
+    hits = "Cache hits of videos."
     return (
         Counter(VIDEO_CACHE_QUERIES, queries, ["cache"]),
         Counter(VIDEO_CACHE_HITS, hits, ["cache"]),
@@ -458,4 +457,4 @@ def _video_cache_counters() -> tuple[Counter, Counter]:
 
 CLOCK = StageClock()
 THRESHOLDS = ThresholdReader()
-"""Those of this process."""
+"""The instances of this process."""

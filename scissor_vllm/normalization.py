@@ -1,11 +1,11 @@
-"""Pixel normalization, as the front end checks it and the worker computes it."""
+"""Pixel normalization: the front end checks it, the worker computes it."""
 
 from __future__ import annotations
 
 import torch
 
 _FRAMES_AT_ONCE = 16
-"""Frames that are held in float32 at a time: 27 MiB of 384 x 384."""
+"""Most frames in float32 at a time: 27 MiB at 384 x 384."""
 
 
 def normalized(
@@ -21,7 +21,7 @@ def normalized(
     num_frames, height, width, num_channels = frames.shape
     mean, std = normalization[:, :, None, None].unbind()
     out = torch.empty((num_frames, num_channels, height, width), dtype=dtype, device=frames.device)
-    for few, place in zip(frames.split(_FRAMES_AT_ONCE), out.split(_FRAMES_AT_ONCE), strict=True):
-        values = few.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    for block, place in zip(frames.split(_FRAMES_AT_ONCE), out.split(_FRAMES_AT_ONCE), strict=True):
+        values = block.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         place.copy_(values.sub_(mean).div_(std))
     return out

@@ -1,8 +1,8 @@
 """vLLM's general plugin: our models and video loader, registered in every process.
 
-vLLM calls :func:`register` through the entry point ``vllm.general_plugins``, once or more, and
-passes on what it raises: with a vLLM that this release does not fit, nothing is registered and the
-server is stock vLLM.
+vLLM calls :func:`register` through the entry point ``vllm.general_plugins``, once or more. vLLM
+does not catch its exceptions. With an unsupported vLLM nothing is registered, and the server is
+stock vLLM.
 """
 
 import os
@@ -17,7 +17,7 @@ def register() -> None:
     """Register models and the video loader with vLLM. Safe to call again.
 
     Raises:
-        ValueError: a variable of ours in the environment has no valid value.
+        ValueError: one of our environment variables has an invalid value.
     """
     reason = reason_for_stock()
     if reason is None:
@@ -48,7 +48,7 @@ def _register() -> None:
 
 
 def _leave_stock(reason: str) -> None:
-    """Say why, and take back what the environment asks of our loader."""
+    """Warn with the reason, and unset our loader in the environment."""
     warn_once(reason)
     loader = os.environ.get(_LOADER_VARIABLE)
     if loader in (VIDEO_LOADER, FORMER_VIDEO_LOADER):

@@ -1,9 +1,10 @@
 """How many video tokens are kept: the rules of ratio and budget, and the one place that gives K.
 
-Standard library only. Everything downstream carries K as an integer; nothing computes it again
-from a float.
+Standard library only. Everything downstream carries K as an integer. Nothing recomputes it from a
+float.
 """
 
+import json
 import math
 import reprlib
 from collections.abc import Callable, Sequence
@@ -28,6 +29,10 @@ RETENTION = "retention"
 options of a request's processor: its :class:`RetainedCounts`."""
 RETENTION_REPORT = "retention_report"
 """Key of the request's :class:`RetentionReport`."""
+
+
+_MAX_SHOWN = 40
+"""Most characters of a refused value in a message."""
 
 
 def num_retained_tokens(num_tokens: int, retention_ratio: float | Decimal | Rational) -> int:
@@ -62,10 +67,23 @@ def check_retention_ratio(ratio: object, *, minimum: float = 0.0) -> float:
     exact = _exact_ratio(ratio)
     if minimum > 0 and exact < _exact_ratio(minimum):
         raise ValueError(
-            f"{RETENTION_RATIO} must be at least {minimum} on this server, got {ratio!r}: "
+            f"{RETENTION_RATIO} must be at least {minimum} on this server, got {_as_json(ratio)}: "
             f"ask for {minimum} or more, or have the operator lower --min-retention-ratio"
         )
     return float(exact)
+
+
+def parse_retention_ratio(text: str) -> float:
+    """Return the ratio that a command line names.
+
+    Raises:
+        ValueError: no number in (0, 1].
+    """
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise ValueError(_refusal(text)) from None
+    return check_retention_ratio(ratio)
 
 
 def ratio_or_none(ratio: object) -> float | None:
@@ -79,28 +97,20 @@ def ratio_or_none(ratio: object) -> float | None:
 def _exact_ratio(ratio: object) -> Fraction:
     """Return the ratio as the exact fraction that its decimal notation shows."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Decimal, Rational)):
-        raise TypeError(
-            f"{RETENTION_RATIO} must be a number in (0, 1], the fraction of video tokens to keep, "
-            f"got {_shown(ratio)}"
-        )
+        raise TypeError(_refusal(ratio))
     if isinstance(ratio, (float, Decimal)) and not math.isfinite(ratio):
-        raise ValueError(_out_of_range(ratio))
+        raise ValueError(_refusal(ratio))
     exact = Fraction(repr(float(ratio))) if isinstance(ratio, float) else Fraction(ratio)
     if not 0 < exact <= 1:
-        raise ValueError(_out_of_range(ratio))
+        raise ValueError(_refusal(ratio))
     return exact
 
 
-def _shown(value: object) -> str:
-    """Return a value as a client reads it: cut to some words, as JSON where it came as that."""
-    words = {True: "true", False: "false"}
-    return words[value] if isinstance(value, bool) else reprlib.repr(value)
-
-
-def _out_of_range(ratio: object) -> str:
+def _refusal(ratio: object) -> str:
+    """Return the one sentence for whatever is no ratio."""
     return (
-        f"{RETENTION_RATIO} must be above 0 and at most 1, got {_shown(ratio)}: it is the fraction "
-        "of video tokens to keep, 1.0 keeps all"
+        f"{RETENTION_RATIO} must be a number above 0 and at most 1, got {_as_json(ratio)}: it is "
+        "the fraction of video tokens to keep, 1.0 keeps all"
     )
 
 
@@ -256,10 +266,10 @@ def shared_out(
 
 @dataclass
 class RetentionReport:
-    """What compression did to one request's videos; filled by the processor, read by the server."""
+    """Compression of one request's videos: the processor fills it, the server reads it."""
 
     retention_ratio: float | None = None
-    """Ratio in force; None until a video was processed."""
+    """Ratio in force; None before a video is processed."""
     num_tokens: list[int] = field(default_factory=list)
     """Tokens of each video before compression."""
     num_retained: list[int] = field(default_factory=list)
@@ -274,7 +284,7 @@ class RetentionReport:
         self.num_retained.append(num_retained)
 
     def look(self, videos: Any) -> None:
-        """Look at the decoded videos, vLLM's items of them; a report that draws them keeps them."""
+        """Receive vLLM's items of the decoded videos. Subclasses may keep them."""
 
     def as_response(self) -> dict[str, float | int] | None:
         """Return the response's ``video_compression`` object, None if there was no video."""

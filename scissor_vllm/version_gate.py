@@ -1,6 +1,6 @@
-"""Which vLLM this release was tested with, and what happens with another: vLLM stays stock.
+"""The supported range of vLLM. Outside of it the plugin stands aside and vLLM stays stock.
 
-Standard library only, beside the number in ``vllm.version``.
+Imports the standard library and ``vllm.version`` only.
 """
 
 from __future__ import annotations
@@ -9,38 +9,38 @@ import logging
 import os
 
 SUPPORTED_VLLM = ((0, 32), (0, 34))
-"""First supported version, and the first that is not."""
+"""First supported version, and the first unsupported version after it."""
 
 ALLOW_UNTESTED = "SCISSOR_VLLM_ALLOW_UNTESTED_VLLM"
 """Environment variable: 1 has the plugin try a vLLM outside of ``SUPPORTED_VLLM``."""
 
 _WARNED = "SCISSOR_VLLM_WARNED"
-"""Environment variable with the warnings given so far: a server's processes inherit it."""
+"""Environment variable with the warnings logged so far. Child processes inherit it."""
 
 # A child of vLLM's logger, which alone has a handler.
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _failure: str | None = None
-"""Why our parts could not be registered in this process."""
+"""Reason why registration failed in this process."""
 
 
 def reason_for_stock() -> str | None:
-    """Return why vLLM stays stock in this process, in one sentence; None if the plugin acts."""
+    """Return the reason why vLLM stays stock in this process, None if the plugin is active."""
     return _failure or untested_reason(vllm_version(), os.environ.get(ALLOW_UNTESTED, ""))
 
 
 def untested_reason(version: str, allowed: str = "") -> str | None:
-    """Return why the plugin stands aside with a version of vLLM, None if it does not.
+    """Return the reason why the plugin stands aside with a version of vLLM, or None.
 
     Args:
-        version: of vLLM.
+        version: vLLM's version.
         allowed: value of ``ALLOW_UNTESTED``.
     """
     parts = version.split(".")
     try:
         running = (int(parts[0]), int(parts[1]))
     except (IndexError, ValueError):
-        # A build from source may carry no number; its author knows what it is.
+        # A build from source may have no version number.
         return None
     first, beyond = SUPPORTED_VLLM
     if first <= running < beyond or allowed.strip().lower() in ("1", "true", "yes"):
@@ -53,9 +53,9 @@ def untested_reason(version: str, allowed: str = "") -> str | None:
 
 
 def vllm_version() -> str:
-    """Return the version of the installed vLLM, "" if it does not tell one."""
+    """Return the version of the installed vLLM, "" if it has none."""
     try:
-        # The distribution has another name on each platform, so its metadata is of no use.
+        # The distribution's name differs by platform, so its metadata cannot be looked up.
         from vllm.version import __version__
     except ImportError:
         return ""
@@ -63,7 +63,7 @@ def vllm_version() -> str:
 
 
 def stand_aside(error: Exception) -> str:
-    """Note that a part of vLLM is not where it was, and return the reason for staying stock."""
+    """Record that registration failed, and return the reason for staying stock."""
     global _failure
     _failure = (
         f"scissor_vllm does not fit vLLM {vllm_version()} ({type(error).__name__}: {error}), so "
@@ -73,7 +73,7 @@ def stand_aside(error: Exception) -> str:
 
 
 def warn_once(message: str) -> None:
-    """Log a warning, once for this process and those that it starts."""
+    """Log a warning once for this process and its children."""
     given = os.environ.get(_WARNED, "").split("\n")
     if message in given:
         return

@@ -25,3 +25,7 @@ NUM_RETAINED = "num_retained"
 
 NUM_VIDEO_TOKENS = "num_video_tokens"
 """The same for N, by which the scheduler bounds what the tower does in one step."""
+
+VIDEO_TEXT = "video_text"
+"""Field of a video's data: the text within it, int64 (2, n), kept on the CPU. The first row holds
+token ids, the second how many of the uncompressed video's tokens stand before each."""

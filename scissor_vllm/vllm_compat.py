@@ -1,5 +1,6 @@
-"""What differs between the supported versions of vLLM, and where it must be told what it has no
-setting for, in one place.
+"""Differences between the supported versions of vLLM, and reaches beyond its public interface.
+
+Each entry states its reason and the condition for its removal.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm.platforms import current_platform
 def cli_env_setup() -> None:
     """Set the environment that vLLM's own command sets before it starts processes.
 
-    vLLM 0.33 moved the function; the second import can go with support for 0.32.
+    vLLM 0.33 moved the function. Remove the second import with support for 0.32.
     """
     try:
         from vllm.entrypoints.common.startup import cli_env_setup as setup
@@ -28,21 +29,21 @@ def cli_env_setup() -> None:
 
 
 class PositionsFromModel(MultiModalConfig):
-    """vLLM's config of a model whose embeddings carry their positions, at any pruning rate."""
+    """vLLM's config for a model whose embeddings carry positions, at any pruning rate."""
 
     def is_multimodal_pruning_enabled(self) -> bool:
-        """Return whether the model runners ask the model for positions after encoding: always."""
+        """Return True: the model runners ask the model for positions after encoding."""
         return True
 
 
 def ask_model_for_positions(model_config: ModelConfig) -> None:
-    """Have the model runner call the model's ``recompute_mrope_positions``.
+    """Make the model runner call the model's ``recompute_mrope_positions``.
 
-    That is vLLM's interface (``SupportsMultiModalPruning``) on both runners. In vLLM 0.32 and 0.33
-    they use it if the server-wide ``--video-pruning-rate`` is set, which would also prune: V1's
-    ``load_model`` and V2's ``maybe_create_mm_pruner`` both ask the config, after the model was
-    made. A model calls this while it is made, so in its worker alone, and only for itself. It can
-    go when a runner asks the model instead.
+    This is vLLM's interface (``SupportsMultiModalPruning``) on both runners. vLLM 0.32 and 0.33 use
+    it only if the server-wide ``--video-pruning-rate`` is set, which would also prune. V1's
+    ``load_model`` and V2's ``maybe_create_mm_pruner`` read the config after the model is built. A
+    model calls this in its constructor, so it affects that model in its worker only. Remove it when
+    a runner asks the model.
     """
     model_config.multimodal_config = _with_positions(model_config.get_multimodal_config())
     if not current_platform.is_cpu():
@@ -55,17 +56,17 @@ def ask_model_for_positions(model_config: ModelConfig) -> None:
 
 
 def _with_positions(config: MultiModalConfig) -> PositionsFromModel:
-    """Return a config with the same values: a validator would run again on those of a copy."""
+    """Return a config with the same values, without running the validators of a copy."""
     same = PositionsFromModel.__new__(PositionsFromModel)
     same.__dict__.update(vars(config))
     return same
 
 
 def skip_plain_rows(pruner: Any) -> None:
-    """Have V2's pruner leave a step alone whose rows carry no positions.
+    """Make V2's pruner skip steps whose rows carry no positions.
 
-    It reads, and has the model recompute, the positions of every request with an image or a video,
-    at each step of its prefill. It can go when vLLM asks the model which rows carry any.
+    It would recompute the positions of every request with an image or a video at each prefill step.
+    Remove it when vLLM asks the model which rows carry positions.
 
     Args:
         pruner: ``MultiModalPruner``.
@@ -85,15 +86,15 @@ def skip_plain_rows(pruner: Any) -> None:
 
 
 def ask_where_rows_carry_positions(runner: Any) -> None:
-    """Have V1's runner ask the model for positions in those steps alone whose rows carry any.
+    """Make V1's runner ask the model for positions only in steps whose rows carry positions.
 
-    Its attribute is set once, for all steps: each then has the model recompute the positions of
-    every request, copies them again to the device, and encodes a batch's videos one by one, which
-    ours bound themselves. On a CPU ``load_model`` leaves out what sets it, so that vLLM's own
-    pruning fails there at the first video. It can go when vLLM asks the model which rows carry any.
+    The runner's attribute is set once for all steps. Each step would then recompute the positions
+    of every request, copy them to the device, and encode a batch's videos one by one. On a CPU
+    ``load_model`` does not set the attribute, so vLLM's own pruning fails there at the first video.
+    Remove it when vLLM asks the model which rows carry positions.
 
     Args:
-        runner: ``GPUModelRunner``, from which the CPU's inherits.
+        runner: ``GPUModelRunner``, the base class of the CPU's runner.
     """
     gather = runner._gather_mm_embeddings
     if hasattr(gather, "__wrapped__"):
@@ -102,7 +103,7 @@ def ask_where_rows_carry_positions(runner: Any) -> None:
     @wraps(gather)
     def gather_carried(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.model_config.multimodal_config, PositionsFromModel):
-            # Another model of this process.
+            # Another model in this process.
             return gather(self, *args, **kwargs)
         self.rows_carry_positions = carry_positions(self.get_model(), self.encoder_cache.values())
         try:
@@ -123,7 +124,7 @@ def ask_where_rows_carry_positions(runner: Any) -> None:
 
 
 def carry_positions(model: Any, rows: Iterable[torch.Tensor]) -> bool:
-    """Return whether any of an encoder's outputs has more than a row's values."""
+    """Return whether any encoder output is wider than a row, so carries positions."""
     return any(output.shape[-1] != model.row_width for output in rows)
 
 

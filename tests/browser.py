@@ -100,6 +100,21 @@ class Page:
         node = self.command("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.command("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
+    def set_width(self, width: int, height: int = 800) -> None:
+        """Show the page as on a screen of this size in pixels."""
+        self.command(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+
+    def prefer(self, color_scheme: str) -> None:
+        """Prefer "light" or "dark" pages."""
+        feature = {"name": "prefers-color-scheme", "value": color_scheme}
+        self.command("Emulation.setEmulatedMedia", features=[feature])
+
     def screenshot(self, path: Path) -> None:
         """Write the whole page as PNG."""
         shot = self.command("Page.captureScreenshot", captureBeyondViewport=True)

@@ -179,5 +179,7 @@ def answer_plans(answer: Callable[[Any, Any], dict[str, Any]], results: int) -> 
 
 if __name__ == "__main__":
     from tests.families import answer_plan
+    from tests.tiny_models.spread import register_spread_weights
 
+    register_spread_weights()
     answer_plans(answer_plan, int(sys.argv[1]))

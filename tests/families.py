@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench.model_shapes.llava_onevision import build_config, build_tokenizer
 from tests.engines import run_plan
 from tests.serving import message
+from tests.tiny_models.spread import LOAD_FORMAT
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -28,6 +30,16 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Threads that wait for each other on busy cores take ten times as long as one thread alone.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM compiles the ranks of log probabilities, for half a minute on a new machine.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Of an engine of a tiny model."""
 FPS = 2.0
 """Of the made-up videos, every frame of which is sampled."""
 
@@ -73,6 +85,18 @@ class Media:
         }
 
 
+QWEN_MARKS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+"""What stands in a prompt for media."""
+MARKS_FILE = "prompt_marks.json"
+"""In a checkpoint's folder, where its marks are not Qwen's."""
+
+
+def marks_of(folder: Path) -> dict[str, str]:
+    """Return what stands for media in a checkpoint's prompts."""
+    path = folder / MARKS_FILE
+    return dict(json.loads(path.read_text())) if path.exists() else QWEN_MARKS
+
+
 @dataclass(frozen=True)
 class Question:
     """Media, each at the beginning of a prompt, and a text.
@@ -87,8 +111,8 @@ class Question:
     text: str = "What is this?"
     embeddings: str = ""
 
-    def prompt(self) -> str:
-        parts = [f"<|vision_start|><|{each.kind}_pad|><|vision_end|>" for each in self.media]
+    def prompt(self, marks: Mapping[str, str] = QWEN_MARKS) -> str:
+        parts = [marks[each.kind] for each in self.media]
         ask = f"{' and '.join(parts)}{self.text}"
         return f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -98,9 +122,8 @@ class Question:
             return {"video": load_file(self.embeddings)}
         data: dict[str, list[Any]] = {}
         for each in self.media:
-            item: Any = each.pixels()
-            if each.num_frames:
-                item = (item, each.metadata())
+            pixels = each.pixels()
+            item = (pixels, each.metadata()) if each.num_frames else Image.fromarray(pixels)
             data.setdefault(each.kind, []).append(item)
         return data
 
@@ -235,7 +258,7 @@ def answer_plan(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
             media = tuple(Media(**each) for each in fields.pop("media"))
             question = Question(media, **fields)
             prompt: dict[str, Any] = {
-                "prompt": question.prompt(),
+                "prompt": question.prompt(marks_of(Path(plan["model"]))),
                 "multi_modal_data": question.data(),
             }
             if question.ratio is not None:
@@ -594,20 +617,28 @@ class Family:
     """A tiny model of a family, what is asked of it, and what engines answered, each when needed.
 
     Attributes:
-        build: writes the checkpoint and returns transformers' model.
+        build: writes the checkpoint and returns transformers' model, None for one without weights.
         num_tokens: N of each of the three videos.
         place: where the checkpoint is to be.
-        takes_several: whether a prompt may have several videos, and images.
-        stock_takes_several: whether stock vLLM's engine outlives videos of unlike length.
-        options: of our engines.
+        mixed: videos and images of one prompt, none where a prompt may have one video alone.
+        options: of all its engines.
+        chunk: of its engines whose steps and caches are small.
+        other_ratio: of ``other``, whose video ends behind a block of the prefix cache.
+        caches_prefixes: whether the CPU engine can.
+        tolerance: how far log probabilities may be apart where rounding may differ.
     """
 
     build: Callable[[Path], Any]
     num_tokens: Mapping[Media, int]
     place: Path
-    takes_several: bool = True
-    stock_takes_several: bool = True
+    mixed: tuple[Media, ...] = (WIDE, PICTURE, SHORT, TALL)
     options: Mapping[str, Any] = field(default_factory=dict)
+    chunk: Mapping[str, Any] = field(
+        default_factory=lambda: {"block_size": 32, "max_num_batched_tokens": 64}
+    )
+    other_ratio: float = 0.5
+    caches_prefixes: bool = True
+    tolerance: float = 1e-4
 
     @cached_property
     def model(self) -> Any:
@@ -617,7 +648,8 @@ class Family:
     @property
     def folder(self) -> Path:
         """The checkpoint's, written if it was not."""
-        assert self.model is not None
+        self.place.mkdir(parents=True, exist_ok=True)
+        _ = self.model
         return self.place
 
     @property
@@ -627,25 +659,24 @@ class Family:
 
     @property
     def several(self) -> list[Question]:
-        """All three and an image in one prompt."""
-        media = (WIDE, PICTURE, SHORT, TALL)
-        ratios = (1.0, 0.25, 0.05) if self.takes_several else ()
-        return [Question(media, ratio) for ratio in ratios]
+        """Videos and an image in one prompt."""
+        ratios = (1.0, 0.25, 0.05) if self.mixed else ()
+        return [Question(self.mixed, ratio) for ratio in ratios]
 
     @property
     def plain(self) -> list[Question]:
         """No video."""
-        return [Question((PICTURE,)), Question(())] if self.takes_several else [Question(())]
+        return [Question((PICTURE,)), Question(())] if self.mixed else [Question(())]
 
     @property
     def other(self) -> Question:
         """Asks otherwise about a video of the others."""
-        return Question((WIDE,), 0.5, "Who is it?")
+        return Question((WIDE,), self.other_ratio, "Who is it?")
 
     @cached_property
     def stock(self) -> dict[Question, Answer]:
         """What vLLM answers without any plugin."""
-        with_video = [*self.single, *(self.several if self.stock_takes_several else ())]
+        with_video = [*self.single, *self.several]
         questions = [Question(each.media) for each in with_video if each.ratio == 1.0]
         return self._alone([*questions, *self.plain], stock=True)
 
@@ -653,23 +684,22 @@ class Family:
     def whole(self) -> dict[Question, Answer]:
         """What ours answers to each question alone, in one step and without a prefix cache."""
         questions = [*self.single, *self.several, *self.plain, self.other]
-        return self._alone(questions, max_num_batched_tokens=8192, **self.options)
+        return self._alone(questions, max_num_batched_tokens=8192)
 
     @cached_property
     def chunked(self) -> list[list[Answer]]:
-        """What ours answers in steps of 64 tokens with a prefix cache: all together, again in
-        another order, those of several videos again alone, and ``other``.
+        """What ours answers in small steps, with a prefix cache if it has one: all together, again
+        in another order, those of several videos again alone, and ``other`` behind its like.
         """
         all_of_them = [*self.single, *self.several]
+        like = replace(self.other, text=Question.text)
         return ask(
             self.folder,
-            [all_of_them, all_of_them[::-1], self.several, [self.other]],
+            [all_of_them, all_of_them[::-1], self.several, [like], [self.other]],
             max_model_len=4096,
-            enable_prefix_caching=True,
-            block_size=32,
-            max_num_batched_tokens=64,
+            enable_prefix_caching=self.caches_prefixes,
             max_num_seqs=16,
-            **self.options,
+            **{**self.options, **self.chunk},
         )
 
     def _alone(self, questions: list[Question], **options: Any) -> dict[Question, Answer]:
@@ -678,29 +708,93 @@ class Family:
             [[question] for question in questions],
             max_model_len=4096,
             enable_prefix_caching=False,
+            **self.options,
             **options,
         )
         return {question: answer for question, (answer,) in zip(questions, rounds, strict=True)}
 
 
+BFLOAT16 = {"dtype": "bfloat16"}
+BFLOAT16_STEPS = 4e-2
+"""Between log probabilities of about -4, of which bfloat16 holds multiples of 1/64."""
+NO_WEIGHTS = {"load_format": LOAD_FORMAT, "trust_remote_code": True}
+WITHIN_WINDOWS = {
+    **{"block_size": 32, "max_num_batched_tokens": 64},
+    "prefix_cache_retention_interval": 32,
+}
+"""Where layers with a sliding window keep, by vLLM's default, the end of a prompt alone."""
+LARGE_STEPS = {"max_num_batched_tokens": 512}
+"""Where states of recurrent layers are cached in blocks of hundreds of tokens."""
+
+
+FAMILIES = [
+    *("llava_next_video", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
+    *("glm4v", "internvl", "gemma4", "nemotron"),
+]
+"""All but LLaVA-OneVision, which is the demo's."""
+VARIANTS = [
+    *("qwen3_5_moe", "glm46v", "internvl_chat", "nemotron_omni"),
+    *("cosmos3", "exaone4_5", "interns2_preview"),
+]
+"""Models that differ from one of the families in little."""
+
+
 def tiny_families(folder: Path) -> dict[str, Family]:
     """Return a model of each family, to be written below a folder.
 
-    With Qwen-VL a temporal patch holds two frames; the seventh of TALL is doubled. Their sizes in
-    tokens are 10 x 6, 4 x 14 and 6 x 6 with Qwen2.5-VL, 10 x 6, 4 x 12 and 5 x 5 with Qwen3-VL.
+    With Qwen-VL and GLM a temporal patch holds two frames; the seventh of TALL is doubled. Their
+    sizes in tokens are 10 x 6, 4 x 14 and 6 x 6 with Qwen2.5-VL and GLM, 10 x 6, 4 x 12 and 5 x 5
+    with Qwen3-VL.
     """
+    from tests.tiny_models import gemma4, glm4v, internvl, nemotron, qwen3_5
+
     of_llava = {media: media.num_frames * 16 for media in (WIDE, TALL, SHORT)}
+    of_pairs = {media: (media.num_frames + 1) // 2 * 16 for media in (WIDE, TALL, SHORT)}
+    of_qwen2_5 = {WIDE: 6 * 60, TALL: 4 * 56, SHORT: 36}
+    of_qwen3 = {WIDE: 6 * 60, TALL: 4 * 48, SHORT: 25}
+    recurrent = {
+        "options": BFLOAT16,
+        "chunk": LARGE_STEPS,
+        "other_ratio": 0.9,
+        "tolerance": BFLOAT16_STEPS,
+    }
+    nemotrons = {
+        "options": BFLOAT16 | NO_WEIGHTS,
+        "chunk": LARGE_STEPS,
+        "caches_prefixes": False,
+        "tolerance": BFLOAT16_STEPS,
+    }
+    one_video = {"mixed": (PICTURE, WIDE)}
+    made: dict[str, tuple[Callable[[Path], Any], Mapping[Media, int], dict[str, Any]]] = {
+        "llava_next_video": (build_llava_next_video, of_llava, {"mixed": ()}),
+        "qwen2_5_vl": (build_qwen2_5_vl, of_qwen2_5, {}),
+        "qwen3_vl": (build_qwen3_vl, of_qwen3, {}),
+        "qwen3_5": (qwen3_5.build_qwen3_5, of_qwen3, recurrent),
+        "qwen3_5_moe": (partial(qwen3_5.build_qwen3_5, moe=True), of_qwen3, recurrent),
+        "glm4v": (glm4v.build_glm4v, of_qwen2_5, one_video),
+        "glm46v": (partial(glm4v.build_glm4v, version="4.6"), of_qwen2_5, one_video),
+        "internvl": (internvl.build_internvl, of_llava, {}),
+        "internvl_chat": (internvl.build_internvl_chat, of_llava, {"options": NO_WEIGHTS}),
+        "gemma4": (
+            gemma4.build_gemma4,
+            {WIDE: 12 * 60, TALL: 7 * 60, SHORT: 2 * 64},
+            {"chunk": WITHIN_WINDOWS},
+        ),
+        "nemotron": (nemotron.build_nemotron, of_llava, nemotrons),
+        "nemotron_omni": (
+            partial(nemotron.build_nemotron, frames_at_once=2),
+            of_pairs,
+            nemotrons,
+        ),
+        "cosmos3": (qwen3_5.build_cosmos3, of_qwen3, {"options": NO_WEIGHTS}),
+        "exaone4_5": (qwen3_5.build_exaone4_5, of_qwen2_5, {"options": NO_WEIGHTS}),
+        "interns2_preview": (
+            qwen3_5.build_interns2_preview,
+            of_qwen3,
+            {**recurrent, "options": BFLOAT16 | NO_WEIGHTS},
+        ),
+    }
     return {
-        "llava_next_video": Family(
-            build_llava_next_video,
-            of_llava,
-            folder / "llava_next_video",
-            takes_several=False,
-        ),
-        "qwen2_5_vl": Family(
-            build_qwen2_5_vl, {WIDE: 6 * 60, TALL: 4 * 56, SHORT: 36}, folder / "qwen2_5_vl"
-        ),
-        "qwen3_vl": Family(
-            build_qwen3_vl, {WIDE: 6 * 60, TALL: 4 * 48, SHORT: 25}, folder / "qwen3_vl"
-        ),
+        name: Family(build, num_tokens, folder / name, **differences)
+        for name, (build, num_tokens, differences) in made.items()
     }

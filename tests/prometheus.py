@@ -46,26 +46,37 @@ class PrometheusError(Exception):
 # --- a Prometheus ---------------------------------------------------------------------------------
 
 
-def find_prometheus() -> Path:
-    """Return a Prometheus program, downloaded if there is none.
+def find_prometheus(program: str = "prometheus") -> Path:
+    """Return a program of Prometheus' (also "promtool"), downloaded if there is none.
 
     Raises:
         PrometheusError: there is none, and none could be downloaded.
     """
-    found = shutil.which("prometheus")
-    if found:
+    if found := present_prometheus(program):
+        return found
+    root = _cache()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        programs = _download(Path(folder))
+        for path in (programs / "prometheus", programs / "promtool"):
+            path.replace(root / path.name)
+    return root / program
+
+
+def present_prometheus(program: str) -> Path | None:
+    """Return a program of Prometheus' that needs no download, None if there is none."""
+    if found := shutil.which(program):
         return Path(found)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scissor_vllm"
-    kept = root / "prometheus"
-    if not kept.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
-            _download(Path(folder)).replace(kept)
-    return kept
+    kept = _cache() / program
+    return kept if kept.exists() else None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scissor_vllm"
 
 
 def _download(folder: Path) -> Path:
-    """Return the program of Debian's package, unpacked into a folder."""
+    """Return the folder of the programs of Debian's package, unpacked into a folder."""
     for tool in ("apt-get", "dpkg"):
         if not shutil.which(tool):
             raise PrometheusError(
@@ -85,7 +96,7 @@ def _download(folder: Path) -> Path:
         package = next(folder.glob(f"{PACKAGE}_*.deb"), None)
         if package is not None:
             _run(("dpkg", "-x", str(package), str(folder)), folder)
-            return folder / "usr" / "bin" / "prometheus"
+            return folder / "usr" / "bin"
     raise PrometheusError(
         f"no prometheus in the PATH, and apt-get could not download Debian's: {runs[-1].strip()}"
     )
@@ -116,6 +127,7 @@ def scraping(program: Path, base_url: str) -> Iterator[str]:
     """
     config = yaml.safe_load(CONFIG.read_text())
     config["global"]["scrape_interval"] = f"{SCRAPE_SECONDS}s"
+    del config["rule_files"]
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [urllib.parse.urlsplit(base_url).netloc]}]
     with socket.socket() as free, tempfile.TemporaryDirectory() as name:
@@ -180,9 +192,10 @@ class Span:
         return max(SCRAPE_SECONDS, (self.end - self.start) / NUM_STEPS)
 
     def filled(self, query: str) -> str:
-        """Return a query with Grafana's two variables replaced."""
+        """Return a query with Grafana's variables replaced: all models and instances."""
         rate = max(4 * SCRAPE_SECONDS, self.step + SCRAPE_SECONDS, (self.end - self.start) / 10)
         query = query.replace("$__rate_interval", f"{rate:.0f}s")
+        query = query.replace("$model", ".*").replace("$instance", ".+")
         return query.replace("$__range", f"{self.end - self.start:.0f}s")
 
 

@@ -336,6 +336,58 @@ def test_a_file_that_was_not_downloaded_is_named(
     assert "model-00002-of-00003.safetensors" in error
 
 
+DAMAGES = {
+    "config.json": ["", "{", "[1]", '"text"', '{"architectures": 1}', "\x00", "[" * 9999],
+    "tokenizer.json": ["", "{", "[]"],
+    "model.safetensors": ["", "no weights", "{}" * 99],
+}
+SETTINGS: dict[str, Any] = {
+    "hidden_size": "wide",
+    "num_attention_heads": [1],
+    "vocab_size": {"a": 1},
+    "mm_newline_position": ["grid"],
+    "image_grid_pinpoints": [1, 2],
+    "mm_projector_type": ["linear"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, texts in DAMAGES.items() for text in texts]
+)
+def test_a_damaged_file_is_named_in_one_sentence(
+    tmp_path: Path, weights: Weights, siglip: Path, capsys: pytest.CaptureFixture[str],
+    name: str, text: str,
+) -> None:  # fmt: skip
+    source = original.save_original(tmp_path / "source", weights)
+    for path in source.glob(name.replace(".safetensors", "*.safetensors")):
+        path.write_text(text)
+    error = refused(capsys, source, tmp_path / "out", "--vision-tower", siglip)
+    assert str(source) in error or name in error
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_setting_of_a_wrong_type_is_refused_in_one_sentence(
+    tmp_path: Path, weights: Weights, siglip: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    source = original.save_original(tmp_path / "source", weights, **{key: SETTINGS[key]})
+    error = refused(capsys, source, tmp_path / "out", "--vision-tower", siglip)
+    assert len(error.strip().splitlines()) == 1
+    assert error.startswith("scissor-vllm convert: ")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named_in_one_sentence(
+    tmp_path: Path, weights: Weights, siglip: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    source = original.save_original(tmp_path / "source", weights, 3)
+    (source / "model.safetensors.index.json").write_text(text)
+    error = refused(capsys, source, tmp_path / "out", "--vision-tower", siglip)
+    assert "model.safetensors.index.json" in error
+    assert len(error.strip().splitlines()) == 1
+
+
 def test_a_conversion_that_breaks_off_leaves_nothing(
     tmp_path: Path, weights: Weights, siglip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,22 +8,16 @@ file system; that needs root, without which it runs as whoever runs the tests.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import itertools
 import json
 import os
 import re
 import shlex
 import shutil
-import socket
+import stat
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +28,17 @@ import yaml  # type: ignore[import-untyped]
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
 from tests.conftest import DEMO_CLIP_TOKENS
+from tests.prometheus import PrometheusError, find_prometheus, present_prometheus
+from tests.proxies import DEPLOY, KEY, ROOT, ask, free_port, proxy, run, tool
 from tests.serving import OneServer, message, serving
 
-ROOT = Path(__file__).parent.parent
-DEPLOY = ROOT / "deploy"
 CLIP = ROOT / "scissor_vllm" / "demo" / "clip.mp4"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")
 PROFILES = ("gpu", "cpu", "observe", "loadtest")
 SERVICES = {
     "gpu": {"server-gpu", "proxy", "keys"},
     "cpu": {"server-cpu", "proxy", "keys"},
-    "observe": {"prometheus", "grafana", "keys"},
+    "observe": {"metrics", "prometheus", "grafana", "keys"},
     "loadtest": {"loadtest", "keys"},
 }
 COMBINATIONS = [
@@ -52,24 +46,6 @@ COMBINATIONS = [
 ]
 README = (DEPLOY / "README.md").read_text()
 KUBERNETES = DEPLOY / "kubernetes"
-
-
-def tool(name: str) -> str:
-    """Return the path of a program that deploy/cpu/requirements-dev.txt brings."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise LookupError(f"{name} is not installed: `make test` installs what tests need")
-    return found
-
-
-def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command; what it printed is in the failure."""
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=300, **options
-    )
-    assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}"
-    return done
 
 
 # ---- Docker Compose ----
@@ -153,10 +129,15 @@ def test_every_service_is_closed(services: dict[str, Any]) -> None:
         assert service["pids_limit"] > 0, name
         assert not service.get("privileged"), name
     added = {name: s["cap_add"] for name, s in services.items() if "cap_add" in s}
-    assert added == {"server-cpu": ["SYS_NICE"], "proxy": ["NET_BIND_SERVICE"]}
+    assert added == {
+        "server-cpu": ["SYS_NICE"],
+        "proxy": ["NET_BIND_SERVICE"],
+        "metrics": ["NET_BIND_SERVICE"],
+    }
     # The others' images have users of their own, ours by their Dockerfiles.
     assert {name: s["user"] for name, s in services.items() if "user" in s} == {
         "proxy": "65534:65534",
+        "metrics": "65534:65534",
         "keys": "0:0",
     }
     assert services["keys"]["network_mode"] == "none"
@@ -165,16 +146,149 @@ def test_every_service_is_closed(services: dict[str, Any]) -> None:
 def test_networks_part_the_api_the_metrics_and_the_outside(services: dict[str, Any]) -> None:
     networks = {name: set(service.get("networks", ())) for name, service in services.items()}
     assert networks == {
-        "server-gpu": {"api", "metrics", "outside"},
-        "server-cpu": {"api", "metrics", "outside"},
-        "proxy": {"api", "published"},
+        "server-gpu": {"api", "scrape", "outside"},
+        "server-cpu": {"api", "scrape", "outside"},
+        "proxy": {"api", "published-api"},
         "loadtest": {"api"},
+        "metrics": {"scrape", "metrics"},
         "prometheus": {"metrics"},
-        "grafana": {"metrics", "published"},
+        "grafana": {"metrics", "published-grafana"},
         "keys": set(),
     }
     top = resolved(*PROFILES)["networks"]
-    assert {name for name, network in top.items() if network.get("internal")} == {"api", "metrics"}
+    internal = {name for name, network in top.items() if network.get("internal")}
+    assert internal == {"api", "scrape", "metrics"}
+    masquerading = "com.docker.network.bridge.enable_ip_masquerade"
+    silent = {
+        name
+        for name, network in top.items()
+        if network.get("driver_opts", {}).get(masquerading) == "false"
+    }
+    assert silent == {"published-api", "published-grafana"}
+    # The server alone has a way out.
+    assert set(top) - internal - silent == {"outside"}
+
+
+def test_a_name_gives_the_proxy_tls_and_the_way_to_its_certificate(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("TLS_NAME=api.example.com\nAPI_ADDRESS=0.0.0.0\nAPI_PORT=443\n")
+    config = resolved("cpu", env_file=env_file)
+    proxy_service = config["services"]["proxy"]
+    assert proxy_service["environment"]["SCHEME"] == "https"
+    assert proxy_service["environment"]["TLS_NAME"] == "api.example.com"
+    assert set(proxy_service["networks"]) == {"api", "published-api-outside"}
+    assert config["networks"]["published-api-outside"].get("driver_opts") is None
+    (port,) = proxy_service["ports"]
+    assert (port["host_ip"], port["published"], port["target"]) == ("0.0.0.0", "443", 8000)
+    # Certificates outlive the container.
+    folder = proxy_service["environment"]["XDG_DATA_HOME"]
+    (volume,) = [each for each in proxy_service["volumes"] if each["target"] == folder]
+    assert (volume["type"], volume.get("read_only", False)) == ("volume", False)
+
+
+def test_every_service_is_bounded_in_memory_cores_and_logs(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert int(service["mem_limit"]) > 0, name
+        # The server and the load test have all cores, or as many as the operator says.
+        if name not in ("server-gpu", "server-cpu", "loadtest"):
+            assert service["cpus"] <= 1, name
+        logs = service["logging"]
+        assert logs["driver"] == "local", name
+        assert logs["options"] == {"max-size": "20m", "max-file": "5"}, name
+    command = services["prometheus"]["command"]
+    assert "--storage.tsdb.retention.size=4GB" in command
+    assert "--storage.tsdb.retention.time=15d" in command
+
+
+def test_cores_and_memory_of_the_server_are_settings(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("SERVER_CPUS=6\nSERVER_MEMORY=96gb\nCPU_SERVER_MEMORY=12gb\n")
+    services = resolved("gpu", "cpu", env_file=env_file)["services"]
+    assert services["server-gpu"]["cpus"] == services["server-cpu"]["cpus"] == 6
+    assert int(services["server-gpu"]["mem_limit"]) == 96 * 2**30
+    assert int(services["server-cpu"]["mem_limit"]) == 12 * 2**30
+
+
+def seconds(duration: str) -> float:
+    """Return a duration of Compose in seconds."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    parts = re.findall(r"(\d+)([hms])", duration)
+    assert "".join(map("".join, parts)) == duration
+    return float(sum(int(number) * units[unit] for number, unit in parts))
+
+
+def flag(command: list[str], name: str) -> str:
+    """Return the value of a flag, however it is written."""
+    for position, word in enumerate(command):
+        if word == name:
+            return command[position + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    raise LookupError(name)
+
+
+def test_whoever_stops_a_server_waits_longer_than_it_drains(services: dict[str, Any]) -> None:
+    for name in ("server-gpu", "server-cpu", "proxy"):
+        grace = seconds(services[name]["stop_grace_period"])
+        drain = flag(services["server-gpu"]["command"], "--shutdown-timeout")
+        assert grace >= int(drain) + 30, name
+    assert seconds(services["proxy"]["environment"]["GRACE_PERIOD"]) == grace
+    predictor = kserve()["spec"]["predictor"]
+    _, model = production_stack()
+    patch = yaml.safe_load((KUBERNETES / "drain-patch.yaml").read_text())["spec"]["template"][
+        "spec"
+    ]
+    pods = (
+        (predictor, predictor["containers"][0]["args"]),
+        (patch, model["vllmConfig"]["extraArgs"]),
+    )
+    for spec, args in pods:
+        (container,) = spec["containers"]
+        pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        drain = flag(args, "--shutdown-timeout")
+        assert pause > 0
+        assert spec["terminationGracePeriodSeconds"] >= pause + int(drain) + 30
+
+
+def test_a_service_that_hangs_is_restarted(services: dict[str, Any]) -> None:
+    """By a health check that ends its processes: Docker itself lets it run."""
+    lasting = set(services) - {"keys", "loadtest"}
+    for name in lasting:
+        service = services[name]
+        assert service["restart"] == "unless-stopped", name
+        # The check cannot end the first process of a container.
+        assert service["init"], name
+        assert int(service["environment"]["HEALTH_MAX_FAILURES"]) > 1, name
+        if name.startswith("server"):
+            continue
+        assert service["healthcheck"]["test"][:3] == ["CMD", "/bin/sh", "/healthcheck.sh"], name
+        assert "/healthcheck.sh" in {volume["target"] for volume in service["volumes"]}, name
+        assert any(path.split(":")[0] == "/tmp" for path in service["tmpfs"]), name
+
+
+def test_the_hubs_token_comes_from_a_file_and_is_in_no_variable(
+    services: dict[str, Any], tmp_path: Path
+) -> None:
+    assert Path(resolved("gpu")["secrets"]["hf-token"]["file"]).read_text() == ""
+    (tmp_path / "token").write_text("hf_of_the_file\n")
+    env_file = tmp_path / ".env"
+    env_file.write_text(f"HF_TOKEN_FILE={tmp_path / 'token'}\n")
+    config = resolved("gpu", "cpu", env_file=env_file)
+    assert config["secrets"]["hf-token"]["file"] == str(tmp_path / "token")
+    for name in ("server-gpu", "server-cpu"):
+        (secret,) = config["services"][name]["secrets"]
+        environment = config["services"][name]["environment"]
+        assert environment["HF_TOKEN_PATH"] == f"/run/secrets/{secret['source']}"
+        assert "HF_TOKEN" not in environment
+    # huggingface_hub reads that variable, and an empty file is no token.
+    script = "from huggingface_hub import get_token; print(get_token())"
+    for file, token in ((tmp_path / "token", "hf_of_the_file"), (Path("/dev/null"), "None")):
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "HF_TOKEN_PATH": str(file),
+        }
+        assert run(sys.executable, "-c", script, env=environment).stdout == f"{token}\n"
 
 
 def test_what_is_mounted_from_this_folder_exists_and_is_read_only(services: dict[str, Any]) -> None:
@@ -198,10 +312,12 @@ def test_keys_are_mounted_where_they_are_needed_and_nowhere_else(services: dict[
             for volume in service.get("volumes", ())
             if volume["source"] == key
         }
-        for key in ("api-key", "grafana-password")
+        for key in ("api-key", "server-key", "certificates", "grafana-password")
     }
     assert readers == {
-        "api-key": {"keys", "server-gpu", "server-cpu", "proxy", "loadtest"},
+        "api-key": {"keys", "proxy"},
+        "server-key": {"keys", "server-gpu", "server-cpu", "proxy", "loadtest"},
+        "certificates": {"keys", "proxy"},
         "grafana-password": {"keys", "grafana"},
     }
 
@@ -409,7 +525,9 @@ def test_the_image_runs_as_no_root_checks_its_health_and_wants_a_key(file: str) 
     said = dict(final)  # Of several the last counts.
     assert said["USER"] == "2000:0"
     assert said["EXPOSE"] == "8000"
-    assert "http://127.0.0.1:8000/health" in said["HEALTHCHECK"]
+    (check,) = re.findall(r"CMD (.*)", said["HEALTHCHECK"])
+    assert json.loads(check) == ["python3", "/opt/scissor/healthcheck.py"]
+    assert ("COPY", "deploy/healthcheck.py /opt/scissor/healthcheck.py") in final
     assert json.loads(said["ENTRYPOINT"]) == ["/opt/scissor/entrypoint.sh"]
     assert json.loads(said["CMD"])[0] == "serve"
 
@@ -446,27 +564,46 @@ def shell(script: str, *arguments: str | Path, **environment: str) -> tuple[int,
 
 
 def test_keys_are_made_once_and_given_ones_win(tmp_path: Path) -> None:
-    for folder in ("api", "grafana"):
-        (tmp_path / folder).mkdir()
-    key, password = tmp_path / "api" / "key", tmp_path / "grafana" / "password"
+    make_key_folders(tmp_path)
+    files = [tmp_path / path for path in ("api/key", "server/key", "grafana/password")]
+
+    def kept() -> list[str]:
+        return [file.read_text() for file in files]
+
     assert shell("keys.sh", tmp_path) == (0, "", "")
-    made = key.read_text(), password.read_text()
+    made = kept()
     assert all(re.fullmatch("[0-9a-f]{64}", text) for text in made)
-    assert made[0] != made[1]
+    assert len(set(made)) == 3
     assert shell("keys.sh", tmp_path, API_KEY="", GRAFANA_PASSWORD="") == (0, "", "")
-    assert (key.read_text(), password.read_text()) == made
+    assert kept() == made
     assert shell("keys.sh", tmp_path, API_KEY="mine") == (0, "", "")
-    assert (key.read_text(), password.read_text()) == ("mine", made[1])
+    assert kept() == ["mine", *made[1:]]
+    assert stat.S_IMODE((tmp_path / "certificates").stat().st_mode) == 0o777
 
 
+def make_key_folders(folder: Path) -> None:
+    for name in ("api", "server", "grafana", "certificates"):
+        (folder / name).mkdir()
+
+
+def test_a_second_key_is_kept_as_long_as_it_is_set(tmp_path: Path) -> None:
+    make_key_folders(tmp_path)
+    previous = tmp_path / "api" / "previous-key"
+    assert shell("keys.sh", tmp_path, API_KEY="new", PREVIOUS_API_KEY="old") == (0, "", "")
+    assert previous.read_text() == "old"
+    assert shell("keys.sh", tmp_path, API_KEY="new", PREVIOUS_API_KEY="") == (0, "", "")
+    assert not previous.exists()
+
+
+@pytest.mark.parametrize("name", ["API_KEY", "PREVIOUS_API_KEY"])
 @pytest.mark.parametrize("given", ["*", "part*", "two words", "line\n", 'quo"ted', "{env.HOME}"])
 def test_a_key_that_the_proxy_would_read_as_something_else_is_refused(
-    tmp_path: Path, given: str
+    tmp_path: Path, given: str, name: str
 ) -> None:
     (tmp_path / "api").mkdir()
-    status, printed, error = shell("keys.sh", tmp_path, API_KEY=given)
+    status, printed, error = shell("keys.sh", tmp_path, **{name: given})
     assert (status, printed) == (1, "")
-    assert "API_KEY must be of letters" in error
+    assert error.startswith(f"{name} must be of letters")
     assert given not in error, "keys stay out of logs"
     assert not list((tmp_path / "api").iterdir())
 
@@ -502,244 +639,99 @@ def test_the_key_comes_from_the_variable_or_from_the_file(
     )
 
 
-# ---- The proxy ----
-
-KEY = "a-key-of-the-tests"
-
-
-@dataclass
-class StandIn:
-    """A server that answers everything and remembers which paths it was asked, and from where."""
-
-    port: int
-    asked: list[str] = field(default_factory=list)
-    connections: list[int] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def stand_in() -> Iterator[StandIn]:
-    """Yield a server that answers 200 to everything, with the size of the body."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-            known.asked.append(self.path)
-            known.connections.append(self.client_address[1])
-            body = str(size).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    known = StandIn(server.server_port)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield known
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_a_token_that_the_server_cannot_read_is_named(tmp_path: Path, fake_command: str) -> None:
+    token = tmp_path / "token"
+    token.write_text("hf")
+    token.chmod(0)
+    options = {"PATH": fake_command, "VLLM_API_KEY": "k"}
+    if os.geteuid() != 0:
+        status, _, error = shell("entrypoint.sh", "serve", HF_TOKEN_PATH=str(token), **options)
+        assert status == 1
+        assert f"cannot read {token}" in error
+    token.chmod(0o444)
+    for path in (token, tmp_path / "missing"):
+        assert shell("entrypoint.sh", "serve", HF_TOKEN_PATH=str(path), **options)[0] == 0
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+# ---- Health checks ----
+
+HANGING = """
+import socket, sys, time
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    connection, _ = listener.accept()
+    if sys.argv[2] == "draining":
+        connection.recv(4096)
+        head = b"HTTP/1.1 503 Draining\\r\\nRetry-After: 5\\r\\n"
+        connection.sendall(head + b"Content-Length: 0\\r\\n\\r\\n")
+    connection.close()
+"""
+CONTAINER = """
+# The first process of a container, which waits for the service as Docker's init does.
+"$PYTHON" -c "$HANGING" "$PORT" "$HOW" & service=$!
+sleep 0.5
+for number in 1 2 3; do
+  $CHECK; echo "check $number: $?"
+  # A killed child goes when the shell waits for the next one.
+  sleep 0.2
+  if kill -0 $service 2>/dev/null; then echo alive; else echo dead; fi
+done
+"""
 
 
-@contextlib.contextmanager
-def proxy(folder: Path, upstream: int, max_request_size: str = "128MB") -> Iterator[int]:
-    """Yield the port of Caddy with our Caddyfile in front of a server."""
-    key = folder / "key"
-    key.write_text(KEY)
+def check_hanging_service(folder: Path, check: str, was_healthy: bool, how: str) -> list[str]:
+    """Return what three health checks and a service that does not answer print, in a container."""
+    able = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*able, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs a process namespace of its own: run as root")
     port = free_port()
-    log = (folder / "caddy.log").open("w")
-    process = subprocess.Popen(
-        [tool("caddy"), "run", "--config", str(DEPLOY / "Caddyfile"), "--adapter", "caddyfile"],
-        env={
-            "HOME": str(folder),
-            "PROXY_PORT": str(port),
-            "UPSTREAM": f"127.0.0.1:{upstream}",
-            "API_KEY_FILE": str(key),
-            "MAX_REQUEST_SIZE": max_request_size,
-        },
-        stdout=log,
-        stderr=subprocess.STDOUT,
+    url = f"http://127.0.0.1:{port}/health"
+    commands = {
+        "healthcheck.py": f"{sys.executable} {DEPLOY / 'healthcheck.py'}",
+        "healthcheck.sh": f"/bin/sh {DEPLOY / 'healthcheck.sh'} {url}",
+    }
+    if was_healthy:
+        (folder / "health-failures").write_text("0")
+    # The scripts keep their count in /tmp: in this container's own.
+    script = f'mount --bind "{folder}" /tmp || exit 9\n{CONTAINER}'
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": sys.executable,
+        "HANGING": HANGING,
+        "PORT": str(port),
+        "HOW": how,
+        "CHECK": commands[check],
+        "HEALTH_URL": url,
+        "HEALTH_MAX_FAILURES": "2",
+    }
+    done = subprocess.run(
+        [*able, "/bin/sh", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "caddy.log").read_text()
-                assert time.monotonic() < deadline, (folder / "caddy.log").read_text()
-                time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:-1]
 
 
-def ask(
-    port: int, path: str, method: str = "GET", body: bytes | None = None, key: str | None = KEY
-) -> tuple[int, str]:
-    """Return status and body; the path is sent as it stands."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
-    try:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    finally:
-        connection.close()
-
-
-API = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/models",
-    "/v1/responses",
-    "/v1/responses/resp_1",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/scissor/picture",
-    "/tokenize",
-    "/detokenize",
-)
-INSIDE = (
-    "/",
-    "/metrics",
-    "/metrics/",
-    "/METRICS",
-    "//metrics",
-    "/v1/../metrics",
-    "/health/../metrics",
-    "/docs",
-    "/openapi.json",
-    "/version",
-    "/ping",
-    "/invocations",
-    "/load",
-    "/server_info",
-    "/sleep",
-    "/collective_rpc",
-    "/reset_prefix_cache",
-    "/start_profile",
-    "/scale_elastic_ep",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/files",
-    "/inference/v1/generate",
-)
-
-
-def test_the_proxy_passes_the_api_with_the_key_and_health_without(tmp_path: Path) -> None:
-    with stand_in() as server, proxy(tmp_path, server.port) as port:
-        assert ask(port, "/health", key=None) == (200, "0")
-        for path in API:
-            assert ask(port, path, "POST", b"{}") == (200, "2"), path
-        assert server.asked == ["/health", *API]
-        server.asked.clear()
-        for path in API:
-            # The last is what the configuration says, not what it means.
-            for key in (None, "", "wrong", f"{KEY}x", "{file./keys/key}"):
-                status, body = ask(port, path, "POST", b"{}", key)
-                assert status == 401, (path, key)
-                assert "API key" in json.loads(body)["error"]["message"]
-        assert server.asked == []
-
-
-def test_the_proxy_passes_the_web_pages_files_without_the_key_and_takes_nothing_there(
-    tmp_path: Path,
+@pytest.mark.parametrize("check", ["healthcheck.py", "healthcheck.sh"])
+def test_a_service_that_was_healthy_is_killed_at_the_last_failure(
+    tmp_path: Path, check: str
 ) -> None:
-    with stand_in() as server, proxy(tmp_path, server.port) as port:
-        for path in ("/scissor", "/scissor/ask.js"):
-            assert ask(port, path, key=None) == (200, "0")
-            assert ask(port, path, "POST", b"{}")[0] == 404
-        assert ask(port, "/scissor/../metrics", key=None)[0] == 404
-        assert ask(port, "/scissors", key=None)[0] == 404
-        assert server.asked == ["/scissor", "/scissor/ask.js"]
+    if check.endswith(".sh") and shutil.which("wget") is None:
+        pytest.skip("no wget, which the images of others have")
+    printed = check_hanging_service(tmp_path, check, was_healthy=True, how="closing")
+    assert printed[:2] == ["check 1: 1", "alive"]
+    assert printed[3] == "dead", printed
+    printed = check_hanging_service(tmp_path, check, was_healthy=False, how="closing")
+    assert printed[1::2] == ["alive"] * 3, "it is still starting"
 
 
-def test_the_proxy_keeps_everything_else_inside(tmp_path: Path) -> None:
-    with stand_in() as server, proxy(tmp_path, server.port) as port:
-        for path in INSIDE:
-            for method in ("GET", "POST"):
-                status, body = ask(port, path, method)
-                assert status == 404, path
-                assert json.loads(body)["error"]["message"] == "no such route"
-        assert server.asked == []
-
-
-def test_the_proxy_asks_for_a_key_even_where_none_was_left(tmp_path: Path) -> None:
-    with stand_in() as server, proxy(tmp_path, server.port) as port:
-        (tmp_path / "key").unlink()
-        for key in (None, "", KEY):
-            assert ask(port, "/tokenize", "POST", b"{}", key)[0] == 401
-        assert server.asked == []
-
-
-def test_the_proxy_refuses_a_body_that_is_too_large(tmp_path: Path) -> None:
-    with stand_in() as server, proxy(tmp_path, server.port, max_request_size="100KB") as port:
-        assert ask(port, "/v1/completions", "POST", b"x" * 100_000) == (200, "100000")
-        assert ask(port, "/v1/completions", "POST", b"x" * 100_001)[0] == 413
-
-
-def receive(connection: socket.socket, wanted: bytes) -> None:
-    """Read until something has come."""
-    connection.settimeout(30)
-    found = b""
-    while wanted not in found:
-        part = connection.recv(4096)
-        assert part, found
-        found += part
-
-
-@pytest.mark.parametrize("num_events", [0, 3])
-def test_the_proxy_passes_each_event_at_once_and_tells_the_server_that_a_client_has_hung_up(
-    tmp_path: Path, num_events: int
-) -> None:
-    """An answer that nobody reads would go on taking the engine's time."""
-    request = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\n"
-        f"Authorization: Bearer {KEY}\r\nContent-Length: 2\r\n\r\n{{}}"
-    )
-    with (
-        socket.create_server(("127.0.0.1", 0)) as upstream,
-        proxy(tmp_path, upstream.getsockname()[1]) as port,
-        socket.create_connection(("127.0.0.1", port)) as client,
-    ):
-        upstream.settimeout(30)
-        client.sendall(request.encode())
-        server, _ = upstream.accept()
-        with server:
-            receive(server, b"{}")
-            head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-            if num_events:
-                server.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
-            for number in range(num_events):
-                event = f"data: {number}\n\n".encode()
-                server.sendall(b"%x\r\n%b\r\n" % (len(event), event))
-                receive(client, event)
-            client.close()
-            assert server.recv(1) == b""
-
-
-def test_the_proxy_opens_a_connection_to_the_server_for_each_request(tmp_path: Path) -> None:
-    with stand_in() as server, proxy(tmp_path, server.port) as port:
-        for _ in range(3):
-            assert ask(port, "/v1/completions", "POST", b"{}") == (200, "2")
-        assert len(set(server.connections)) == 3
+def test_a_server_that_drains_is_unhealthy_and_lives(tmp_path: Path) -> None:
+    printed = check_hanging_service(tmp_path, "healthcheck.py", was_healthy=True, how="draining")
+    assert printed == ["check 1: 1", "alive", "check 2: 1", "alive", "check 3: 1", "alive"]
 
 
 # ---- Prometheus and Grafana ----
@@ -752,12 +744,16 @@ def test_prometheus_scrapes_the_server_by_the_name_that_compose_gives_it(
     (job,) = config["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
     name, port = target.split(":")
-    for server in ("server-gpu", "server-cpu"):
-        assert name in services[server]["networks"]["metrics"]["aliases"]
+    assert set(services["prometheus"]["networks"]) <= set(services[name]["networks"])
+    entrance = (DEPLOY / "Caddyfile.metrics").read_text()
+    assert f"METRICS_PORT:{port}" in entrance
+    ((server, server_port),) = re.findall(r"\{\$UPSTREAM:([\w-]+):(\d+)\}", entrance)
+    for profile in ("server-gpu", "server-cpu"):
+        assert server in services[profile]["networks"]["scrape"]["aliases"]
     for file in DOCKERFILES:
-        assert dict(stages(file)[-1])["EXPOSE"] == port
-    if promtool := shutil.which("promtool"):
-        run(promtool, "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+        assert dict(stages(file)[-1])["EXPOSE"] == server_port
+    mounted = {Path(volume["target"]).name for volume in services["prometheus"]["volumes"]}
+    assert set(config["rule_files"]) <= mounted
 
 
 def test_grafana_finds_its_data_source_and_its_dashboard(services: dict[str, Any]) -> None:
@@ -773,8 +769,9 @@ def test_grafana_finds_its_data_source_and_its_dashboard(services: dict[str, Any
     home = Path(services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert (Path(mounts[str(home.parent)]["source"]) / home.name).exists()
     assert source["url"] == "http://prometheus:9090"
+    assert source["isDefault"], "the dashboard begins with the default source"
     for panel in panels():
-        assert panel["datasource"]["uid"] == source["uid"], panel["title"]
+        assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
 
 
 def panels() -> list[dict[str, Any]]:
@@ -788,16 +785,128 @@ def panels() -> list[dict[str, Any]]:
     return found
 
 
-def test_every_metric_of_the_dashboard_is_one_that_the_server_exports() -> None:
+def dashboard() -> dict[str, Any]:
+    (path,) = (DEPLOY / "grafana" / "dashboards").glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_the_dashboard_is_of_the_chosen_data_source_model_and_instance() -> None:
+    listed = dashboard()["templating"]["list"]
+    assert [variable["name"] for variable in listed] == ["datasource", "model", "instance"]
+    assert (listed[0]["type"], listed[0]["query"]) == ("datasource", "prometheus")
+    for variable in listed[1:]:
+        assert variable["datasource"]["uid"] == "${datasource}"
+        assert variable["multi"]
+        assert variable["includeAll"]
+    # Our metrics have no model's name: the models chosen choose the instances.
+    assert 'model_name=~"$model"' in listed[2]["query"]["query"]
+    for panel in panels():
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == "${datasource}", panel["title"]
+            metrics = re.findall(r"\b(scissor_vllm|vllm):\w+(\{[^}]*\})?", target["expr"])
+            assert metrics, panel["title"]
+            for prefix, labels in metrics:
+                assert 'instance=~"$instance"' in labels, target["expr"]
+                if prefix == "vllm":
+                    assert 'model_name=~"$model"' in labels, target["expr"]
+
+
+def exported_metrics() -> set[str]:
+    """Return the names of the metrics that a server exports, ours and vLLM's."""
     from vllm.v1.metrics import loggers, perf, stats
 
     sources = "".join(Path(str(part.__file__)).read_text() for part in (loggers, perf, stats))
-    known = set(METRICS) | set(re.findall(r'"(vllm:\w+)"', sources))
-    queries = [target["expr"] for panel in panels() for target in panel["targets"]]
-    used = {name for query in queries for name in re.findall(r"\b\w+:\w+", query)}
-    for name in used:
+    return set(METRICS) | set(re.findall(r'"(vllm:\w+)"', sources))
+
+
+def assert_exported(query: str) -> None:
+    known = exported_metrics()
+    for name in re.findall(r"\b\w+:\w+", query):
         stem = re.sub(r"_(?:total|bucket|sum|count)$", "", name)
         assert {name, stem} & known, name
+
+
+def test_every_metric_of_the_dashboard_is_one_that_the_server_exports() -> None:
+    assert_exported(" ".join(target["expr"] for panel in panels() for target in panel["targets"]))
+
+
+# ---- Alerts ----
+
+ALERTS_TEST = ROOT / "tests" / "alerts_test.yml"
+
+
+def alerts() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
+    found: list[dict[str, Any]] = group["rules"]
+    return found
+
+
+def test_every_metric_of_the_alerts_is_one_that_the_server_exports() -> None:
+    assert_exported(" ".join(rule["expr"] for rule in alerts()))
+    (config,) = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())[
+        "scrape_configs"
+    ]
+    jobs = {job for rule in alerts() for job in re.findall(r'job="([^"]+)"', rule["expr"])}
+    assert jobs == {config["job_name"]}
+
+
+def test_every_alert_is_shown_to_fire_and_says_what_to_do() -> None:
+    tests = yaml.safe_load(ALERTS_TEST.read_text())["tests"]
+    fired = {
+        case["alertname"]
+        for test in tests
+        for case in test["alert_rule_test"]
+        if case["exp_alerts"]
+    }
+    assert {rule["alert"] for rule in alerts()} == fired
+    for rule in alerts():
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert set(rule["annotations"]) == {"summary", "remedy"}
+
+
+def run_alerts(promtool: Path, folder: Path, rules: str) -> str | None:
+    """Return what is wrong with alert rules by their tests, None if nothing is."""
+    (folder / "alerts.yml").write_text(rules)
+    shutil.copy(ALERTS_TEST, folder)
+    shutil.copy(DEPLOY / "prometheus" / "prometheus.yml", folder)
+    run(promtool, "check", "config", folder / "prometheus.yml")
+    command = [str(promtool), "test", "rules", ALERTS_TEST.name]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_the_alerts_fire_at_their_causes_alone(tmp_path: Path) -> None:
+    promtool = present_prometheus("promtool")
+    if promtool is None:
+        pytest.skip("no promtool: `pytest --slow` downloads it")
+    rules = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    assert run_alerts(promtool, tmp_path, rules) is None
+
+
+@pytest.mark.slow
+def test_alerts_with_another_limit_or_label_fail_their_tests(tmp_path: Path) -> None:
+    try:
+        promtool = find_prometheus("promtool")
+    except PrometheusError as error:
+        pytest.skip(str(error))
+    rules = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    assert run_alerts(promtool, tmp_path, rules) is None
+    changes = [
+        (r"> 0\.02", "> 0.2"),
+        ('status="5xx"', 'status=~"[45]xx"'),
+        ('outcome="failed"', 'outcome=~"failed|refused"'),
+        (r"^ +> 5$", "          > 50"),
+        ("> 0.95", "> 1"),
+        ('reason="media_not_allowed"', 'reason!=""'),
+        (r"^ +- sum by .*$", ""),
+        ("for: 30m", "for: 3m"),
+        ("up{job=.* or ", ""),
+    ]
+    for pattern, replacement in changes:
+        changed = re.sub(pattern, replacement, rules, flags=re.M)
+        assert changed != rules, pattern
+        assert run_alerts(promtool, tmp_path, changed), pattern
 
 
 # ---- Kubernetes ----
@@ -824,6 +933,78 @@ def test_the_network_policy_is_valid_and_lets_the_charts_router_in(tmp_path: Pat
     assert {"podSelector": {"matchLabels": router}} in rule["from"]
 
 
+def engine_labels() -> dict[str, str]:
+    """Return the labels that every engine has, however it is started."""
+    found: dict[str, str] = manifest("pod-disruption-budget.yaml")["spec"]["selector"][
+        "matchLabels"
+    ]
+    return found
+
+
+def manifest(file: str) -> dict[str, Any]:
+    """Return the one resource of a file."""
+    found: dict[str, Any] = yaml.safe_load((KUBERNETES / file).read_text())
+    return found
+
+
+@pytest.mark.parametrize("file", ["pod-disruption-budget.yaml", "ingress.yaml", "models.yaml"])
+def test_the_manifests_are_valid(tmp_path: Path, file: str) -> None:
+    validate(tmp_path, manifest(file))
+
+
+def test_one_engine_always_stays_and_both_ways_to_start_one_are_meant() -> None:
+    assert manifest("pod-disruption-budget.yaml")["spec"]["minAvailable"] == 1
+    values, _ = production_stack()
+    assert engine_labels().items() <= values["servingEngineSpec"]["labels"].items()
+    assert engine_labels().items() <= kserve()["spec"]["predictor"]["labels"].items()
+
+
+def test_the_service_monitor_finds_every_engine_with_the_job_of_the_alerts(tmp_path: Path) -> None:
+    text = (KUBERNETES / "service-monitor.yaml").read_text()
+    service, monitor = yaml.safe_load_all(text)
+    validate(tmp_path, service)
+    assert service["spec"]["selector"] == engine_labels()
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert (
+        monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    )
+    (endpoint,) = monitor["spec"]["endpoints"]
+    (port,) = service["spec"]["ports"]
+    assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
+    job = service["metadata"]["labels"][monitor["spec"]["jobLabel"]]
+    assert f'job="{job}"' in (DEPLOY / "prometheus" / "alerts.yml").read_text()
+
+
+def test_models_outlive_the_pods(services: dict[str, Any]) -> None:
+    claim = manifest("models.yaml")
+    predictor = kserve()["spec"]["predictor"]
+    (volume,) = [volume for volume in predictor["volumes"] if "persistentVolumeClaim" in volume]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    # Several replicas share it.
+    assert predictor["maxReplicas"] > 1
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    _, model = production_stack()
+    assert model["replicaCount"] > 1
+    assert model["pvcAccessMode"] == ["ReadWriteMany"]
+    (mount,) = [
+        mount
+        for mount in predictor["containers"][0]["volumeMounts"]
+        if mount["name"] == volume["name"]
+    ]
+    # Where huggingface_hub keeps models by itself, in the home of the GPU image's user.
+    home = variables(stages("Dockerfile")[-1], {})["HOME"]
+    assert mount["mountPath"] == f"{home}/.cache/huggingface"
+    for name in ("gpu", "cpu"):
+        targets = {each["target"]: each for each in services[f"server-{name}"]["volumes"]}
+        assert targets[home]["type"] == "volume"
+
+
+def test_the_patch_of_the_charts_deployment_is_valid(tmp_path: Path) -> None:
+    patch = manifest("drain-patch.yaml")["spec"]["template"]["spec"]
+    patch["containers"][0]["image"] = "image"
+    validate(tmp_path, pod(patch))
+
+
 def test_the_pod_of_the_inference_service_is_valid(tmp_path: Path) -> None:
     service = kserve()
     assert (service["apiVersion"], service["kind"]) == (
@@ -833,6 +1014,7 @@ def test_the_pod_of_the_inference_service_is_valid(tmp_path: Path) -> None:
     # A predictor is a pod's spec and KServe's scaling.
     predictor = dict(service["spec"]["predictor"])
     assert predictor.pop("minReplicas") <= predictor.pop("maxReplicas")
+    assert predictor.pop("labels") == engine_labels()
     validate(tmp_path, pod(predictor))
     assert_closed(predictor["securityContext"], predictor["containers"][0]["securityContext"])
 

@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm import num_retained_tokens
-from tests.families import Family, Question, ask, build_draft, largest_difference, observe
+from tests.families import (
+    FAMILIES,
+    VARIANTS,
+    Family,
+    Question,
+    ask,
+    build_draft,
+    largest_difference,
+    observe,
+)
 
 NUM_BEHIND = 24
 """Tokens of the prompt of ``Family.other`` behind its video."""
-M_ROPE = ["qwen2_5_vl", "qwen3_vl"]
-"""Families whose rows carry their own positions."""
 
 
-@pytest.fixture(params=["llava_next_video", *M_ROPE])
+@pytest.fixture(
+    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     return families[request.param]
 
@@ -48,21 +57,24 @@ def test_chunked_prefill_and_mixed_ratios_at_once_answer_as_one_step_alone(
 ) -> None:
     questions = [*family.single, *family.several]
     for question, answer in zip(questions, family.chunked[0], strict=True):
-        assert largest_difference(answer, family.whole[question]) < 1e-4, question
+        assert largest_difference(answer, family.whole[question]) < family.tolerance, question
 
 
 def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(family: Family) -> None:
     again = [*family.single, *family.several][::-1]
     for questions, answers in ((again, family.chunked[1]), (family.several, family.chunked[2])):
         for question, answer in zip(questions, answers, strict=True):
-            assert largest_difference(answer, family.whole[question]) < 1e-4, question
-        assert not questions or sum(answer.num_cached_tokens for answer in answers) > 0
+            assert largest_difference(answer, family.whole[question]) < family.tolerance, question
+        num_cached = sum(answer.num_cached_tokens for answer in answers)
+        assert not questions or (num_cached > 0) == family.caches_prefixes
 
 
 def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family) -> None:
-    (answer,) = family.chunked[3]
+    if not family.caches_prefixes:
+        pytest.skip("vLLM's Mamba2 kernel for CPUs returns no states to cache")
+    (answer,) = family.chunked[4]
     assert 64 < answer.num_cached_tokens < answer.num_prompt_tokens - NUM_BEHIND
-    assert largest_difference(answer, family.whole[family.other]) < 1e-4
+    assert largest_difference(answer, family.whole[family.other]) < family.tolerance
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every command of the README is run, or marked as needing a GPU; every example holds."""
+"""Every command of the README and the docs is run, or marked as needing a GPU; examples hold."""
 
 from __future__ import annotations
 
@@ -19,41 +19,70 @@ from tests.conftest import DEMO_CLIP_TOKENS
 from tests.serving import OneServer, Server
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+"""All pages but ``deploy/README.md``, which ``test_deploy.py`` holds to its commands."""
+README, API, LIBRARY = (ROOT / name for name in ("README.md", "docs/api.md", "docs/library.md"))
+ACCURACY, SHOW = ROOT / "docs" / "accuracy.md", ROOT / "docs" / "web-page.md"
+BY_SKILL = ROOT / "docs" / "accuracy-by-skill.md"
+METHOD = ROOT / "docs" / "adding-a-method.md"
 MARK = "<!-- needs a GPU -->"
 PORT = "localhost:8000"
 
 
-def blocks(language: str) -> list[str]:
-    """Return the README's code blocks of a language that are not marked as needing a GPU."""
-    found = re.findall(rf"(^{re.escape(MARK)}\n)?^```{language}\n(.*?)^```$", README, re.M | re.S)
+def blocks(page: Path, language: str) -> list[str]:
+    """Return a page's code blocks of a language that are not marked as needing a GPU."""
+    found = re.findall(
+        rf"(^{re.escape(MARK)}\n)?^ *```{language}\n(.*?)^ *```$", page.read_text(), re.M | re.S
+    )
     return [text for mark, text in found if not mark]
 
 
-def test_shell_blocks_are_those_that_are_run_here() -> None:
-    assert [block.split("\n")[0] for block in blocks("sh")] == [
-        "make demo",
-        "VIDEO=$(base64 -w0 scissor_vllm/demo/clip.mp4)",
-        ".venv/bin/scissor-vllm show scissor_vllm/demo/clip.mp4 --retention-ratio 0.5 0.25 0.1 "
-        "--output build/show",
-        "make bench",
-        "make accuracy",
-        ".venv/bin/python -m bench.accuracy table bench/results/accuracy-demo-h100.json --common",
-    ]
-    assert len(blocks("python")) == 2
-    assert len(blocks("json")) == 1
-    # Of the make targets in the text, `make test` runs this and `make serve` is `server`'s command.
-    assert set(re.findall(r"`?make (\w+)", README)) == {
-        "accuracy",
-        "bench",
-        "demo",
-        "serve",
-        "test",
+RUN_HERE = {
+    (README, "sh"): ["make demo", "VIDEO=$(base64 -w0 scissor_vllm/demo/clip.mp4)"],
+    (README, "python"): ["import torch"],
+    (API, "python"): ["import base64"],
+    (API, "json"): ['"video_compression": {'],
+    (LIBRARY, "python"): ["import torch", "import torch"],
+    (METHOD, "python"): ["import torch"],
+    (SHOW, "sh"): [".venv/bin/scissor-vllm show scissor_vllm/demo/clip.mp4"],
+    (ROOT / "docs" / "load-test.md", "sh"): ["make bench"],
+    (ACCURACY, "sh"): [".venv/bin/python -m bench.accuracy table", "make accuracy"],
+    (BY_SKILL, "sh"): [
+        ".venv/bin/python -m bench.world.heldout",
+        ".venv/bin/python -m bench.accuracy table",
+    ],
+}
+"""What the blocks begin with that a test of this file runs, by page and language."""
+
+
+def test_the_blocks_are_those_that_are_run_here() -> None:
+    begins = {
+        (page, language): [block.split("\n")[0] for block in found]
+        for page in PAGES
+        for language in ("sh", "python", "json", "bash", "shell", "console", "py")
+        if (found := blocks(page, language))
     }
+    assert begins.keys() == RUN_HERE.keys()
+    for place, expected in RUN_HERE.items():
+        assert len(begins[place]) == len(expected), place
+        for line, begin in zip(begins[place], expected, strict=True):
+            assert line.startswith(begin), place
+
+
+def test_a_block_says_its_language() -> None:
+    """So that none is left out of the test above."""
+    known = {"sh", "python", "json", "text", "yaml"}
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", page.read_text(), re.M)
+        assert len(fences) % 2 == 0, page
+        assert set(fences[::2]) <= known, page
 
 
 def test_the_python_client_works(server: Server) -> None:
-    client, _ = blocks("python")
+    (client,) = blocks(API, "python")
     run = subprocess.run(
         [sys.executable, "-c", client.replace(PORT, f"127.0.0.1:{server.port}")],
         capture_output=True,
@@ -69,7 +98,7 @@ def test_the_python_client_works(server: Server) -> None:
 
 
 def test_curl_gets_the_documented_answer(server: Server) -> None:
-    command = blocks("sh")[1].replace(PORT, f"127.0.0.1:{server.port}")
+    command = blocks(README, "sh")[1].replace(PORT, f"127.0.0.1:{server.port}")
     run = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT
     )
@@ -80,28 +109,27 @@ def test_curl_gets_the_documented_answer(server: Server) -> None:
 
 
 def test_show_writes_the_page_and_a_picture_a_ratio() -> None:
-    command = blocks("sh")[2]
+    (command,) = blocks(SHOW, "sh")
     subprocess.run(["bash", "-c", command], check=True, timeout=300, cwd=ROOT)
     left = {path.name for path in (ROOT / "build" / "show").iterdir()}
     assert left >= {"show.html", "show-0.5.png", "show-0.25.png", "show-0.1.png"}
 
 
 def documented_compression() -> dict[str, float]:
-    (text,) = blocks("json")
+    (text,) = blocks(API, "json")
     documented: dict[str, float] = json.loads("{" + text + "}")["video_compression"]
     return documented
 
 
-def test_the_library_example_runs() -> None:
-    _, library = blocks("python")
-    exec(compile(library, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", [README, LIBRARY, METHOD], ids=lambda page: str(page.name))
+def test_the_library_examples_run(page: Path) -> None:
+    for example in blocks(page, "python"):
+        exec(compile(example, str(page), "exec"), {})
 
 
 def test_the_quoted_numbers_hold() -> None:
     assert num_retained_tokens(30, 0.1) == 3
     assert 32 * 196 == 6272
-    for path in re.findall(r"(?:scissor_vllm|bench|deploy)/[\w./-]+", README):
-        assert (ROOT / path.rstrip(".")).exists(), path
 
 
 def test_make_demo_prints_the_table_and_stops_its_server(servers: OneServer) -> None:
@@ -197,23 +225,56 @@ def test_make_bench_starts_a_server_and_stops_it(servers: OneServer, tmp_path: P
     assert "server stopped" in run_recipe([[*measure, *few]])
 
 
-def test_the_accuracies_are_what_the_command_prints() -> None:
-    command = shlex.split(blocks("sh")[-1])
-    assert command.pop(0) == ".venv/bin/python"
+def printed_tables(command: str) -> list[str]:
+    """Return what a documented command prints, part by part."""
+    program, *arguments = shlex.split(command)
+    assert program == ".venv/bin/python"
     run = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert run.returncode == 0, run.stderr
-    printed = re.findall(r"^\| ([a-z][\w-]*) +\|(.*)\|$", run.stdout.split("\n\n")[1], re.M)
+    return run.stdout.split("\n\n")
+
+
+def test_the_accuracies_are_what_the_command_prints() -> None:
+    printed = re.findall(
+        r"^\| ([a-z][\w-]*) +\|(.*)\|$", printed_tables(blocks(ACCURACY, "sh")[0])[1], re.M
+    )
     expected = {label: re.findall(r"([\d.]+) \(", cells) for label, cells in printed}
-    (section,) = re.findall(r"^## Accuracy\n(.*)", README, re.M | re.S)
-    quoted = re.findall(r"^\| `([\w-]+)` \|([\d. |]+)\|$", section, re.M)
-    assert {label: re.findall(r"[\d.]+", cells) for label, cells in quoted} == expected
     assert len(expected) == 8
+    quoted = accuracies(ACCURACY)
+    assert {label: list(cells.values()) for label, cells in quoted.items()} == expected
+    in_short = accuracies(README)
+    assert len(in_short) >= 4
+    for label, cells in in_short.items():
+        assert cells == {ratio: quoted[label][ratio] for ratio in cells}, label
+
+
+def accuracies(page: Path) -> dict[str, dict[str, str]]:
+    """Return a page's accuracies by method and ratio."""
+    ((head, body),) = re.findall(
+        r"^\| \| (1\.0 \| [\d. |]+) \|\n\|[- |]+\n((?:\| `.*\n)+)", page.read_text(), re.M
+    )
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\|([\d. |]+)\|$", body, re.M)
+    ratios = head.split(" | ")
+    return {
+        label: dict(zip(ratios, re.findall(r"[\d.]+", cells), strict=True)) for label, cells in rows
+    }
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_accuracy_by_skill_run(tmp_path: Path) -> None:
+    clips, table = blocks(BY_SKILL, "sh")
+    assert printed_tables(table)
+    command = clips.replace("build/validation", str(tmp_path)).replace(
+        "--num-per-skill 6", "--num-per-skill 1"
+    )
+    subprocess.run(["bash", "-ec", command], check=True, timeout=900, cwd=ROOT)
+    assert len(list((tmp_path / "videos").iterdir())) == len(SKILLS)
 
 
 def test_the_flags_of_the_load_test_exist() -> None:
-    (section,) = re.findall(r"^## Load test\n(.*?)^## ", README, re.M | re.S)
+    section = (ROOT / "docs" / "load-test.md").read_text()
     helped = {
         part: subprocess.run(
             [sys.executable, "-m", "scissor_vllm.cli", "bench", *part, "--help"],
@@ -229,5 +290,5 @@ def test_the_flags_of_the_load_test_exist() -> None:
     for part, arguments in commands:
         for flag in re.findall(r"--[\w-]+", arguments):
             assert flag in helped[(part,) if part else ()], flag
-    for flag in re.findall(r"`(?:bench plot )?(--[\w-]+)", section):
+    for flag in re.findall(r"`(?:bench plot )?(--(?!append)[\w-]+)", section):
         assert any(flag in text for text in helped.values()), flag

@@ -16,6 +16,10 @@ from scissor_vllm.settings import RetentionPolicy
 
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)
 sizes = st.integers(1, 10**7)
+REFUSAL = (
+    "^retention_ratio must be a number above 0 and at most 1, got .*: it is the fraction of video "
+    "tokens to keep, 1.0 keeps all$"
+)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +108,38 @@ def test_a_larger_ratio_never_keeps_less(num_tokens: int, pair: tuple[float, flo
     ],
 )  # fmt: skip
 def test_ratio_outside_zero_to_one_is_a_value_error(ratio: float) -> None:
-    with pytest.raises(ValueError, match="retention_ratio must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=REFUSAL):
         num_retained_tokens(100, ratio)
 
 
 @pytest.mark.parametrize("ratio", [True, False, "0.1", None, [0.1]])
 def test_ratio_that_is_no_number_is_a_type_error(ratio: float) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=REFUSAL):
         num_retained_tokens(100, ratio)
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "nan", "half", "", "10%"])
+def test_a_command_line_refuses_what_is_no_ratio_by_the_same_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match=REFUSAL):
+        parse_retention_ratio(text)
+    assert parse_retention_ratio("0.25") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (2, "2"), (1.5, "1.5"), (float("nan"), "NaN"), ("0.5", '"0.5"'), (True, "true"),
+        (None, "null"), ([0.5] * 9999, "an array"), ({"a": 1}, "an object"),
+        pytest.param(10**9999, "a very large integer", id="large"),
+        ("x" * 9999, '"' + "x" * 40 + '..."'),
+        (Decimal("1.1"), "1.1"), (Fraction(3, 2), "3/2"),
+    ],
+)  # fmt: skip
+def test_a_refusal_shows_the_value_as_json_has_it(value: object, shown: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as refused:
+        check_retention_ratio(value)
+    assert f"got {shown}: " in str(refused.value)
+    assert len(str(refused.value)) < 200
 
 
 @pytest.mark.parametrize("num_tokens", [0, -1, -100])

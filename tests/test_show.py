@@ -37,7 +37,7 @@ from scissor_vllm.show.picture import (
     in_frames,
     strip_rows,
 )
-from scissor_vllm.show.png import draw, drawn_cells
+from scissor_vllm.show.png import STRIP_ROWS, draw, drawn_cells
 from tests.browser import Page, open_page
 from tests.families import Media, build_qwen2_5_vl, build_qwen3_vl
 from tests.serving import compress_as_served
@@ -184,12 +184,28 @@ def test_colors_of_tokens_that_follow_each_other_are_told_apart() -> None:
     assert np.abs(np.diff(made, axis=0)).sum(axis=1).min() > 60
 
 
-def test_the_strip_shows_the_largest_from_the_first_frame_on() -> None:
+def test_the_strip_is_ordered_by_first_frame_and_size() -> None:
     picture = small_picture([0, 1, 1, 1, 2, 2, 0, 3, 4, 4, 4, 4], 5, frames=3)
     counts = in_frames(picture.cells(picture.groupings[0]), 5)
     assert counts.tolist() == [[1, 1, 0], [3, 0, 0], [0, 2, 0], [0, 1, 0], [0, 0, 4]]
     assert strip_rows(counts, 5).tolist() == [1, 0, 2, 3, 4]
-    assert strip_rows(counts, 2).tolist() == [1, 4]
+    assert strip_rows(counts, 2).tolist() == [0, 3]
+    assert strip_rows(counts[:0], 2).tolist() == []
+
+
+@pytest.mark.parametrize("num_first", [(121, 124, 122, 117), (400, 3, 60, 21), (1, 1, 1, 600)])
+def test_a_frames_share_of_the_strip_is_its_share_of_the_kept_tokens(
+    num_first: tuple[int, ...],
+) -> None:
+    rng = np.random.default_rng(0)
+    first = np.repeat(np.arange(len(num_first)), num_first)
+    counts = np.zeros((len(first), len(num_first)), np.int64)
+    for row, frame in enumerate(first):
+        counts[row, frame:] = rng.integers(1, 4, len(num_first) - frame)
+    rows = strip_rows(counts, 160)
+    assert len(rows) == len(set(rows.tolist())) == min(160, len(counts))
+    drawn = np.bincount(first[rows], minlength=len(num_first))
+    assert np.abs(drawn - 160 * np.array(num_first) / sum(num_first)).max() <= 1
 
 
 def test_a_png_is_a_whole_picture_of_its_caption_frames_and_strip(shown: Path) -> None:
@@ -402,6 +418,38 @@ def test_the_arrow_keys_name_each_token_and_enter_shows_it_alone(page: Page) -> 
     assert page.evaluate("document.querySelector('.frames canvas').toDataURL()") == before
 
 
+def test_a_page_has_the_strip_of_a_png(page: Page) -> None:
+    page.focus("#picture-ratio")
+    page.press("End")
+    rows = page.evaluate("view.stripRows()")
+    grouping = data_of_page(page)["groupings"][-1]
+    assert grouping["num_retained"] > len(rows) == STRIP_ROWS
+    cells = np.array(rows_of(grouping["assignment"])).reshape(NUM_FRAMES, -1)
+    assert rows == strip_rows(in_frames(cells, grouping["num_retained"]), STRIP_ROWS).tolist()
+    page.press("Home")
+
+
+def test_a_narrow_page_scrolls_down_only(page: Page) -> None:
+    page.set_width(320)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    page.set_width(1200)
+
+
+def test_a_page_is_dark_where_that_is_preferred(page: Page) -> None:
+    script = "getComputedStyle(document.body)"
+    page.prefer("dark")
+    dark = [page.evaluate(f"{script}.{name}") for name in ("backgroundColor", "color")]
+    page.prefer("light")
+    light = [page.evaluate(f"{script}.{name}") for name in ("backgroundColor", "color")]
+    assert brightness(dark[0]) < 60 < 180 < brightness(dark[1])
+    assert brightness(light[1]) < 60 < 180 < brightness(light[0])
+
+
+def brightness(color: str) -> float:
+    """Return the mean of a CSS color's channels, 0..255."""
+    return float(np.mean([int(channel) for channel in re.findall(r"\d+", color)[:3]]))
+
+
 def test_a_page_has_the_colors_of_a_png(page: Page) -> None:
     ours = page.evaluate("[...Array(50).keys()].map(colorOf)")
     assert np.abs(np.array(ours) - colors(50).astype(int)).max() <= 1
@@ -413,4 +461,4 @@ def test_a_picture_of_many_kept_tokens_says_what_its_strip_leaves_out() -> None:
     assert draw(picture, picture.groupings[0]).height > 160 * 3
     from scissor_vllm.show.text import strip_caption
 
-    assert "160 of 200, the largest" in strip_caption(picture.groupings[0], 160)
+    assert "160 of 200, evenly sampled" in strip_caption(picture.groupings[0], 160)

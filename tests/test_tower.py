@@ -27,6 +27,7 @@ def make_compression(
     budget: int = 40,
     cache_gb: float = 0,
     lora: Any = None,
+    transfer: Any = None,
 ) -> VideoCompression:
     settings = {
         "video_compression": method,
@@ -37,6 +38,7 @@ def make_compression(
         lora_config=lora,
         model_config=SimpleNamespace(get_multimodal_config=lambda: mm_config),
         scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=budget),
+        ec_transfer_config=transfer,
     )
     return VideoCompression(config, TOKENS_PER_FRAME)
 
@@ -272,3 +274,8 @@ def counted() -> dict[str, float]:
         "other ratios": value("video_cache_cross_ratio_hits_total"),
         "found": value("similarity_threshold_count"),
     }
+
+
+def test_instances_that_send_embeddings_to_each_other_do_not_start() -> None:
+    with pytest.raises(ValueError, match="--ec-transfer-config and scissor_vllm exclude"):
+        make_compression(transfer=SimpleNamespace(is_ec_producer=True))

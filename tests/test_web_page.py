@@ -10,6 +10,7 @@ import pkgutil
 import re
 import shutil
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,16 +20,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastapi import HTTPException
+import uvicorn
+from fastapi import FastAPI, HTTPException
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.cli.options import add_page_options, apply_page_options
 from scissor_vllm.demo.client import CLIP, QUESTION
-from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.loadtest.process import free_port
+from scissor_vllm.settings import (
+    DEFAULT_RETENTION_RATIO,
+    DEFAULT_VIDEO_COMPRESSION,
+    RetentionPolicy,
+)
 from scissor_vllm.show import WORKER_EXTENSION
 from scissor_vllm.show.command import look
 from scissor_vllm.show.picture import Picture
-from scissor_vllm.show.web import PICTURE_PATH, POLICY, read_body
+from scissor_vllm.show.web import PICTURE_PATH, POLICY, attach_page, read_body, with_ratios
 from scissor_vllm.show.worker import PictureWorker
 from tests.browser import Page, open_page
 from tests.conftest import PAGE_KEY
@@ -101,6 +108,24 @@ def test_the_page_may_load_its_own_files_and_nothing_else(page_server: Server) -
     assert get(page_server, "/scissor/show.js")[0] == 404
 
 
+def test_the_pages_slider_begins_at_the_servers_default_and_ends_at_its_minimum(
+    page_server: Server,
+) -> None:
+    _, _, page = get(page_server, "/scissor")
+    assert 'min="0.02" max="1"' in page
+    assert f'value="{DEFAULT_RETENTION_RATIO}"' in page
+    assert "{{" not in page
+
+
+@pytest.mark.parametrize("policy", [RetentionPolicy(0.25, 0.05), RetentionPolicy(1.0, 0.001)])
+def test_a_page_has_the_ratios_of_its_server(policy: RetentionPolicy) -> None:
+    page = with_ratios((PAGE_FILES / "ask.html").read_text(), policy)
+    (slider,) = re.findall(r'<input type="range" id="ratio"[^>]*>', page)
+    found = {name: float(number) for name, number in re.findall(r'(min|max|value)="(.*?)"', slider)}
+    assert found == {"min": policy.min_ratio, "max": 1.0, "value": policy.default_ratio}
+    assert f'for="ratio">{policy.default_ratio}</output>' in page
+
+
 def test_a_picture_is_what_show_draws(page_server: Server, shown: Picture) -> None:
     # At 0.1 two thresholds leave enough components, and rounding chooses between them.
     status, drawn = post_picture(page_server, body_of(CLIP, "What is this?", ratio=0.25))
@@ -146,7 +171,7 @@ def test_a_picture_asks_for_the_key_of_the_api(page_server: Server) -> None:
     ("parts", "ratio", "complaint"),
     [
         ((CLIP, "?"), 0.01, "must be at least 0.02 on this server"),
-        ((CLIP, "?"), 2, "retention_ratio must be above 0 and at most 1"),
+        ((CLIP, "?"), 2, "retention_ratio must be a number above 0 and at most 1"),
         (("no video",), 0.1, "a picture is of one video, got 0"),
         ((CLIP, CLIP, "?"), 0.1, "a picture is of one video, got 2"),
     ],
@@ -308,6 +333,56 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
     browser.choose_file("#video", Path(shutil.copy(CLIP, tmp_path / "another.mp4")))
     browser.wait("find('answers').hidden && find('what-was-kept').hidden")
     assert browser.evaluate("document.querySelectorAll('#table tr, #picture canvas').length") == 0
+
+
+@pytest.fixture(scope="module")
+def page_url() -> Iterator[str]:
+    """The page's own routes without an engine, of a server with other ratios than the defaults."""
+    app = FastAPI()
+    app.state.retention_policy = RetentionPolicy(default_ratio=0.25, min_ratio=0.015)
+    attach_page(app, lambda request, state: None)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}/scissor"
+    server.should_exit = True
+    thread.join(timeout=30)
+
+
+def test_in_a_browser_the_slider_gives_the_servers_ratios_and_short_ones_between(
+    browser: Page, page_url: str
+) -> None:
+    browser.goto(page_url)
+    assert browser.evaluate("chosenRatio()") == 0.25
+    assert browser.text("#ratio-text") == "0.25"
+    browser.focus("#ratio")
+    browser.press("Home")
+    assert browser.evaluate("chosenRatio()") == 0.015
+    chosen = [0.015]
+    for _ in range(20):
+        browser.press("ArrowRight")
+        assert len(browser.text("#ratio-text")) <= len("0.025")
+        chosen.append(browser.evaluate("chosenRatio()"))
+    assert chosen == sorted(set(chosen))
+    browser.press("End")
+    assert browser.evaluate("chosenRatio()") == 1
+
+
+def test_in_a_browser_a_narrow_page_scrolls_down_only(browser: Page, page_url: str) -> None:
+    browser.goto(page_url)
+    browser.evaluate(
+        "for (const hidden of document.querySelectorAll('[hidden]')) hidden.hidden = false;"
+        "find('video-help').textContent = 'name'.repeat(50);"
+        "find('answer').textContent = 'answer'.repeat(50);"
+        "addRow('question'.repeat(50), {compression: null, usage: null, first: 1, whole: 2,"
+        " text: 'answer'.repeat(50)})"
+    )
+    browser.set_width(320)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 320
+    browser.set_width(1200, 1400)
 
 
 def test_in_a_browser_an_answer_and_its_picture_can_be_stopped(

@@ -30,7 +30,11 @@ def main() -> int:
     parser.add_argument(
         "--bench", action="store_true", help="also what makes clips and plots for the load test"
     )
-    parser.add_argument("--dev", action="store_true", help="also what tests and checks need")
+    parser.add_argument(
+        "--dev",
+        action="store_true",
+        help="also what tests, checks, docs and releases need",
+    )
     parser.add_argument(
         "--requirements-only", action="store_true", help="all but the project itself"
     )
@@ -74,7 +78,7 @@ def install(
     print("installing vLLM (CPU build) and what it needs", flush=True)
     files = ["requirements.txt"]
     files += ["requirements-bench.txt"] if bench or dev else []
-    files += ["requirements-dev.txt"] if dev else []
+    files += [f"requirements-{name}.txt" for name in ("dev", "docs", "release")] if dev else []
     wanted = [argument for name in files for argument in ("-r", str(HERE / name))]
     _run(
         [*pip, "--no-deps", *wanted],

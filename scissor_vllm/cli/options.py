@@ -1,4 +1,4 @@
-"""The options of ``scissor-vllm serve`` that ``vllm serve`` does not have, and what they set."""
+"""The options that ``scissor-vllm serve`` adds to ``vllm serve``, and their effect."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from scissor_vllm.settings import (
 
 GROUP = "Video compression"
 CPUS_FOR_API_SERVERS = 16
-"""From so many CPUs on, a second API server is worth a word."""
+"""Number of CPUs from which a second API server pays."""
 
 
 def refuse(message: str) -> SystemExit:
-    """Return what ends the command with a sentence."""
+    """Return an exit with a message for the terminal."""
     return SystemExit(f"scissor-vllm serve: {message}")
 
 
@@ -140,7 +140,7 @@ def _gigabytes(text: str) -> float:
 
 def _ratio(text: str) -> float:
     try:
-        return check_retention_ratio(float(text))
+        return parse_retention_ratio(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -177,7 +177,7 @@ def print_help() -> None:
 
 
 def given_options(argv: list[str]) -> list[str]:
-    """Return which of our options a command line has."""
+    """Return our options in a command line."""
     parser = _own_parser()
     known, _ = parser.parse_known_args(argv)
     return [
@@ -204,12 +204,12 @@ def apply_retention_options(args: argparse.Namespace) -> None:
     """Move our options into the engine's ``mm_processor_kwargs``, which reach every process.
 
     Raises:
-        SystemExit: the default ratio is below the minimum, a setting is no number or misspelt,
-            there is no such method of compression, or the model's videos are not compressed.
+        SystemExit: the default ratio is below the minimum, a setting is misspelt or not a number,
+            the method is unknown, or the model is not supported.
     """
     from scissor_vllm.compression import check_method
 
-    own = {
+    settings = {
         RETENTION_RATIO: args.default_retention_ratio,
         MIN_RETENTION_RATIO: args.min_retention_ratio,
         MAX_RETAINED_VIDEO_TOKENS: args.default_max_retained_video_tokens,
@@ -220,7 +220,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
     }
-    given = {key: value for key, value in own.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None}
     merged = {**(args.mm_processor_kwargs or {}), **given}
     try:
         check_method(RetentionPolicy.from_mm_processor_kwargs(merged).method)
@@ -233,7 +233,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
 
 
 def _check_model(args: argparse.Namespace, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError if a setting of ours is misspelt, or made for a model that has none."""
+    """Raise ValueError if one of our settings is misspelt or the model is not supported."""
     from scissor_vllm.models import MODELS
 
     architectures = None if OWN_KEYS.isdisjoint(kwargs) else architectures_of(args)
@@ -241,7 +241,7 @@ def _check_model(args: argparse.Namespace, kwargs: dict[str, Any]) -> None:
 
 
 def architectures_of(args: argparse.Namespace) -> list[str] | None:
-    """Return the architectures that a model's config names, None where vLLM alone can find it."""
+    """Return the architectures in a model's config, None if it cannot be read here."""
     from vllm.transformers_utils.config import get_config
 
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
@@ -252,14 +252,14 @@ def architectures_of(args: argparse.Namespace) -> list[str] | None:
             args.model_tag or args.model, args.trust_remote_code, args.revision, args.code_revision
         )
     except Exception:
-        # In a bucket, of another format, or not there: vLLM says so better, and later the API
-        # server checks again.
+        # The model may be in a bucket, in another format or missing. vLLM reports that, and the
+        # API server checks again.
         return None
     return list(config.architectures or [])
 
 
 def in_force(args: argparse.Namespace) -> str:
-    """Return what a server does with videos, in one line."""
+    """Return the settings in force as one log line."""
     kwargs = args.mm_processor_kwargs or {}
     policy = RetentionPolicy.from_mm_processor_kwargs(kwargs)
     sizes = CacheSizes.of(kwargs, args.mm_processor_cache_gb)
@@ -319,10 +319,10 @@ def add_page_options(parser: argparse.ArgumentParser) -> None:
 
 
 def apply_page_options(args: argparse.Namespace) -> None:
-    """Have the workers answer what the page asks them.
+    """Set the worker extension that makes the page's pictures.
 
     Raises:
-        SystemExit: the operator extends the workers by a class, and vLLM takes one.
+        SystemExit: the operator set another extension, and vLLM takes only one.
     """
     if not args.web_page:
         return

@@ -1,4 +1,4 @@
-"""``scissor-vllm serve``: ``vllm serve`` with compression, every flag of it taken."""
+"""``scissor-vllm serve``: ``vllm serve`` with compression. It takes every flag of vLLM."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
     apply_retention_options(args)
     bound_encoder_steps(args)
     apply_page_options(args)
+    choose_api_servers(args)
     args.process_metrics = has_own_metrics_directory and args.api_server_count in (None, 1)
     configure_logging_from_args(args)
     logger.info(in_force(args))
@@ -79,13 +80,13 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
 
 
 def _serve_stock(argv: list[str], reason: str) -> int:
-    """Serve as vLLM does by itself, since this release does not fit it."""
+    """Serve as stock vLLM, because this vLLM is not supported."""
     if given := given_options(argv):
         raise refuse(f"{', '.join(given)} cannot be honoured: {reason}")
     if argv[:1] == [DEMO_MODEL]:
         raise refuse(f"the demo shows compression: {reason}")
     warn_once(reason)
-    # The plugin stays, to refuse ratios.
+    # The plugin stays loaded to refuse ratios.
     name_plugin(os.environ)
     try:
         command, args = _parsed(argv)
@@ -99,7 +100,7 @@ def _serve_stock(argv: list[str], reason: str) -> int:
 def _parsed(
     argv: list[str], *add_options: Callable[[argparse.ArgumentParser], None]
 ) -> tuple[Any, argparse.Namespace]:
-    """Return vLLM's command and its arguments, with those that are added."""
+    """Return vLLM's command and the parsed arguments, our options included."""
     # vLLM reads the environment as it is imported.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -132,7 +133,7 @@ def name_plugin(environment: MutableMapping[str, str]) -> None:
     """
     named = environment.get("VLLM_PLUGINS")
     if named is None:
-        # Endpoint plugins of others load only when named, and nobody named them.
+        # Endpoint plugins load only when named, so other packages' endpoints are left out.
         groups = ("general", "io_processor", "platform", "stat_logger")
         names = {e.name for group in groups for e in entry_points(group=f"vllm.{group}_plugins")}
     else:

@@ -1,7 +1,7 @@
-"""Compression of one video's tokens, in torch alone: (tokens, K) to (K tokens, who went where).
+"""Compression of one video's tokens in torch: (tokens, K) to (K tokens, assignment).
 
-A method is a function of that form, found by its name with :func:`get_compressor`. This package
-knows no model, no server and no vLLM.
+A method is a function of this form. :func:`get_compressor` returns it by name. The package knows no
+model, no server and no vLLM.
 """
 
 from scissor_vllm.compression.methods import METHODS, check_method, get_compressor

@@ -1,6 +1,6 @@
-"""SCC with a step left out, to measure what the step is worth.
+"""SCC without one of its steps, to measure the gain of the step.
 
-All are single linkage with a budget, and merge as SCC does. ``represent`` in ``scc.py`` is the
+Both are single linkage with a budget, and merge as SCC does. ``represent`` in ``scc.py`` is the
 third ablation: both steps without the merge.
 """
 
@@ -70,7 +70,7 @@ def _linked(sets: torch.Tensor, dtype: torch.dtype, num_retained: int) -> Compre
     num_nodes = num_sets * size
     num_joined = num_nodes - num_retained
     labels = forest_labels(num_nodes, trees.left[:num_joined], trees.right[:num_joined])
-    # Joined is what lies above the strongest edge that is not.
+    # Edges above the strongest edge outside of the cut are joined.
     threshold = float(trees.weight[num_joined]) if num_joined < len(trees.weight) else -1.0
     parts = in_order(labels, degrees(similarity, threshold), num_retained)
     return _compressed(sets, dtype, parts, threshold)

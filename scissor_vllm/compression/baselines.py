@@ -1,4 +1,4 @@
-"""Baselines that select tokens without comparing them: by chance, and by length."""
+"""Baselines that select tokens without comparing them: at random, and by norm."""
 
 import torch
 
@@ -7,14 +7,14 @@ from scissor_vllm.compression.selection import selected
 from scissor_vllm.compression.validation import check_finite, check_num_retained, check_tokens
 
 SEED = 2506_21862
-"""Of ``random``; with the video's T and P it makes the generator's seed."""
+"""Seed of ``random``, combined with the video's T and P."""
 
 
 def select_randomly(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
-    """Return K tokens by chance, each as likely as any other, in order.
+    """Return K tokens drawn uniformly without replacement, in order.
 
-    The choice follows from T, P and K alone, so a video's is the same on every run and device, and
-    that of a smaller K is part of that of a larger one.
+    The choice depends on T, P and K only, so it is the same on every run and device. The tokens of
+    a smaller K are a subset of those of a larger K.
 
     Args:
         tokens: (T, P, D) floating, one video; N = T*P.
@@ -34,7 +34,7 @@ def select_randomly(tokens: torch.Tensor, num_retained: int) -> CompressedTokens
 
 @torch.no_grad()
 def select_longest(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
-    """Return the K tokens of largest Euclidean norm, in order; of equal ones the first.
+    """Return the K tokens of largest Euclidean norm, in order; ties go to the first.
 
     Args:
         tokens: (T, P, D) floating, one video; N = T*P. Norms are float64.
@@ -46,7 +46,7 @@ def select_longest(tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
     check_num_retained(num_retained, check_tokens(tokens))
     frames = tokens.float()
     check_finite(frames)
-    # Frame by frame: float64 copies of all tokens would be four times what they are.
+    # Frame by frame, because float64 copies of all tokens would take four times their memory.
     norms = torch.cat([torch.linalg.vector_norm(frame.double(), dim=1) for frame in frames])
     order = torch.sort(norms, descending=True, stable=True).indices
     return selected(tokens, order[:num_retained])

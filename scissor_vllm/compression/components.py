@@ -1,7 +1,6 @@
 """Connected components and maximum spanning trees of similarity graphs, vectorised in torch.
 
-Nodes of all sets are numbered through: node i of set b is ``b * n + i``. Labels are the lowest
-node of a component.
+Node i of set b has the index ``b * n + i``. The label of a component is its lowest node.
 """
 
 from dataclasses import dataclass
@@ -54,15 +53,20 @@ def forest_labels(num_nodes: int, left: torch.Tensor, right: torch.Tensor) -> to
 
 
 def _union(labels: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return labels after the components at the two ends of every edge became one."""
+    """Return labels after joining the components at both ends of every edge."""
     while True:
-        one, other = labels[left], labels[right]
-        apart = one != other
+        label, other_label = labels[left], labels[right]
+        apart = label != other_label
         if not apart.any():
             return labels
-        left, right, one, other = left[apart], right[apart], one[apart], other[apart]
-        lower = torch.minimum(one, other)
-        labels = _join(labels, torch.cat([one, other]), torch.cat([lower, lower]))
+        left, right, label, other_label = (
+            left[apart],
+            right[apart],
+            label[apart],
+            other_label[apart],
+        )
+        lower = torch.minimum(label, other_label)
+        labels = _join(labels, torch.cat([label, other_label]), torch.cat([lower, lower]))
 
 
 def _join(labels: torch.Tensor, which: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
@@ -76,12 +80,12 @@ def _join(labels: torch.Tensor, which: torch.Tensor, lower: torch.Tensor) -> tor
 
 
 def count_components(labels: torch.Tensor) -> int:
-    """Return the number of components. One host synchronisation."""
+    """Return the number of components. One host synchronization."""
     return int((labels == torch.arange(len(labels), device=labels.device)).sum())
 
 
 def by_lowest_node(labels: torch.Tensor, num_parts: int) -> Components:
-    """Return the parts by their lowest node, where their number is known."""
+    """Return the parts by their lowest node, given their number."""
     is_root = labels == torch.arange(len(labels), device=labels.device)
     return Components((torch.cumsum(is_root, 0) - 1)[labels], num_parts)
 
@@ -108,7 +112,7 @@ def in_order(labels: torch.Tensor, degree: torch.Tensor, num_parts: int) -> Comp
     highest = torch.zeros_like(degree).scatter_reduce(0, labels, degree, "amax")
     leads = degree == highest[labels]
     candidate = torch.where(leads, nodes, len(nodes))
-    # A label that no part has is led by none and comes after all.
+    # A label without a part has no lead token and sorts last.
     lead = torch.full_like(nodes, len(nodes)).scatter_reduce(0, labels, candidate, "amin")
     number = torch.empty_like(nodes).scatter(0, torch.argsort(lead, stable=True), nodes)
     return Components(number[labels], num_parts)
@@ -118,7 +122,7 @@ def maximum_spanning_trees(similarity: AnySimilarity) -> SpanningTrees:
     """Return the maximum spanning tree of every set, of every window in it, by Boruvka's rounds.
 
     Edges are ordered by weight, then by their nodes, so the trees are unique and every cut of them
-    is that of Kruskal's algorithm. One host synchronisation a round, at most log2(n) + 1.
+    is that of Kruskal's algorithm. One host synchronization a round, at most log2(n) + 1.
     """
     size, num_nodes = similarity.size, similarity.num_sets * similarity.size
     nodes = torch.arange(num_nodes, device=similarity.device)
@@ -128,9 +132,9 @@ def maximum_spanning_trees(similarity: AnySimilarity) -> SpanningTrees:
     weights = [torch.empty(0, dtype=torch.float32, device=similarity.device)]
     edges = [nodes[:0]]
     while True:
-        weight, other = _strongest_outgoing(similarity, labels)
-        other = other + first_of_set
-        edge = torch.minimum(nodes, other) * num_nodes + torch.maximum(nodes, other)
+        weight, neighbor = _strongest_outgoing(similarity, labels)
+        neighbor = neighbor + first_of_set
+        edge = torch.minimum(nodes, neighbor) * num_nodes + torch.maximum(nodes, neighbor)
         best = torch.full_like(weight, -torch.inf).scatter_reduce(0, labels, weight, "amax")
         growing = (labels == nodes) & (best > -torch.inf)
         if not growing.any():
@@ -140,7 +144,7 @@ def maximum_spanning_trees(similarity: AnySimilarity) -> SpanningTrees:
         chosen = torch.where(growing, chosen, nodes * (num_nodes + 1))
         left, right = chosen // num_nodes, chosen % num_nodes
         beyond = labels[left] + labels[right] - nodes
-        # Two components may choose the same edge: the lower one brings it.
+        # Two components may choose the same edge; the lower component keeps it.
         brings = growing & ((chosen[beyond] != chosen) | (nodes < beyond))
         weights.append(torch.where(brings, best, -torch.inf))
         edges.append(torch.where(brings, chosen, no_edge))
@@ -162,9 +166,9 @@ def _strongest_outgoing(
     """
     by_set = labels.view(similarity.num_sets, similarity.size)
     weight = torch.empty(by_set.shape, dtype=torch.float32, device=similarity.device)
-    other = torch.empty_like(by_set)
+    neighbor = torch.empty_like(by_set)
     for sets, rows, columns, cosines in similarity.blocks():
         inside = by_set[sets, rows, None] == by_set[sets, None, columns]
         strongest, column = cosines.masked_fill(inside, -torch.inf).max(dim=2)
-        weight[sets, rows], other[sets, rows] = strongest, column + columns.start
-    return weight.view(-1), other.view(-1)
+        weight[sets, rows], neighbor[sets, rows] = strongest, column + columns.start
+    return weight.view(-1), neighbor.view(-1)

@@ -1,4 +1,4 @@
-"""Which of a row's members tells its place in the video, where a model asks for one."""
+"""Representative members of rows, for models that need a position for each row."""
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -7,26 +7,26 @@ from scissor_vllm.compression.result import CompressedTokens
 from scissor_vllm.compression.sums import sizes, sums
 
 _TOKENS_AT_ONCE = 4096
-"""Tokens that are held in float32 at a time: 56 MiB of 3584 values each."""
+"""Most tokens in float32 at a time: 56 MiB at 3584 values each."""
 
 
 @torch.no_grad()
 def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -> torch.Tensor:
-    """Return of each row the member nearest to it, (K,) int64 in 0..N-1.
+    """Return the member nearest to each row, (K,) int64 in 0..N-1.
 
-    Nearest is of highest cosine, computed in float32; of equals the first. A row that no token was
-    merged into stands where the row before it does. No look of the host.
+    The nearest member has the highest cosine, computed in float32; ties go to the first. A row
+    without members takes the member of the row before it. No host synchronization.
 
     Args:
-        tokens: (T, P, D) floating, what was compressed; N = T*P.
-        compressed: what it was compressed to, on the same device.
+        tokens: (T, P, D) floating, the input of compression; N = T*P.
+        compressed: its output, on the same device.
     """
     flat = tokens.reshape(-1, tokens.shape[-1])
     rows, assignment = compressed.tokens, compressed.assignment
     likeness = torch.cat(
         [
-            cosine_similarity(few.float(), rows[row_of.clamp(min=0)].float(), dim=-1)
-            for few, row_of in zip(
+            cosine_similarity(block.float(), rows[row_of.clamp(min=0)].float(), dim=-1)
+            for block, row_of in zip(
                 flat.split(_TOKENS_AT_ONCE), assignment.split(_TOKENS_AT_ONCE), strict=True
             )
         ]
@@ -46,12 +46,13 @@ def representative_members(tokens: torch.Tensor, compressed: CompressedTokens) -
 def member_means(
     values: torch.Tensor, assignment: torch.Tensor, members: torch.Tensor
 ) -> torch.Tensor:
-    """Return of each row the mean of its members' values, (K, E) in their dtype.
+    """Return the mean of the members' values for each row, (K, E) in their dtype.
 
     Args:
-        values: (N, E) floating, what else there is of the tokens that were compressed.
-        assignment: (N,) int64, which row each was merged into, -1 for none.
-        members: (K,) int64, the representative member of each row: a row of no members has its.
+        values: (N, E) floating, further values of the compressed tokens.
+        assignment: (N,) int64, the row of each token, -1 for none.
+        members: (K,) int64, the representative member of each row. A row without members takes its
+            values.
     """
     num_rows = len(members)
     row_of = _row_of(assignment, num_rows)
@@ -62,13 +63,13 @@ def member_means(
 
 
 def _row_of(assignment: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return the row of each token, dropped ones in a row of their own behind all others."""
+    """Return the row of each token, with dropped tokens in an extra last row."""
     return torch.where(assignment < 0, num_rows, assignment)
 
 
 def _filled(numbers: torch.Tensor, missing: int) -> torch.Tensor:
-    """Return the numbers with the last one before it in place of each that is missing, or 0."""
+    """Return the numbers with each missing one replaced by the number before it, or 0."""
     place = torch.arange(len(numbers), device=numbers.device)
     last = torch.where(numbers == missing, 0, place).cummax(0).values
-    found = numbers[last]
-    return torch.where(found == missing, 0, found)
+    filled = numbers[last]
+    return torch.where(filled == missing, 0, filled)

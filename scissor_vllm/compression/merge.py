@@ -1,4 +1,4 @@
-"""The last step: every token is merged into the representative that it resembles most."""
+"""The last step: every token is merged into its most similar representative."""
 
 from collections.abc import Sequence
 
@@ -13,25 +13,24 @@ def merged(
     representatives: torch.Tensor,
     windows: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (representative + sum of its tokens) / (number of its tokens + 1), and whose they are.
+    """Return (representative + sum of its tokens) / (number of its tokens + 1), and the assignment.
 
     Args:
         flat: (N, D) float32, all tokens of a video.
         representatives: (K, D) floating.
-        windows: how many tokens and how many representatives each has, one or more, where a token
-            goes to a representative of its own window; all of a window stand together.
+        windows: numbers of tokens and of representatives of each window, at least one each. A token
+            goes to a representative of its window. Tokens of a window are contiguous.
 
     Returns:
-        The rows (K, D) float32, and of each token the row of its representative, (N,) int64: the
-        one of highest cosine.
+        The rows (K, D) float32, and the row of highest cosine for each token, (N,) int64.
     """
     num_tokens, num_rows = windows or ([len(flat)], [len(representatives)])
     first = 0
-    found = []
+    nearest = []
     for tokens, rows in zip(flat.split(num_tokens), representatives.split(num_rows), strict=True):
-        found.append(most_similar(tokens, rows) + first)
+        nearest.append(most_similar(tokens, rows) + first)
         first += len(rows)
-    assignment = torch.cat(found)
+    assignment = torch.cat(nearest)
     count = sizes(assignment, len(representatives))
     total = sums(flat, assignment, count).add_(representatives)
     return total.div_(count[:, None] + 1).float(), assignment

@@ -1,7 +1,7 @@
-"""Dot products of tokens, from which those of any joined tokens follow without the tokens.
+"""Dot products of tokens, which give the products of joined tokens without the tokens.
 
-The search for a threshold joins tokens in many ways. The cosine of two groups' means needs only
-the sum of their members' products, so one matrix, made once, gives every similarity that follows.
+The search for a threshold joins tokens in many ways. The cosine of two groups' means needs only the
+sum of their members' products. So one matrix gives all later similarities.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from scissor_vllm.compression.sums import sizes, weighted_sums
 class Products:
     """Products of S groups' sums.
 
-    A group's sum is known up to its scale, so that groups of very small and very large tokens
-    stand in one matrix.
+    A group's sum is stored up to its scale, so that one matrix holds groups of very small and very
+    large tokens.
     """
 
     product: torch.Tensor
@@ -37,7 +37,7 @@ class Products:
             first: the number of the first of them among all tokens.
         """
         _, exponent = torch.frexp(rows.abs().amax(dim=1))
-        # Far from where float32 ends, also for the products of what is scaled.
+        # Scaled values and their products stay far from the limits of float32.
         exponent = exponent.clamp(-100, 100)
         scaled = rows * torch.exp2(-exponent.float())[:, None]
         with exact_float32(rows.device):

@@ -1,4 +1,4 @@
-"""What every compression method is, and what it returns."""
+"""The interface of compression methods and their result."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class CompressedTokens:
-    """The kept tokens of one video and where each input token went."""
+    """The kept tokens of one video and the row of each input token."""
 
     tokens: torch.Tensor
     """(K, D), dtype and device of the input, in the order of space and time."""
@@ -16,11 +16,10 @@ class CompressedTokens:
     """(T*P,) int64, on the input's device: the row that each input token was merged into, -1 for a
     token that a selecting method dropped."""
     similarity_threshold: float | None = None
-    """Cosine above which tokens counted as connected: as given, or as found for the budget."""
+    """Cosine above which tokens are connected: the given one, or the one found for the budget."""
     threshold_on_device: torch.Tensor | None = None
-    """In its place where the host did not wait for it: () float64 on the input's device, NaN if
-    none was found, infinite if fewer than K parts were: a defect, which whoever reads it reports.
-    """
+    """The threshold without host synchronization: () float64 on the input's device. NaN means none.
+    Infinity means a defect, fewer than K parts, which the reader reports."""
 
 
 class Compressor(Protocol):

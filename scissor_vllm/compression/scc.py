@@ -299,26 +299,26 @@ def _within_budget(video: Video, num_retained: int) -> tuple[float, torch.Tensor
 
     (K, D) float32 and (N,) int64.
     """
-    found = _Search(video).find(num_retained)
-    num_spatial = len(found.representatives)
-    degree = degrees(video.spatial, found.threshold)
-    in_frames = in_order(found.spatial.part, degree, num_spatial)
+    result = _Search(video).find(num_retained)
+    num_spatial = len(result.representatives)
+    degree = degrees(video.spatial, result.threshold)
+    in_frames = in_order(result.spatial.part, degree, num_spatial)
     # What was found counts representatives by their lowest token, the paper by its own order.
-    position = torch.empty_like(found.spatial.part[:num_spatial])
-    position = position.scatter(0, found.spatial.part, in_frames.part)
-    representatives = torch.empty_like(found.representatives)
-    representatives[position] = found.representatives
+    position = torch.empty_like(result.spatial.part[:num_spatial])
+    position = position.scatter(0, result.spatial.part, in_frames.part)
+    representatives = torch.empty_like(result.representatives)
+    representatives[position] = result.representatives
     degree = torch.empty_like(position)
-    degree[position] = degrees(found.temporal, found.threshold)
-    left, right = position[found.trees.left], position[found.trees.right]
+    degree[position] = degrees(result.temporal, result.threshold)
+    left, right = position[result.trees.left], position[result.trees.right]
     num_merges = num_spatial - num_retained
-    if found.tied:
+    if result.tied:
         # Which of several equal merges come first is decided by the paper's order.
         trees = maximum_spanning_trees(video.across(in_frames, representatives))
         left, right = trees.left, trees.right
     labels = forest_labels(num_spatial, left[:num_merges], right[:num_merges])
     part = in_order(labels, degree, num_retained).part
-    return found.threshold, means(representatives, part, num_retained), part[in_frames.part]
+    return result.threshold, means(representatives, part, num_retained), part[in_frames.part]
 
 
 @dataclass(frozen=True)
@@ -385,7 +385,7 @@ class _Search:
             share = below / (below + above) if step < LINE_STEPS else 0.5
             middle = min(low + int(share * (high - low)), high - 1)
             tokens = self._spatial(intervals[middle])
-            joined = [each.joined(tokens) for each in products] if products else None
+            joined = [product.joined(tokens) for product in products] if products else None
             temporal = self._video.across(tokens, products=joined)
             highest = _float32_below(self._end(intervals[middle]) - RESOLUTION)
             count = count_components(threshold_labels(temporal, highest))

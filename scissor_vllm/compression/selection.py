@@ -1,4 +1,4 @@
-"""Methods that select: what they return, and what becomes of the tokens they leave out."""
+"""Helpers of methods that select tokens: their result, and merging of the other tokens."""
 
 import torch
 
@@ -8,7 +8,7 @@ from scissor_vllm.compression.validation import check_finite, check_num_retained
 
 
 def selected(tokens: torch.Tensor, kept: torch.Tensor) -> CompressedTokens:
-    """Return the kept tokens as they are, in order of their number; the others are dropped.
+    """Return the kept tokens unchanged, in order; the others are dropped.
 
     Args:
         tokens: (T, P, D), one video; N = T*P.
@@ -27,7 +27,7 @@ def evenly_spaced(num_kept: int, num: int, device: torch.device) -> torch.Tensor
 
 
 def merging(select: Compressor) -> Compressor:
-    """Return the method that merges all tokens into those that ``select`` keeps, as SCC does.
+    """Return the method that merges all tokens into the selected ones, as SCC does.
 
     Its rows are (kept token + sum of the tokens nearest to it by cosine) / (their number + 1).
     """

@@ -1,4 +1,4 @@
-"""Cosine similarities of sets of tokens, never more than a stated block of them in memory."""
+"""Cosine similarities of sets of tokens, in blocks of bounded memory."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,22 +8,22 @@ from typing import NamedTuple
 import torch
 
 BLOCK_ELEMENTS = 1 << 26
-"""Most similarities in one tensor: 256 MiB in float32. A set of up to 8192 tokens is held whole and
-computed once; a larger one is computed again, block by block, on each pass. A few such tensors live
-at a time."""
+"""Most similarities in one tensor: 256 MiB in float32. A set of up to 8192 tokens is computed once
+and kept. A larger set is computed again in blocks on each pass. A few such tensors exist at a
+time."""
 
 RESOLUTION = 2.0**-20
-"""Cosines nearer than this to each other are not told apart where chance would order them: float32
-gives copies of one pair of tokens cosines that differ in their last bits."""
+"""Cosines that differ by less than this count as equal where rounding would order them: in float32
+copies of one pair of tokens have cosines that differ in their last bits."""
 
 ONE = 1.0 - RESOLUTION
 """Cosines above this count as 1."""
 
 NO_EDGE = -2.0
-"""On the diagonal: below every threshold, so a token is never its own neighbour."""
+"""Value on the diagonal, below every threshold: a token is not its own neighbor."""
 
 TILE = 512
-"""Rows that are transposed at a time: 1 MiB of float32 stays in a CPU's cache."""
+"""Rows transposed at a time: 1 MiB of float32 stays in a CPU's cache."""
 
 _EDGE_BLOCK = 1 << 22
 """Most pairs whose edges are listed at once: 96 MiB if every one is an edge."""
@@ -31,7 +31,7 @@ _EDGE_BLOCK = 1 << 22
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Keep float32 products in float32, whatever the process chose for speed.
+    """Compute float32 products in float32, independent of the process's settings.
 
     A serving process may allow TF32 or bfloat16 products, whose error of 1e-3 is far above the
     differences that decide components.
@@ -61,13 +61,13 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 class Block(NamedTuple):
-    """Some cosines: those of all tokens that a row's token can have for neighbours."""
+    """Cosines of some rows with all tokens that can be their neighbors."""
 
     sets: slice
     rows: slice
     """Tokens of each set."""
     columns: slice
-    """Tokens of the same set that they are compared with."""
+    """Tokens of the same set to compare with."""
     cosines: torch.Tensor
     """(sets, rows, columns) float32."""
 
@@ -93,7 +93,7 @@ class Similarity:
 
     @property
     def num_trees(self) -> int:
-        """How many components there are where every cosine is an edge."""
+        """Number of components if every cosine is an edge."""
         return self.num_sets
 
     @classmethod
@@ -124,7 +124,7 @@ class Similarity:
         if threshold >= 1:
             return
         limit = min(threshold, ONE) if threshold >= -1 else -math.inf
-        # What is looked at once needs neither the other half nor exact ends.
+        # A single pass needs neither the other half nor exact ends.
         once = self._whole is None and (self.products is not None or not self.keeps_whole)
         for sets, rows, columns, cosines in self._upper() if once else self.blocks():
             step = max(1, _EDGE_BLOCK // (len(cosines) * cosines.shape[2]))
@@ -165,23 +165,23 @@ class Similarity:
         every = slice(0, self.size)
         return _finish(_mirrored(self._product(sets, every, every)), first_row=0)
 
-    def _rows(self, one: slice, rows: slice) -> torch.Tensor:
+    def _rows(self, set_: slice, rows: slice) -> torch.Tensor:
         """Return rows of one set, (1, rows, n); a tile and its mirror come from one product."""
         shape = (1, rows.stop - rows.start, self.size)
         cosines = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start in range(0, self.size, self._rows_of_block):
             columns = slice(start, min(start + self._rows_of_block, self.size))
             if start < rows.start:
-                tile = self._product(one, columns, rows).transpose(1, 2)
+                tile = self._product(set_, columns, rows).transpose(1, 2)
             else:
-                tile = self._product(one, rows, columns)
+                tile = self._product(set_, rows, columns)
             cosines[:, :, columns] = _mirrored(tile) if start == rows.start else tile
         return _finish(cosines, first_row=rows.start)
 
 
 class WindowedSimilarity:
-    """Cosines inside each of several runs of one set's tokens; those of unlike runs are no
-    neighbours.
+    """Cosines inside each of several runs of one set's tokens. Tokens of different runs are not
+    neighbors.
     """
 
     num_sets = 1
@@ -197,7 +197,7 @@ class WindowedSimilarity:
 
     @property
     def num_trees(self) -> int:
-        """How many components there are where every cosine is an edge."""
+        """Number of components if every cosine is an edge."""
         return len(self._windows)
 
     def blocks(self) -> Iterator[Block]:
@@ -227,7 +227,7 @@ def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _mirrored(cosines: torch.Tensor) -> torch.Tensor:
-    """Put in place of what squares (B, n, n) have below their diagonal the mirror of the rest."""
+    """Mirror the upper triangles of squares (B, n, n) into the lower ones, in place."""
     size = cosines.shape[1]
     for start in range(0, size, TILE):
         stop = min(start + TILE, size)
@@ -245,15 +245,15 @@ def _finish(cosines: torch.Tensor, first_row: int) -> torch.Tensor:
 
 
 def most_similar(tokens: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
-    """Return for each of tokens (N, D) the row of representatives (K, D) of highest cosine.
+    """Return the representative (K, D) of highest cosine for each token (N, D).
 
     (N,) int64. Of representatives within ``RESOLUTION`` of the highest, the first.
     """
     unit_tokens, unit_representatives = unit_rows(tokens), unit_rows(representatives)
     step = max(1, BLOCK_ELEMENTS // len(representatives))
-    found = []
+    nearest = []
     for start in range(0, len(tokens), step):
         cosines = _matmul(unit_tokens[start : start + step], unit_representatives.T)
         near = cosines >= cosines.amax(dim=1, keepdim=True) - RESOLUTION
-        found.append(near.to(torch.uint8).argmax(dim=1))
-    return torch.cat(found)
+        nearest.append(near.to(torch.uint8).argmax(dim=1))
+    return torch.cat(nearest)

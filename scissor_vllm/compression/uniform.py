@@ -1,4 +1,4 @@
-"""The baseline: evenly spaced tokens, the others dropped. It looks at no value."""
+"""The baseline: evenly spaced tokens, independent of their values."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What every method asks of its input."""
+"""Validation of the input of all methods."""
 
 import torch
 
@@ -22,7 +22,7 @@ def check_tokens(tokens: torch.Tensor) -> int:
 
 
 def check_finite(tokens: torch.Tensor) -> None:
-    """Raise ValueError if any value is NaN or infinite. One host synchronisation."""
+    """Raise ValueError if any value is NaN or infinite. One host synchronization."""
     num_bad = int((~torch.isfinite(tokens)).sum())
     if num_bad:
         raise ValueError(
@@ -50,7 +50,7 @@ def check_similarity_threshold(threshold: float) -> None:
 
 
 def checked_frames(tokens: torch.Tensor, num_retained: int) -> torch.Tensor:
-    """Return finite tokens (T, P, D) in float32, of which K can be kept; raises as above."""
+    """Return tokens (T, P, D) in float32 after all checks above."""
     check_num_retained(num_retained, check_tokens(tokens))
     frames = tokens.float()
     check_finite(frames)

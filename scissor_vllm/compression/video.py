@@ -1,4 +1,4 @@
-"""A video's tokens in torch, and what of them is compared: inside frames, then inside windows."""
+"""A video's tokens in torch, and their similarities inside frames and windows."""
 
 import itertools
 
@@ -16,7 +16,7 @@ class Video:
     """A video's tokens and their similarities."""
 
     def __init__(self, frames: torch.Tensor, window: int) -> None:
-        """Take frames (T, P, D) float32, and how many the temporal step joins across."""
+        """Take frames (T, P, D) float32 and the number of frames of a window."""
         self.flat = frames.reshape(-1, frames.shape[-1])
         self.spatial = Similarity(frames)
         in_window = window * frames.shape[1]
@@ -24,7 +24,7 @@ class Video:
         self._window = torch.arange(len(self.flat), device=frames.device) // in_window
 
     def products(self) -> list[Products] | None:
-        """Return the products of each window's tokens, None if they would be too many to hold."""
+        """Return the products of each window's tokens, None if they are too many to hold."""
         if sum(size**2 for size in self._window_sizes) > similarity.BLOCK_ELEMENTS:
             return None
         first = itertools.accumulate(self._window_sizes[:-1], initial=0)
@@ -41,17 +41,17 @@ class Video:
         representatives: torch.Tensor | None = None,
         products: list[Products] | None = None,
     ) -> AnySimilarity:
-        """Return the similarities of spatial components, by what is known of these."""
+        """Return the similarities of spatial components."""
         if products is not None:
-            temporal = [each.similarity() for each in products]
+            temporal = [product.similarity() for product in products]
         else:
             known = self.means(spatial) if representatives is None else representatives
             num_rows = self._count_by_window(spatial.part, spatial.num_parts)
-            temporal = [Similarity(few[None]) for few in known.split(num_rows)]
+            temporal = [Similarity(window_means[None]) for window_means in known.split(num_rows)]
         return temporal[0] if len(temporal) == 1 else WindowedSimilarity(temporal)
 
     def merged(self, kept: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the tokens are merged into, and where each went.
+        """Return the merged rows and the assignment.
 
         Args:
             kept: (K, D) float32, the representatives of both steps.

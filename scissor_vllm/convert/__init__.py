@@ -1,6 +1,6 @@
-"""Original LLaVA-OneVision checkpoints, LLaVA-Scissor's among them, in the form that vLLM loads.
+"""Converts original LLaVA-OneVision checkpoints, such as LLaVA-Scissor's, for vLLM.
 
-``command.py`` is ``scissor-vllm convert SOURCE OUT``; ``config.py`` says what the original's
-``config.json`` means, ``names.py`` what each weight is called, ``checkpoint.py`` reads and writes
-the files of weights, ``processing.py`` tokenizer and processors.
+``command.py`` is ``scissor-vllm convert SOURCE OUT``. ``config.py`` converts ``config.json``,
+``names.py`` maps weight names, ``checkpoint.py`` reads and writes weight files, and
+``processing.py`` writes tokenizer and processors.
 """

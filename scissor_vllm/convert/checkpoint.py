@@ -1,4 +1,4 @@
-"""A checkpoint's files: what lies in them, read lazily, and the files of a new one."""
+"""Reads a checkpoint's weight files lazily, and writes those of a new one."""
 
 import hashlib
 import json
@@ -10,29 +10,29 @@ from typing import TypeAlias
 
 import torch
 
-from scissor_vllm.convert.config import ConversionError, read_json
+from scissor_vllm.convert.config import ConversionError, read_json, reading
 
 OpenShard: TypeAlias = Mapping[str, Callable[[], torch.Tensor]]
-"""A file's tensors by name; one is read when it is called for and its values are looked at."""
+"""Functions by tensor name that return a file's tensors, mapped lazily."""
 
 _FORMATS = (
     ("model.safetensors.index.json", "model*.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
-"""Index and files, the better format first."""
+"""Index and file pattern of each format, the preferred one first."""
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """Return a checkpoint's files of weights.
+    """Return a checkpoint's weight files.
 
     Raises:
-        ConversionError: there are none, or one that the index names is missing.
+        ConversionError: there are none, or a file of the index is missing.
     """
     for index, pattern in _FORMATS:
         if (folder / index).is_file():
-            paths = sorted(
-                {folder / name for name in read_json(folder / index)["weight_map"].values()}
-            )
+            listed = read_json(folder / index)
+            with reading(folder / index):
+                paths = sorted({folder / name for name in listed["weight_map"].values()})
             missing = [path.name for path in paths if not path.is_file()]
             if missing:
                 raise ConversionError(
@@ -49,19 +49,26 @@ def shards_of(folder: Path) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[OpenShard]:
-    """Yield a file's tensors, mapped into memory until the end of the context.
+    """Yield a file's tensors, memory-mapped for the duration of the context.
 
     Args:
         path: a .safetensors file, or a .bin file of a dict of tensors.
+
+    Raises:
+        ConversionError: the file is damaged.
     """
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        with safe_open(path, framework="pt") as file:
+        with reading(path):
+            opened_file = safe_open(path, framework="pt")
+        with opened_file as file:
             yield {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
     else:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        yield {name: tensor.contiguous for name, tensor in loaded.items()}
+        with reading(path):
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            tensors = {name: tensor.contiguous for name, tensor in loaded.items()}
+        yield tensors
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-"""``scissor-vllm convert SOURCE OUT``: an original checkpoint in the form that vLLM loads."""
+"""``scissor-vllm convert SOURCE OUT``: converts an original checkpoint for vLLM."""
 
 import argparse
 import hashlib
@@ -19,30 +19,31 @@ from scissor_vllm.convert.config import (
     converted_config,
     newlines_of,
     read_json,
+    reading,
     text_config,
     tower_config,
 )
 
 REPORT = "conversion.json"
-"""Beside the weights: where each comes from, its checksum, and what was left out."""
+"""Report beside the weights: origins, checksums and omitted weights."""
 
 DEFAULT_SHARD_GB = 4.0
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """One that lies in a file of the checkpoint, or of the vision tower's repository."""
+    """A weight in a file of the checkpoint or of the vision tower's repository."""
 
     path: Path
     stored_name: str
     name: str
-    """In the original's naming."""
+    """Name in the original checkpoint."""
     shape: tuple[int, ...]
     num_bytes: int
 
 
 def main(argv: list[str]) -> int:
-    """Convert what the command line names and return the exit status."""
+    """Convert a checkpoint and return the exit status."""
     args = _parser().parse_args(argv)
     try:
         report = convert(
@@ -105,7 +106,7 @@ def convert(
     """Return the report of a conversion, which is also left in ``OUT/conversion.json``.
 
     Weights keep their values and their dtype. One file of SOURCE is mapped into memory at a time.
-    OUT appears when it is whole.
+    OUT is created atomically.
 
     Args:
         source: folder with config.json, tokenizer and weights (safetensors or .bin).
@@ -115,7 +116,7 @@ def convert(
         max_shard_bytes: of a file that is written.
 
     Raises:
-        ConversionError: the checkpoint is not of the model that vLLM serves; see the message.
+        ConversionError: the checkpoint is damaged or not of the model that vLLM serves.
     """
     from scissor_vllm.convert.names import IMAGE_NEWLINE, plan
     from scissor_vllm.convert.processing import media_token_ids, media_tokenizer, save_processor
@@ -123,16 +124,19 @@ def convert(
     if out.exists():
         raise ConversionError(f"{out} exists: name a folder that does not, or remove it")
     original = read_json(source / "config.json")
-    check_served(original)
-    tower = tower_config(original, vision_tower)
+    with reading(source / "config.json", "correct the setting"):
+        check_served(original)
+        tower = tower_config(original, vision_tower)
+        vocab_size = text_config(original).vocab_size
     weights = _weights(source, vision_tower, str(original.get("mm_vision_tower")))
-    newlines = newlines_of(
-        original if video_newline else {**original, "mm_newline_position": "no_token"},
-        has_weight=IMAGE_NEWLINE in weights,
-    )
     tokenizer = media_tokenizer(source)
-    token_ids = media_token_ids(tokenizer, text_config(original).vocab_size)
-    config = converted_config(original, tower, newlines, token_ids)
+    token_ids = media_token_ids(tokenizer, vocab_size)
+    with reading(source / "config.json", "correct the setting"):
+        newlines = newlines_of(
+            original if video_newline else {**original, "mm_newline_position": "no_token"},
+            has_weight=IMAGE_NEWLINE in weights,
+        )
+        config = converted_config(original, tower, newlines, token_ids)
     made = plan({name: weight.shape for name, weight in weights.items()}, config)
 
     _check_tied(weights, made.left_out)
@@ -157,9 +161,7 @@ def convert(
 
 
 def _weights(source: Path, vision_tower: Path | None, tower_name: str) -> dict[str, _Weight]:
-    """Return all weights by their original names, the tower's from its own repository where the
-    checkpoint has none.
-    """
+    """Return all weights by original name. A missing tower comes from its own repository."""
     from scissor_vllm.convert.names import TOWER, original_name
 
     weights = {weight.name: weight for weight in _stored(source)}
@@ -180,7 +182,7 @@ def _weights(source: Path, vision_tower: Path | None, tower_name: str) -> dict[s
 
 
 def _stored(folder: Path) -> Iterator[_Weight]:
-    """Yield what lies in a folder's files."""
+    """Yield the weights in a folder's files."""
     from scissor_vllm.convert.checkpoint import opened, shards_of
 
     for path in shards_of(folder):
@@ -191,17 +193,17 @@ def _stored(folder: Path) -> Iterator[_Weight]:
 
 
 def _check_tied(weights: Mapping[str, _Weight], left_out: Mapping[str, str]) -> None:
-    """Raise ConversionError if an output embedding that is left out is not the input's."""
+    """Raise ConversionError if an omitted output embedding differs from the input embedding."""
     from scissor_vllm.convert.checkpoint import checksum, opened
     from scissor_vllm.convert.names import INPUT_EMBEDDING, OUTPUT_EMBEDDING
 
     if OUTPUT_EMBEDDING not in left_out:
         return
-    found = set()
+    checksums = set()
     for name in (INPUT_EMBEDDING, OUTPUT_EMBEDDING):
         with opened(weights[name].path) as shard:
-            found.add(checksum(shard[name]()))
-    if len(found) > 1:
+            checksums.add(checksum(shard[name]()))
+    if len(checksums) > 1:
         raise ConversionError(
             f"config.json says tie_word_embeddings, but {OUTPUT_EMBEDDING} differs from "
             f"{INPUT_EMBEDDING}: set tie_word_embeddings to false there"
@@ -214,7 +216,7 @@ def _write_weights(
     names: Mapping[str, str],
     max_shard_bytes: int,
 ) -> dict[str, str]:
-    """Return the checksum of each weight, by its new name."""
+    """Write the weights and return their checksums by new name."""
     from tqdm import tqdm
 
     from scissor_vllm.convert.checkpoint import ShardWriter, checksum, opened
@@ -237,7 +239,9 @@ def _write_weights(
 
 
 def _groups(weights: Iterable[_Weight], max_bytes: int) -> Iterator[list[_Weight]]:
-    """Yield weights that lie in one file and fit into another, or one that is larger than that."""
+    """Yield groups of weights of one file that fit into ``max_bytes``, or a larger single
+    weight.
+    """
     group: list[_Weight] = []
     for weight in weights:
         total = sum(each.num_bytes for each in group) + weight.num_bytes
@@ -250,14 +254,14 @@ def _groups(weights: Iterable[_Weight], max_bytes: int) -> Iterator[list[_Weight
 
 
 def _combined(checksums: Mapping[str, str]) -> str:
-    """Return one SHA-256 over names and checksums, whatever the files they lie in."""
+    """Return one SHA-256 over names and checksums, independent of the files."""
     lines = "".join(f"{name} {checksums[name]}\n" for name in sorted(checksums))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """Yield a folder that takes its name when the context ends, and goes if it fails."""
+    """Yield a temporary folder that is renamed to ``out`` at the end, or removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -1,17 +1,18 @@
-"""What the original's ``config.json`` means: the config that vLLM loads, or an error.
+"""Converts the original's ``config.json`` to the config that vLLM loads.
 
-How the original computes, as its public configs and the conversion in transformers tell:
+The original's computation, from its public configs and the conversion in transformers:
 
 - the vision tower is SigLIP without its last encoder layer, final norm and head, whatever
   ``mm_vision_select_layer`` says;
-- two linear layers with GELU between them project its features;
+- the projector is two linear layers with GELU between them;
 - a video's frames are pooled bilinearly to half their height and width, and one newline follows
   where the checkpoint has one.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ _TOWERS = {
         "patch_size": 14,
     }
 }
-"""Shapes by the last part of ``mm_vision_tower``: weights alone do not tell heads and pixels."""
+"""Shapes by the last part of ``mm_vision_tower``. Weights do not determine heads and pixels."""
 
 _TOWER_SHAPES = (*_TOWERS["siglip-so400m-patch14-384"], "layer_norm_eps", "hidden_act")
 
@@ -41,22 +42,26 @@ _SERVED: dict[str, tuple[object, ...]] = {
     "mm_use_im_start_end": (None, False),
     "add_faster_video": (None, False),
 }
-"""Settings of the original for which vLLM's model computes the same; None where one is absent."""
+"""Settings for which vLLM's model computes the same; None stands for a missing key."""
+
+_MAX_CAUSE = 200
+"""Most characters of another library's message in ours."""
 
 _NEWLINES: dict[object, bool] = {None: True, "one_token": True, "no_token": False}
 """Whether a newline ends a video, by ``mm_newline_position``."""
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be converted: the rule, what was found, the remedy."""
+    """A checkpoint cannot be converted: the rule, the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class Newlines:
-    """Where the model puts its newline vector."""
+    """Use of the model's newline vector."""
 
     has_weight: bool
-    """Without one, only videos are served: vLLM ends each line of an image with a newline."""
+    """Without one only videos are served, because vLLM ends each line of an image with a
+    newline."""
     ends_video: bool
 
 
@@ -64,16 +69,42 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object.
 
     Raises:
-        ConversionError: there is no such file.
+        ConversionError: there is no such file, or it has no JSON object.
     """
     if not path.is_file():
         raise ConversionError(f"{path} is missing: name the folder of a downloaded checkpoint")
-    content: dict[str, Any] = json.loads(path.read_text())
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ConversionError(f"{path} must hold a JSON object, got a {kind}: download it again")
     return content
 
 
+@contextmanager
+def reading(path: Path, remedy: str = "download it again") -> Iterator[None]:
+    """Raise what the block raises as a ConversionError of one sentence.
+
+    The libraries that parse a checkpoint's files raise exceptions of many types, plain
+    ``Exception`` among them.
+
+    Args:
+        path: the file or folder that the block reads.
+        remedy: what to do about it.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        (cause, *_) = str(error).strip().splitlines() or [""]
+        raise ConversionError(
+            f"{path} cannot be read ({type(error).__name__}: {cause[:_MAX_CAUSE]}): {remedy}"
+        ) from error
+
+
 def check_served(original: Mapping[str, Any]) -> None:
-    """Raise ConversionError, naming every setting for which vLLM would compute something else."""
+    """Raise ConversionError with every setting for which vLLM would compute something else."""
     architectures = original.get("architectures") or []
     if architectures != [ARCHITECTURE]:
         raise ConversionError(
@@ -92,10 +123,10 @@ def check_served(original: Mapping[str, Any]) -> None:
 
 
 def newlines_of(original: Mapping[str, Any], has_weight: bool) -> Newlines:
-    """Return where newlines go.
+    """Return the use of newlines.
 
     Raises:
-        ConversionError: there are more newlines in a video than vLLM's model has.
+        ConversionError: a video has more newlines than vLLM's model supports.
     """
     if not has_weight:
         return Newlines(has_weight=False, ends_video=False)
@@ -116,7 +147,7 @@ def tower_config(original: Mapping[str, Any], vision_tower: Path | None) -> dict
         vision_tower: folder of the SigLIP repository, None to go by its name.
 
     Raises:
-        ConversionError: no folder is given and the name is not known, or it is no SigLIP.
+        ConversionError: the name is unknown and no folder is given, or the tower is not SigLIP.
     """
     name = str(original.get("mm_vision_tower") or original.get("vision_tower"))
     if vision_tower is None:
@@ -129,14 +160,15 @@ def tower_config(original: Mapping[str, Any], vision_tower: Path | None) -> dict
         return shapes
     config = read_json(vision_tower / "config.json")
     config = config.get("vision_config", config)
-    if config.get("model_type") != "siglip_vision_model":
+    if not isinstance(config, dict) or config.get("model_type") != "siglip_vision_model":
         raise ConversionError(
-            f"the vision tower must be a SigLIP, {vision_tower}/config.json says model_type "
-            f"{config.get('model_type')!r}: name the folder of {name!r}"
+            f"the vision tower must be a SigLIP, {vision_tower}/config.json says otherwise by its "
+            f"model_type: name the folder of {name!r}"
         )
     from transformers import SiglipVisionConfig
 
-    whole = SiglipVisionConfig(**config)
+    with reading(vision_tower / "config.json"):
+        whole = SiglipVisionConfig(**config)
     return {key: getattr(whole, key) for key in _TOWER_SHAPES}
 
 
@@ -145,8 +177,8 @@ def text_config(original: Mapping[str, Any]) -> Any:
     from transformers import Qwen2Config
 
     known = {*Qwen2Config().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
-    own = {"model_type", "architectures", "transformers_version"}
-    kept = {key: value for key, value in original.items() if key in known - own}
+    excluded = {"model_type", "architectures", "transformers_version"}
+    kept = {key: value for key, value in original.items() if key in known - excluded}
     return Qwen2Config(**kept)
 
 
@@ -170,7 +202,7 @@ def converted_config(
     from transformers import LlavaOnevisionConfig, SiglipVisionConfig
 
     text = text_config(original)
-    # Named by index -1, the last of 26 layers is computed by vLLM and transformers alike.
+    # With index -1 vLLM and transformers both compute the last of 26 layers.
     used = {**tower, "num_hidden_layers": tower["num_hidden_layers"] - 1}
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**used, vision_use_head=False),
@@ -191,13 +223,13 @@ def converted_config(
 
 
 def _aspect_ratio(original: Mapping[str, Any]) -> str:
-    """Return how pictures are cut: transformers and vLLM know ``anyres_max_N`` alone."""
+    """Return the image aspect ratio setting: transformers and vLLM know only ``anyres_max_N``."""
     ratio = str(original.get("image_aspect_ratio"))
     return ratio if re.fullmatch(r"anyres_max_\d+", ratio) else "anyres_max_9"
 
 
 def _pinpoints(original: Mapping[str, Any], side: int) -> list[list[int]]:
-    """Return the sizes to which pictures are cut, in pixels.
+    """Return the image grid pinpoints in pixels.
 
     The original writes them as a list, or in units of the tower's side as ``(1x1),...,(6x6)``.
     """

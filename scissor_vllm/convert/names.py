@@ -1,7 +1,7 @@
-"""Every weight's new name, the reason why it is left out, or an error that names it.
+"""Maps every weight to a new name, a reason for omission, or an error.
 
-What must be there is read off the models themselves, built without memory from the config: the
-original's language model has Qwen2's own names and its tower SigLIP's, below a prefix.
+The expected weights come from models built on the meta device. The original's language model has
+Qwen2's names and its tower SigLIP's, each below a prefix.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ IMAGE_NEWLINE = "model.image_newline"
 INPUT_EMBEDDING, OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
 _OPTIONAL = ("post_layernorm.",)
-"""Of the tower: transformers has them, nothing computes with them."""
+"""Parts of the tower that transformers has and no computation uses."""
 
 Shape = tuple[int, ...]
 
@@ -33,7 +33,7 @@ class Target:
 
 @dataclass
 class Plan:
-    """What becomes of the weights of a checkpoint."""
+    """The mapping of a checkpoint's weights."""
 
     names: dict[str, str]
     """Old name to new."""
@@ -42,40 +42,42 @@ class Plan:
 
 
 def targets(config: Any, has_newline: bool) -> dict[str, Target]:
-    """Return the weights that a LlavaOnevisionConfig asks for, by their original names."""
+    """Return the weights of a LlavaOnevisionConfig by original name."""
     from transformers import Qwen2ForCausalLM, SiglipVisionModel
 
     with torch.device("meta"):
         tower = SiglipVisionModel(config.vision_config).state_dict()
         language = Qwen2ForCausalLM(config.text_config).state_dict()
-    found = {}
+    targets_by_name = {}
     for name, weight in tower.items():
         # transformers 5 has no such level, 4 has.
         short = name.removeprefix("vision_model.")
         is_optional = short.startswith(_OPTIONAL)
         new = f"vision_tower.vision_model.{short}"
-        found[TOWER + short] = Target(new, tuple(weight.shape), is_optional)
+        targets_by_name[TOWER + short] = Target(new, tuple(weight.shape), is_optional)
     width, inner = config.text_config.hidden_size, config.vision_config.hidden_size
     for (old, new), columns in zip(_PROJECTOR.items(), (inner, width), strict=True):
-        found[f"{old}weight"] = Target(f"multi_modal_projector.{new}weight", (width, columns))
-        found[f"{old}bias"] = Target(f"multi_modal_projector.{new}bias", (width,))
+        targets_by_name[f"{old}weight"] = Target(
+            f"multi_modal_projector.{new}weight", (width, columns)
+        )
+        targets_by_name[f"{old}bias"] = Target(f"multi_modal_projector.{new}bias", (width,))
     if has_newline:
-        found[IMAGE_NEWLINE] = Target("image_newline", (width,))
+        targets_by_name[IMAGE_NEWLINE] = Target("image_newline", (width,))
     for name, weight in language.items():
         if not (config.text_config.tie_word_embeddings and name == OUTPUT_EMBEDDING):
-            found[name] = Target(f"language_model.{name}", tuple(weight.shape))
-    return found
+            targets_by_name[name] = Target(f"language_model.{name}", tuple(weight.shape))
+    return targets_by_name
 
 
 def plan(shapes: Mapping[str, Shape], config: Any) -> Plan:
-    """Return what becomes of every weight.
+    """Return the mapping of every weight.
 
     Args:
-        shapes: of all weights, by their original names.
+        shapes: shapes of all weights by original name.
         config: the LlavaOnevisionConfig.
 
     Raises:
-        ConversionError: weights fit nowhere, are missing, or have another shape; all are named.
+        ConversionError: weights are unknown, missing or of another shape; the message names all.
     """
     wanted = targets(config, has_newline=IMAGE_NEWLINE in shapes)
     made = Plan({}, {})
@@ -108,7 +110,7 @@ def plan(shapes: Mapping[str, Shape], config: Any) -> Plan:
 
 
 def original_name(name: str) -> str | None:
-    """Return what a weight of a SigLIP repository is called in the original, None for its text."""
+    """Return the original name of a SigLIP repository's weight, None for the text model."""
     if name.startswith(("text_model.", "logit_")):
         return None
     return TOWER + name.removeprefix("vision_model.")

@@ -1,9 +1,9 @@
-"""The text side and the pixel side of a converted model: tokenizer, chat template, processors."""
+"""Tokenizer, chat template and processors of a converted model."""
 
 from pathlib import Path
 from typing import Any
 
-from scissor_vllm.convert.config import ConversionError
+from scissor_vllm.convert.config import ConversionError, reading
 
 IMAGE, VIDEO = "<image>", "<video>"
 
@@ -27,20 +27,24 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-"""Qwen's form, which the original's prompts have: its system line, a line for each video."""
+"""Qwen's chat format, as in the original's prompts: a system line, and a line for each video."""
 
 _SIGLIP_PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-"""The classes that are saved would take CLIP's by themselves."""
+"""SigLIP's normalization, because the saved classes default to CLIP's."""
 
 
 def media_tokenizer(source: Path) -> Any:
     """Return a checkpoint's tokenizer with a token for an image and one for a video.
 
-    The original replaces both before the model sees them, so its tokenizer has neither.
+    The original replaces both before the model, so its tokenizer has neither.
+
+    Raises:
+        ConversionError: the folder has no tokenizer, or a damaged one.
     """
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with reading(source, "download the checkpoint's tokenizer again"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = [AddedToken(token, special=True, normalized=False) for token in (IMAGE, VIDEO)]
     tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -48,10 +52,10 @@ def media_tokenizer(source: Path) -> Any:
 
 
 def media_token_ids(tokenizer: Any, vocab_size: int) -> tuple[int, int]:
-    """Return the ids of an image and a video.
+    """Return the token ids of an image and a video.
 
     Raises:
-        ConversionError: the embedding has no row for one.
+        ConversionError: the embedding has no row for a token.
     """
     image, video = (tokenizer.convert_tokens_to_ids(token) for token in (IMAGE, VIDEO))
     if max(image, video) >= vocab_size:

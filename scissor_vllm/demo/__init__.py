@@ -1,1 +1,1 @@
-"""The small model that needs no download, a clip, and a client that shows the ratio at work."""
+"""The demo: a small model in the package, a clip, and a client that sends several ratios."""

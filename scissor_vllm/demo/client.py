@@ -1,4 +1,4 @@
-"""``scissor-vllm demo``: the small model served, one clip asked about at several ratios."""
+"""``scissor-vllm demo``: serves the demo model and asks about one clip at several ratios."""
 
 import argparse
 import base64
@@ -23,7 +23,7 @@ START_SECONDS = 300
 
 @dataclass(frozen=True)
 class Answer:
-    """What the client saw of one request."""
+    """The client's view of one request."""
 
     retention_ratio: float
     num_video_tokens: int
@@ -67,7 +67,7 @@ def ask_and_print(base_url: str, video: Path, question: str, ratios: list[float]
 
     client = openai.OpenAI(base_url=base_url, api_key="unused")
     model = client.models.list().data[0].id
-    # The first request of a server pays for lazy set-up; its ratio is none of those measured.
+    # The first request of a server includes lazy setup, so it has a ratio of its own.
     ask(client, model, video, question, 0.9)
     right = f" (right: {ANSWER!r})" if (video, question) == (CLIP, QUESTION) else ""
     print(f"\n{video.name}: {question}{right}\n")
@@ -130,7 +130,7 @@ def demo_server(*flags: str) -> Iterator[str]:
     """Yield the base URL of a server of the demo model, stopped at the end.
 
     Args:
-        flags: more flags of ``scissor-vllm serve``.
+        flags: additional flags of ``scissor-vllm serve``.
 
     Raises:
         RuntimeError: it did not start; the message ends with its log.

@@ -1,12 +1,12 @@
 """The demo model: small, trained on made-up clips, shipped with the package.
 
-Its card, ``checkpoint/README.md``, says what it answers and how it was trained.
+Its card is ``checkpoint/README.md``: its answers and its training.
 """
 
 from pathlib import Path
 
 DEMO_MODEL = "demo"
-"""The name that ``scissor-vllm serve`` takes for it."""
+"""The demo model's name for ``scissor-vllm serve``."""
 
 
 def demo_model_path() -> Path:

@@ -39,20 +39,20 @@ from scissor_vllm.settings import RetentionPolicy, check_keys
 from scissor_vllm.vllm_compat import wait_before_shutdown
 
 SWITCH_INTERVAL_SECONDS = 0.0005
-"""How long the event loop, while it writes answers, keeps the interpreter from the threads that
-decode and prepare videos. With Python's own 5 ms they wait that long after each call into C."""
+"""Longest time that the event loop holds the interpreter lock while threads decode and prepare
+videos. With Python's default of 5 ms these threads wait that long after each call into C."""
 
 WEB_PAGE = "web_page"
-"""Of the server's arguments: whether it serves the page of ``scissor_vllm.show``."""
+"""Name of the server's argument that switches the web page on."""
 
 TOKENIZE_PATH = "/tokenize"
 
 
 class CountingRoute(APIRoute):
-    """A route for chats that counts those whose body it does not take."""
+    """A chat route that counts requests with a malformed body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, its refusals counted."""
+        """Return FastAPI's handler with validation errors counted."""
         handle = super().get_route_handler()
 
         async def counted(request: Request) -> Response:
@@ -117,7 +117,7 @@ def init_state(engine_client: Any, state: State) -> None:
         state: of the app.
 
     Raises:
-        ValueError: the operator set what this server's model cannot do, or misspelt a setting.
+        ValueError: a setting of the operator is misspelt, or the model does not support it.
     """
     sys.setswitchinterval(min(SWITCH_INTERVAL_SECONDS, sys.getswitchinterval()))
     model_config = state.vllm_config.model_config
@@ -153,7 +153,7 @@ async def create_chat_completion(
 async def _answer_video(
     request: RetentionChatCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """Answer a chat whose end is counted."""
+    """Answer a chat with a video, and count its outcome."""
     state = raw_request.app.state
     report = request.begin_report(chooser(state, is_counted=True))
     raw_request, span = begin_span(raw_request, state.traces_endpoint)
@@ -169,7 +169,7 @@ async def _answer_video(
 async def tokenize(
     request: RetentionTokenizeChatRequest | TokenizeCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """Return the tokens of the prompt that a chat with the same ratio would have."""
+    """Return the prompt's tokens for a chat with the same ratio."""
     if not isinstance(request, RetentionRequest):
         return await tokenize_router.tokenize(request, raw_request)
     if request.names_fields:

@@ -1,7 +1,7 @@
-"""Caches decoded frames, so that a video asked about again is not decoded again.
+"""LRU cache of decoded frames, so that a repeated video is not decoded again.
 
-Found by content, by a cryptographic hash, never by a name that a client chose; bounded in bytes,
-least recently used first out.
+The key is a cryptographic hash of the content, never a name from a client. The size is bounded in
+bytes.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from scissor_vllm.metrics import count_cache_query
 
 @dataclass
 class _Decoding:
-    """A video that some thread decodes; others that want it wait."""
+    """A video that one thread is decoding while others wait for it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_threads: int = 0
 
 
 def held_bytes(frames: np.ndarray) -> int:
-    """Return the bytes of memory that an array keeps alive: of a view, all that it looks into."""
+    """Return the bytes that an array keeps alive: for a view, the size of its base."""
     owner: Any = frames
     while isinstance(owner, np.ndarray) and owner.base is not None:
         owner = owner.base
     try:
         return max(frames.nbytes, memoryview(owner).nbytes)
     except TypeError:
-        # The memory of another library, a tensor of torch for example.
+        # The memory belongs to another library, for example to a torch tensor.
         return max(frames.nbytes, getattr(owner, "nbytes", 0))
 
 
 class FrameCache:
-    """Decoded frames with their metadata. Safe to use from several threads."""
+    """Thread-safe LRU cache of decoded frames with their metadata."""
 
     def __init__(self, max_bytes: int = 0) -> None:
         self._max_bytes = max_bytes
@@ -51,16 +51,16 @@ class FrameCache:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything may be kept."""
+        """Whether the cache has a size above 0."""
         return self._max_bytes > 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the frames that are kept now."""
+        """Bytes of the cached frames."""
         return self._num_bytes
 
     def resize(self, max_bytes: int) -> None:
-        """Set what all frames together may take; 0 switches the cache off."""
+        """Set the largest number of bytes; 0 switches the cache off."""
         with self._lock:
             self._max_bytes = max_bytes
             self._drop_oldest()
@@ -68,10 +68,10 @@ class FrameCache:
     def get(
         self, key: Hashable, decode: Callable[[], tuple[Any, dict[str, Any]]]
     ) -> tuple[Any, dict[str, Any]]:
-        """Return frames and metadata, decoded if they are not kept; by one thread at a time.
+        """Return frames and metadata. On a cache miss one thread decodes, and others wait for it.
 
-        Kept frames are shared and must not be written to: the array says so. What `decode` raises
-        is passed on and nothing is kept.
+        Cached frames are shared, so the array is read-only. An exception of `decode` propagates,
+        and nothing is cached.
         """
         if not self.is_on:
             return decode()
@@ -122,4 +122,4 @@ class FrameCache:
 
 
 FRAMES = FrameCache()
-"""The one of this process: vLLM calls a loader without telling it any setting."""
+"""The cache of this process. It is global because vLLM passes no setting to a loader."""

@@ -1,14 +1,13 @@
-"""A video's pixels on their way from the processor to the vision tower, shared by all models.
+"""Sends resized uint8 frames to the worker instead of normalized float32 pixels. All models use it.
 
-A Hugging Face video processor resizes uint8 frames to uint8 and then makes float32 of them,
-(value - mean) / std for each channel. Here it only resizes. The frames travel as they are, with the
-mean and the standard deviation beside them, and the model does the rest on its own device: a
-quarter of float32's bytes between the processes, and most of the processor's time saved. The tower
-gets the same values to the bit, since the model does the same two operations in float32 and rounds
-to the model's dtype once, as vLLM does.
+A Hugging Face video processor resizes uint8 frames and then normalizes them to float32,
+(value - mean) / std for each channel. Here it only resizes. The uint8 frames travel with the mean
+and the standard deviation, and the model normalizes them on its device. This sends a quarter of the
+bytes and saves most of the processor's time. The tower's input is bitwise equal: the model does the
+same two operations in float32 and rounds to its dtype once, as vLLM does.
 
-Whatever is not certain to be the same goes stock's way: other frames than uint8 RGB in host memory,
-a processor that rescales or normalizes otherwise, or an option that could change that.
+Stock vLLM's path is taken wherever equality is not certain: frames that are not uint8 RGB in host
+memory, a processor that rescales or normalizes differently, or an option that could change pixels.
 """
 
 from __future__ import annotations
@@ -46,28 +45,28 @@ _OPTIONS_BEFORE_NORMALIZATION = {
     "size",
     "truncation",
 }
-"""Options of a processor that touch no pixel after the resize. Any other goes stock's way."""
+"""Processor options that change no pixel after the resize. Any other takes the stock path."""
 
 _SAMPLING_OPTIONS = {"do_sample_frames", "fps", "num_frames"}
 
 _FRAMES_PER_THREAD, _MAX_THREADS, _CPUS_PER_THREAD = 4, 4, 4
-"""Fewest frames that are worth a thread of their own, most threads for one video, and the CPUs that
-each needs: with few, what is gained goes to putting the parts together."""
+"""Fewest frames for a thread, most threads for one video, and CPUs for each thread. With fewer CPUs
+joining the parts costs what the threads gain."""
 
 _INTEGER_RESIZE = ("AVX2", "AVX512")
-"""Where torch resizes uint8 in integers, so that the order of channels in memory changes nothing.
-It is twice as fast with a pixel's channels side by side, as a decoder gives them."""
+"""Whether torch resizes uint8 in integer arithmetic, which does not depend on the memory format.
+Channels-last, a decoder's format, is twice as fast."""
 
 
 def resized_frames(
     context: InputProcessingContext, hf_processor: Any, video: Any, options: Mapping[str, object]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return a video's ``VIDEO_FRAMES`` and ``PIXEL_NORMALIZATION``, None if stock must do it.
+    """Return a video's ``VIDEO_FRAMES`` and ``PIXEL_NORMALIZATION``, None for the stock path.
 
     Args:
-        context: vLLM's, which knows the engine's options and how to call the processor.
+        context: vLLM's processing context.
         hf_processor: a Hugging Face processor, its ``video_processor`` as it was loaded.
-        video: sampled frames in any form that vLLM takes; uint8 (T, H, W, 3) is treated here.
+        video: sampled frames in any form that vLLM takes; only uint8 (T, H, W, 3) is resized here.
         options: the request's options for the processor.
 
     Raises:
@@ -95,7 +94,7 @@ def resized_frames(
         resized: torch.Tensor = output["pixel_values_videos"][0]
         return resized.permute(0, 2, 3, 1)
 
-    # Where frames are taken out, what becomes of one depends on the others.
+    # With frame removal the output of a frame depends on the others.
     samples = given & _SAMPLING_OPTIONS or getattr(
         hf_processor.video_processor, "do_sample_frames", False
     )
@@ -108,19 +107,19 @@ def resized_frames(
 def in_threads(
     resize: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor
 ) -> torch.Tensor:
-    """Return what a function makes of frames, given some of them in each of a few threads.
+    """Return the output of a function on frames, computed in several threads.
 
-    vLLM prepares one request at a time, in one thread; torch's resize uses one too, and lets others
-    run meanwhile.
+    vLLM prepares one request at a time, in one thread. Torch's resize uses one thread and releases
+    the interpreter lock.
 
     Args:
-        resize: makes of frames as many others, (t, H, W, C), alike whatever others are among them.
+        resize: maps frames to as many frames, (t, H, W, C), each independent of the others.
         frames: (T, ...).
     """
-    few = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
-    if len(frames) <= few:
+    num_frames = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
+    if len(frames) <= num_frames:
         return resize(frames)
-    # A thread begins outside of inference mode, in which a worker that profiles prepares a video.
+    # A new thread is outside of inference mode, which a worker uses while it profiles.
     infers = torch.is_inference_mode_enabled()
 
     def resize_part(part: torch.Tensor) -> torch.Tensor:
@@ -132,9 +131,9 @@ def in_threads(
             into.copy_(part)
 
     pool = _resize_pool()
-    parts = list(pool.map(resize_part, frames.split(few)))
+    parts = list(pool.map(resize_part, frames.split(num_frames)))
     resized = torch.empty(len(frames), *parts[0].shape[1:], dtype=parts[0].dtype)
-    for _ in pool.map(copy_part, resized.split(few), parts):
+    for _ in pool.map(copy_part, resized.split(num_frames), parts):
         pass
     return resized
 
@@ -164,7 +163,7 @@ def _rgb_frames(video: Any) -> torch.Tensor | None:
     """Return frames that are uint8 (T, H, W, 3) in host memory as a tensor, None for others."""
     if isinstance(video, np.ndarray) and video.dtype == np.uint8:
         with warnings.catch_warnings():
-            # Of frames that may not be written to; nothing here does.
+            # The frames may be read-only; nothing here writes to them.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             video = torch.from_numpy(video)
     if not isinstance(video, torch.Tensor) or video.dtype != torch.uint8 or not video.is_cpu:
@@ -178,8 +177,8 @@ def _rgb_frames(video: Any) -> torch.Tensor | None:
 def get_normalization(video_processor: Any) -> torch.Tensor | None:
     """Return mean and standard deviation, float32 (2, 3), as the processor applies them to uint8.
 
-    None if it does anything else: what it makes of each of the 256 values of each channel is
-    compared with what the model would.
+    None if the processor does anything else. Its output for all 256 values of each channel is
+    compared with the model's.
     """
     if not getattr(video_processor, "do_rescale", None) or not getattr(
         video_processor, "do_normalize", None
@@ -188,8 +187,12 @@ def get_normalization(video_processor: Any) -> torch.Tensor | None:
     factor = video_processor.rescale_factor
     mean, std = video_processor.image_mean, video_processor.image_std
     try:
-        scaled = [torch.tensor(tuple(each)) * (1.0 / factor) for each in (mean, std)]
-        normalization = torch.stack([each.expand(_NUM_CHANNELS) for each in scaled])
+        scaled = [
+            torch.tensor(tuple(channel_values)) * (1.0 / factor) for channel_values in (mean, std)
+        ]
+        normalization = torch.stack(
+            [channel_values.expand(_NUM_CHANNELS) for channel_values in scaled]
+        )
         every = torch.arange(_NUM_VALUES, dtype=torch.uint8)
         every = every[:, None, None, None].repeat(1, _NUM_CHANNELS, 1, 1)
         expected = video_processor.rescale_and_normalize(
@@ -204,7 +207,7 @@ def get_normalization(video_processor: Any) -> torch.Tensor | None:
 
 
 def without_repeats(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return frames (T, ...) without those that are equal to the one before, and ``FRAME_OF``."""
+    """Return frames (T, ...) without repeats of the previous frame, and ``FRAME_OF``."""
     is_new = [True, *(not torch.equal(*pair) for pair in pairwise(frames))]
     first = torch.tensor(is_new)
     return (frames if all(is_new) else frames[first]), torch.cumsum(first, 0) - 1
@@ -215,7 +218,7 @@ def identity_of(algorithm: MMHasherAlgorithm, **fields: torch.Tensor) -> torch.T
 
     Args:
         algorithm: one of vLLM's (``--mm-hasher-algorithm``), of 32 bytes or more.
-        fields: all that the tower's output follows from.
+        fields: everything that determines the tower's output.
     """
     digest = MultiModalHasher.hash_kwargs(
         algorithm, **{name: field.numpy() for name, field in fields.items()}

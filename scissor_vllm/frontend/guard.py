@@ -1,6 +1,6 @@
 """Refuses our fields wherever they would be ignored, and a field whose name is nearly one of ours.
 
-vLLM's request classes take fields that they do not know and ignore them.
+vLLM's request classes accept and ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REQUEST_FIELDS = (RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS)
 """Fields of a request that vLLM does not have."""
 CHAT_PATH = "/v1/chat/completions"
 _NESTED = "extra_body"
-"""The ``openai`` client's name for fields that it does not know; in a body it means nothing."""
+"""The ``openai`` client's argument for additional fields. It has no meaning in a body."""
 _SIMILARITY = 0.75
 _MAX_NAME = 64
 
@@ -43,8 +43,8 @@ def misspelt_field(fields: Mapping[str, Any], known: Collection[str] = ()) -> st
     """Return what is wrong with a body's unknown fields, in one sentence; None for nothing.
 
     Args:
-        fields: of the body; which of them the route takes does not matter if it takes none like it.
-        known: fields that are right however they are named.
+        fields: the body's fields.
+        known: field names of the route, which are never misspellings.
     """
     for name in fields:
         if name not in known and (field := resembled_field(name)):
@@ -65,7 +65,7 @@ def guard_routes(
 ) -> None:
     """Have all routes that take a body refuse our fields.
 
-    A route is added again with one more dependency, and vLLM lets it replace the first.
+    Each route is added again with a dependency that refuses. vLLM lets it replace the first.
 
     Args:
         app: with all of vLLM's routes.
@@ -77,7 +77,7 @@ def guard_routes(
         """Raise HTTPException if the body names one of them, or nearly."""
         if "json" not in request.headers.get("content-type", ""):
             return
-        # Parsed by FastAPI before, or by the route after: the request keeps what it parsed.
+        # The request caches its parsed body, so it is parsed once.
         try:
             body = await request.json()
         except ValueError:

@@ -1,7 +1,7 @@
-"""Fetches videos as vLLM does, and answers a client's mistake with a 4xx that says what it is.
+"""Fetches videos as vLLM does, and turns a client's mistake into a 4xx with its reason.
 
-A connector of vLLM (``MEDIA_CONNECTOR_REGISTRY``) in place of its default one. Only videos go
-through it; images and audio are vLLM's.
+It replaces vLLM's default connector (``MEDIA_CONNECTOR_REGISTRY``). Only videos go through it.
+vLLM fetches images and audio.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class RefusedMediaError(VLLMUnprocessableEntityError):
 
 
 def register_media_connector() -> None:
-    """Put our connector in place of vLLM's default; an operator's own choice stays."""
+    """Replace vLLM's default connector. A connector that the operator chose stays."""
     MEDIA_CONNECTOR_REGISTRY.register(_CONNECTOR)(VideoMediaConnector)
 
 
 class VideoMediaConnector(MediaConnector):
-    """vLLM's connector, with errors of videos named."""
+    """vLLM's connector with errors that name the cause."""
 
     def fetch_video(self, video_url: str, **options: Any) -> Any:
         """Return what vLLM's connector does.
 
         Raises:
-            RefusedRequestError: a URL that is none, or that the operator does not allow.
+            RefusedRequestError: the URL is invalid, or the operator does not allow it.
             RefusedMediaError: it cannot be fetched.
         """
         url = self._checked(video_url)
@@ -71,7 +71,7 @@ class VideoMediaConnector(MediaConnector):
             )
 
     def _for_video(self) -> VideoMediaConnector:
-        """Return a connector that follows redirects to allowed hosts alone."""
+        """Return a connector that follows redirects to allowed hosts only."""
         if not self.allowed_media_domains:
             return self
         connector = copy.copy(self)
@@ -79,7 +79,7 @@ class VideoMediaConnector(MediaConnector):
         return connector
 
     def _checked(self, url: str) -> str:
-        """Return the URL as vLLM's connector takes it."""
+        """Return the checked URL in the form that vLLM's connector takes."""
         if url[:5].lower() == "data:":
             return _plain_data_url(url)
         scheme, host = _scheme_and_host(url)
@@ -109,7 +109,7 @@ def _scheme_and_host(url: str) -> tuple[str, str | None]:
 
 
 def _plain_data_url(url: str) -> str:
-    """Return a data URL without parameters that hold a comma, as browsers' recorders make them."""
+    """Return a data URL without media type parameters: browsers write commas into them."""
     end = url[:_MAX_MEDIA_TYPE].lower().find(_BASE64)
     if end < 0:
         raise _refused(
@@ -140,7 +140,7 @@ def _refused(message: str, reason: Reason = Reason.MEDIA_NOT_FETCHED) -> Refused
 
 @contextmanager
 def _naming_errors(url: str) -> Iterator[None]:
-    """Raise what a client or the host that it names did wrong as such."""
+    """Raise errors of the client or of the remote host as 4xx errors."""
     try:
         yield
     except RefusedMediaError:
@@ -170,7 +170,7 @@ def _fetched(url: str) -> str:
 
 @lru_cache(maxsize=8)
 def _connection_to(allowed: tuple[str, ...]) -> HTTPConnection:
-    """Return vLLM's connection that leaves these hosts by no redirect."""
+    """Return a connection that follows redirects to these hosts only."""
     return _CheckedConnection(allowed)
 
 

@@ -1,10 +1,10 @@
-"""A video's frames on their way to a tower that takes patches, as Qwen-VL's do.
+"""Sends resized frames to towers that take patches, as Qwen-VL's do.
 
-Hugging Face's processor of these families resizes uint8 frames and makes patches of them, which
-vLLM normalizes on the device (``--mm-device-do-normalize``, on by default). Here it only resizes:
-frames travel as they are, in the tensor of the patches, and the model makes the patches on its own
-device. Three quarters of the processor's CPU time are saved (``bench/qwen_processor.py``), and the
-tower gets the same values to the bit: the operations are the same.
+Hugging Face's processor of these families resizes uint8 frames and cuts them into patches. vLLM
+normalizes the patches on the device (``--mm-device-do-normalize``, on by default). Here the
+processor only resizes. Frames travel in the tensor of the patches, and the model cuts them on its
+device. This saves three quarters of the processor's CPU time (``bench/qwen_processor.py``). The
+tower's input is bitwise equal because the operations are the same.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ _NUM_CHANNELS = 3
 
 @lru_cache(maxsize=16)
 def sending_frames(hf_processor: Any, vllm_normalizes: bool = False) -> Any:
-    """Return a Hugging Face processor like this one that leaves a video's frames in place of its
-    patches, or this one itself if its video processor is not made of the steps that this needs.
+    """Return a copy of a Hugging Face processor that returns a video's frames instead of patches.
+
+    A processor whose video processor lacks the necessary methods is returned unchanged.
 
     Args:
-        hf_processor: as vLLM loads it.
+        hf_processor: the processor that vLLM loads.
         vllm_normalizes: whether vLLM's class takes uint8 (``--mm-device-do-normalize``).
     """
-    own = getattr(hf_processor, "video_processor", None)
-    if own is None or not all(hasattr(own, step) for step in ("patchify", "rescale_and_normalize")):
+    original = getattr(hf_processor, "video_processor", None)
+    if original is None or not all(
+        hasattr(original, step) for step in ("patchify", "rescale_and_normalize")
+    ):
         return hf_processor
     changed = copy.copy(hf_processor)
-    kind: Any = _of_frames(own.__class__)
-    # Its values, made as a copy is: what a constructor takes is a family's own.
+    kind: Any = _of_frames(original.__class__)
+    # Copied without its constructor, whose parameters differ by family.
     video_processor = kind.__new__(kind)
-    video_processor.__dict__.update(vars(own))
+    video_processor.__dict__.update(vars(original))
     video_processor.vllm_normalizes = vllm_normalizes
-    video_processor.pixel_normalization = None if vllm_normalizes else get_normalization(own)
+    video_processor.pixel_normalization = None if vllm_normalizes else get_normalization(original)
     changed.video_processor = video_processor
     return changed
 
@@ -54,16 +57,16 @@ class _VideoFrames:
 
     vllm_normalizes: bool
     pixel_normalization: torch.Tensor | None
-    """What our model has to do to uint8 values, None for nothing."""
+    """Normalization for our model to apply, None for none."""
 
     def _prepare_input_videos(self, videos: Any, **options: Any) -> Any:
-        """Return frames channel first, in memory as a decoder gives them where that is as good."""
-        other: Any = super()
+        """Return frames with channels first, in the decoder's memory format where possible."""
+        parent: Any = super()
         views = [rgb_view(video) for video in videos]
         if any(view is None for view in views):
-            return other._prepare_input_videos(videos=videos, **options)
+            return parent._prepare_input_videos(videos=videos, **options)
         options["input_data_format"] = "channels_first"
-        return other._prepare_input_videos(videos=views, **options)
+        return parent._prepare_input_videos(videos=views, **options)
 
     def rescale_and_normalize(
         self,
@@ -74,23 +77,29 @@ class _VideoFrames:
         image_mean: Any,
         image_std: Any,
     ) -> torch.Tensor:
-        """Return uint8 frames as they are if the model will do just this to them, else float."""
-        own: Any = self
+        """Return uint8 frames unchanged if the model does the same normalization, else float."""
+        processor: Any = self
         asked = (do_rescale, rescale_factor, do_normalize, tuple(image_mean), tuple(image_std))
-        usual = (True, own.rescale_factor, True, tuple(own.image_mean), tuple(own.image_std))
+        usual = (
+            True,
+            processor.rescale_factor,
+            True,
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+        )
         if images.dtype == torch.uint8 and self.pixel_normalization is not None and asked == usual:
             return images
-        other: Any = super()
-        result: torch.Tensor = other.rescale_and_normalize(
+        parent: Any = super()
+        result: torch.Tensor = parent.rescale_and_normalize(
             images, do_rescale, rescale_factor, do_normalize, image_mean, image_std
         )
-        # Asked for as they are, where uint8 would be normalized later.
+        # The request asks for unnormalized pixels, but uint8 would be normalized later.
         return result if self.vllm_normalizes or result.is_floating_point() else result.float()
 
     def patchify(
         self, videos: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int
     ) -> tuple[torch.Tensor, int, int, int]:
-        """Return frames in the shape of patches, and the grid of these.
+        """Return frames in the shape of patches, and their grid.
 
         Args:
             videos: (B, T, C, H, W).
@@ -107,24 +116,22 @@ class _VideoFrames:
 
 
 class _InThreads(BaseVideoProcessor):
-    """Mixin of a Hugging Face video processor, placed behind it: it says to which size, this does
-    it.
-    """
+    """Mixin after a Hugging Face video processor, which chooses the size; this class resizes."""
 
     def resize(self, image: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
-        """Return videos (B, T, C, H, W) of another size, in memory with channels last."""
+        """Return resized videos (B, T, C, H, W) in channels-last memory format."""
 
         def resize(frames: torch.Tensor) -> torch.Tensor:
-            resized: torch.Tensor = other.resize(image=frames, size=size, **options)
+            resized: torch.Tensor = parent.resize(image=frames, size=size, **options)
             return resized.permute(0, 2, 3, 1)
 
-        other: Any = super()
+        parent: Any = super()
         videos = [in_threads(resize, frames).permute(0, 3, 1, 2) for frames in image]
         return videos[0][None] if len(videos) == 1 else torch.stack(videos)
 
 
 @cache
 def _of_frames(video_processor: type) -> type:
-    # vLLM knows video processors by their class's name.
+    # vLLM looks video processors up by class name.
     bases = (_VideoFrames, video_processor, _InThreads)
     return type(video_processor.__name__, bases, {})

@@ -1,7 +1,7 @@
-"""``process_*`` and ``python_*`` on ``/metrics`` of a server whose processes share their metrics.
+"""``process_*`` and ``python_*`` metrics for a server with a shared metrics directory.
 
-prometheus_client leaves them out of what several processes write to one directory. With one API
-server they are that process's own, as vLLM exports them without such a directory.
+prometheus_client omits them in multiprocess mode. With one API server they are the values of its
+process, as vLLM exports them without multiprocess mode.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATH = "/metrics"
 
 @dataclass(frozen=True)
 class _Named:
-    """Metrics with a sample of one of some names; a registry knows no names of shared ones."""
+    """Metrics filtered by sample name, because a registry knows no names in multiprocess mode."""
 
     registry: CollectorRegistry
     names: frozenset[str]
@@ -39,7 +39,7 @@ class _Named:
 
 
 def add_process_metrics(app: FastAPI) -> None:
-    """Put a route in place of vLLM's ``/metrics``, with its values and those of the process."""
+    """Replace vLLM's ``/metrics`` with a route that adds the metrics of the process."""
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
     ProcessCollector(registry=registry)

@@ -76,6 +76,26 @@ def frames_of(video: Any) -> VideoProcessorItems:
     return VideoProcessorItems([video[0] if isinstance(video, tuple) else video])
 
 
+def why_unreadable(videos: VideoProcessorItems) -> str | None:
+    """Return what a video processor may stumble over in videos' metadata, None for nothing."""
+    for index, video in enumerate(videos.get_all()):
+        if not isinstance(video, tuple):
+            continue
+        num_frames, metadata = frames_of(video).get_num_frames(0), video[1]
+        named, rate = metadata.get("frames_indices"), metadata.get("fps")
+        if named is not None and len(named) != num_frames:
+            return (
+                f"video {index} has {num_frames} frames, but its metadata names {len(named)}: send "
+                "a file whose header agrees with its frames"
+            )
+        if not rate or rate < 0:
+            return (
+                f"video {index} must have a positive frame rate, got {rate}: send a file that "
+                "tells its frame rate"
+            )
+    return None
+
+
 def pixels_of_videos(items: MultiModalDataItems) -> VideoProcessorItems | None:
     """Return a request's videos, None if it has none or sends what a tower made of them."""
     videos = items.get("video")
@@ -162,7 +182,19 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             budget=asked.budget,
             report=report if isinstance(report, RetentionReport) else None,
         )
-        return super().apply(request, timing_ctx)
+        if videos is None:
+            return super().apply(request, timing_ctx)
+        try:
+            self._check_limit(videos, options, ratio)
+            return super().apply(request, timing_ctx)
+        except (ArithmeticError, AssertionError, IndexError, TypeError) as error:
+            # Video processors trust metadata that a client's file tells.
+            reason = why_unreadable(videos)
+            if reason is None:
+                raise
+            raise RefusedRequestError(
+                reason, parameter="video_url", reason=Reason.UNREADABLE_VIDEO
+            ) from error
 
     def _count_retained(
         self,

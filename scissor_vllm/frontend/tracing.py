@@ -1,8 +1,7 @@
-"""Compression in vLLM's trace, where `--otlp-traces-endpoint` switches tracing on.
+"""A trace span for each chat with a video, if `--otlp-traces-endpoint` enables tracing.
 
-vLLM's own span of a request (``llm_request``) begins with what the client says of its trace, and
-stands alone if that is nothing. A span around each chat with a video holds vLLM's, and says what
-became of the video.
+It is the parent of vLLM's request span (``llm_request``) and a child of the client's span, if any.
+Its attributes describe the compression.
 """
 
 from collections.abc import Mapping
@@ -13,15 +12,15 @@ from vllm.tracing import extract_trace_context, is_tracing_available
 from scissor_vllm.retention import RetentionReport
 
 SPAN = "video_compression"
-"""Its name; its attributes are ``scissor_vllm.`` and the names in the answer's
-``video_compression``, ``method`` and ``outcome``."""
+"""Name of the span. Attributes are the answer's ``video_compression`` fields, ``method`` and
+``outcome``, prefixed with ``scissor_vllm.``."""
 
 
 class CompressionSpan:
-    """No span: tracing is off."""
+    """The span while tracing is off: it does nothing."""
 
     def end(self, method: str, outcome: str, report: RetentionReport) -> None:
-        """End the span with what was done."""
+        """End the span with its attributes."""
 
 
 NO_SPAN = CompressionSpan()
@@ -36,7 +35,7 @@ class _Span(CompressionSpan):
         self._span = trace.get_tracer(__name__).start_span(SPAN, context=context, kind=kind)
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that make another span this one's child."""
+        """Return the headers that make another span a child of this one."""
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -54,16 +53,18 @@ class _Span(CompressionSpan):
 
 
 def begin_span(request: Request, endpoint: str | None) -> tuple[Request, CompressionSpan]:
-    """Return the span of a request and the request as vLLM is to see it, within that span.
+    """Return a request's span, and the request with headers that make vLLM's span its child.
 
     Args:
-        request: whose body was read.
-        endpoint: where vLLM sends its traces, None if tracing is off.
+        request: the request, its body read.
+        endpoint: vLLM's traces endpoint, None if tracing is off.
     """
     if endpoint is None or not is_tracing_available():
         return request, NO_SPAN
     span = _Span(request.headers)
-    own = {name.encode(): value.encode() for name, value in span.headers().items()}
-    headers = [(name, value) for name, value in request.scope["headers"] if name not in own]
-    scope = {**request.scope, "headers": [*headers, *own.items()]}
+    span_headers = {name.encode(): value.encode() for name, value in span.headers().items()}
+    headers = [
+        (name, value) for name, value in request.scope["headers"] if name not in span_headers
+    ]
+    scope = {**request.scope, "headers": [*headers, *span_headers.items()]}
     return Request(scope, request.receive), span

@@ -1,8 +1,8 @@
-"""Sends requests with vLLM's benchmark client, and keeps what that client leaves out.
+"""Sends requests with vLLM's benchmark client, and keeps fields that it drops.
 
 ``vllm.benchmarks.serve.benchmark`` paces, sends and times the requests. It drops the server's
-``video_compression`` and the reason of a refusal: a wrapper around its HTTP session keeps both,
-outside of what is timed.
+``video_compression`` and the reason of a refusal. A wrapper around its HTTP session keeps both
+outside of the timed section.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any
 from scissor_vllm.loadtest.workload import Cell, VideoRequest
 
 BACKEND = "scissor-vllm-chat"
-"""Our request function's name among those of vLLM's benchmark."""
+"""Name of our request function in vLLM's benchmark."""
 CHAT_PATH = "/v1/chat/completions"
 _MAX_REASON = 300
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What all requests of a run have in common."""
+    """Settings shared by all requests of a run."""
 
     base_url: str
-    """Of the server, without ``/v1``."""
+    """Base URL of the server, without ``/v1``."""
     model: str
     question: str
     output_len: int
@@ -42,7 +42,7 @@ class ChatSettings:
 
 @dataclass
 class Measured:
-    """What came of a cell."""
+    """Results of a cell."""
 
     duration_seconds: float
     requests: list[dict[str, Any]]
@@ -50,7 +50,7 @@ class Measured:
 
     @property
     def num_completed(self) -> int:
-        """How many were answered whole."""
+        """Number of complete answers."""
         return sum(request["error"] is None for request in self.requests)
 
 
@@ -62,14 +62,14 @@ async def measure(
     progress: Any = None,
     keep_itl: bool = False,
 ) -> Measured:
-    """Send the requests as the cell says and return what came of them.
+    """Send the requests of a cell and return their results.
 
     Args:
-        requests: what to send, in order.
-        cell: its concurrency and its request rate; the ratios are the requests' own.
-        settings: what all requests share.
-        progress: a tqdm bar that is moved by each answer.
-        keep_itl: keep the time between each two tokens.
+        requests: the requests, in order.
+        cell: concurrency and request rate; the requests hold the ratios.
+        settings: settings of all requests.
+        progress: a tqdm bar, advanced by each answer.
+        keep_itl: keep inter-token latencies.
     """
     import numpy as np
     from vllm.benchmarks.datasets import SampleRequest
@@ -132,7 +132,7 @@ async def measure(
 
 @dataclass
 class _Answer:
-    """What vLLM's client measured, and what the session saw."""
+    """The measurements of vLLM's client and the body that the session saw."""
 
     output: Any
     video_compression: dict[str, Any] | None
@@ -196,7 +196,7 @@ class _ObservedSession:
 
     @asynccontextmanager
     async def post(self, *args: Any, **kwargs: Any) -> AsyncIterator[_ObservedResponse]:
-        """Post as aiohttp does; a refusal's reason is the server's own words."""
+        """Post as aiohttp does; a refusal's reason is the server's message."""
         async with self._session.post(*args, **kwargs) as response:
             if response.status == 200:
                 yield _ObservedResponse(self, response, response.reason)
@@ -206,7 +206,7 @@ class _ObservedSession:
 
 
 class _ObservedResponse:
-    """What vLLM's client uses of a response."""
+    """The part of a response that vLLM's client uses."""
 
     def __init__(self, session: _ObservedSession, response: Any, reason: str) -> None:
         self._session, self._response = session, response
@@ -221,9 +221,9 @@ class _ObservedResponse:
 
 
 def read_stream(body: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the ``video_compression`` and the error that a stream carried, None where none.
+    """Return a stream's ``video_compression`` and error, None for each that is missing.
 
-    vLLM's client takes a stream that breaks off after its first token for an answer.
+    vLLM's client counts a stream that breaks off after its first token as an answer.
     """
     compression = error = None
     for line in body.decode(errors="replace").splitlines():
@@ -232,7 +232,7 @@ def read_stream(body: bytes) -> tuple[dict[str, Any] | None, str | None]:
         if '"video_compression"' in line or '"error"' in line:
             try:
                 event = json.loads(line.removeprefix("data: "))
-            except ValueError:  # The connection broke within the line: vLLM's client says so.
+            except ValueError:  # The connection broke within the line; vLLM's client reports that.
                 continue
             compression = event.get("video_compression", compression)
             if "error" in event:
@@ -241,7 +241,7 @@ def read_stream(body: bytes) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def refusal(text: str) -> str:
-    """Return what the body of a refusal says, on one line."""
+    """Return the message of a refusal on one line."""
     with contextlib.suppress(ValueError, AttributeError):
         content = json.loads(text)
         error = content.get("error") or content
@@ -256,7 +256,7 @@ def _last_line(text: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keep vLLM's own report of each run off the screen: the table has it."""
+    """Suppress vLLM's report of each run, which the table replaces."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All requests failed")
         yield
@@ -264,7 +264,7 @@ def _quiet() -> Any:
 
 @contextlib.contextmanager
 def _no_garbage_collection_of_what_is_there() -> Any:
-    """Spare the measured time the collector's passes over all that vLLM's import made."""
+    """Freeze existing objects, so that garbage collection does not traverse them while timing."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,7 +1,7 @@
-"""The videos that the load test sends: made, with motion, or a user's own.
+"""Videos of the load test: generated clips with motion, or files of the user.
 
-Made clips are textured backgrounds, still or panned, that shapes cross, with one cut: neighbouring
-tokens are alike but not equal, as in footage, and no two clips share a frame.
+Generated clips show shapes that cross a textured background, still or panned, with one cut.
+Neighboring tokens are similar but not equal, as in footage. No two clips share a frame.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 _FORMAT = 1
-"""Raised when what is drawn changes, so that older clips are not taken for it."""
+"""Version of the drawing; it separates older clips."""
 
 
 class ClipError(Exception):
-    """There are no clips to send; the message says what to do."""
+    """No clips are available; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What made clips look like: pixels, frames and frames a second."""
+    """Shape of generated clips: pixels, frames and frames per second."""
 
     width: int = 640
     height: int = 360
@@ -35,7 +35,7 @@ class ClipShape:
 
     @property
     def folder_name(self) -> str:
-        """A name that differs where the clips do."""
+        """A name that is unique for the shape."""
         size = f"{self.width}x{self.height}-{self.num_frames}-frames-{self.fps}-fps"
         return f"{size}-seed-{self.seed}-v{_FORMAT}"
 
@@ -50,7 +50,7 @@ class Clip:
 
     path: Path
     seconds: float | None
-    """Its length; None if the file does not tell."""
+    """Duration, None if the file does not state it."""
 
     def data_url(self) -> str:
         """Return the file as a data URL."""
@@ -64,7 +64,7 @@ def _data_url(path: Path) -> str:
 
 
 def default_folder() -> Path:
-    """Return where made clips are kept: under ``$XDG_CACHE_HOME/scissor_vllm`` (``~/.cache``)."""
+    """Return the folder of clips, under ``$XDG_CACHE_HOME/scissor_vllm`` (``~/.cache``)."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "scissor_vllm" / "bench-clips"
 
@@ -97,7 +97,7 @@ def _seconds(path: Path) -> float | None:
 
 
 def make_clips(folder: Path, num_clips: int, shape: ClipShape) -> list[Clip]:
-    """Return the first `num_clips` clips of this shape and seed, making those that are missing.
+    """Return the first `num_clips` clips of this shape and seed, and generate missing ones.
 
     They are mp4 files with H.264, under a folder of their shape.
 
@@ -158,7 +158,7 @@ class _Scene:
         self._margin = shape.height // 4
         margins = 2 * self._margin
         self._background = _texture(rng, shape.height + margins, shape.width + margins)
-        # A camera that stands still, or one that pans to and fro.
+        # A still camera, or one that pans to and fro.
         self._pan = rng.uniform(-3, 3, 2) * (rng.uniform() < 0.6)
         count = int(rng.integers(2, 6))
         size = np.array([shape.height, shape.width])

@@ -27,12 +27,12 @@ from scissor_vllm.loadtest.workload import STOCK, cells, parse_ratios
 
 QUESTION = "Describe what happens in this video, step by step."
 NO_CACHES = ("--mm-processor-cache-gb", "0", "--no-enable-prefix-caching")
-"""Flags with which a server does all of its work for every request."""
+"""Server flags that disable caches, so that every request does the full work."""
 RESULT = Path("bench-results", "result.json")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a part and return the exit status."""
+    """Run a subcommand and return the exit status."""
     parts = {"clips": clips, "table": table, "plot": plot}
     part, rest = (parts[argv[0]], argv[1:]) if argv and argv[0] in parts else (run, argv)
     try:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Measure a server; 1 if a cell had no answer at all."""
+    """Measure a server; return 1 if a cell had no answer."""
     from scissor_vllm.loadtest.client import ChatSettings
     from scissor_vllm.loadtest.sweep import Load, sweep
 
@@ -125,7 +125,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def clips(argv: Sequence[str]) -> int:
-    """Make clips, for a host that cannot."""
+    """Generate clips for a host without PyAV."""
     parser = argparse.ArgumentParser(
         prog="scissor-vllm bench clips", description="Make distinct clips with motion (needs PyAV)."
     )

@@ -23,7 +23,7 @@ _STYLES = ("-", "--", ":", "-.")
 def save_plots(
     rows: Sequence[Row], folder: Path, accuracy: Sequence[dict[str, Any]] | None = None
 ) -> list[Path]:
-    """Write the pictures that the rows allow, as PNG, and return their paths.
+    """Write the plots that the rows allow as PNG files, and return their paths.
 
     ``throughput.png``: requests/s against the ratio, a line per label and concurrency.
     ``latency.png``: TTFT against requests/s, a line per label and ratio.

@@ -1,4 +1,4 @@
-"""Starts a server in a process of its own, and leaves none of its processes behind."""
+"""Starts a server in a separate session, and stops all of its processes at the end."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def running_server(
     """Yield the base URL, without ``/v1``, of a server that answers; it is stopped at the end.
 
     Args:
-        name: what errors call it.
-        command: with what starts it; ``--host`` and ``--port`` are added.
+        name: the server's name in errors.
+        command: the command; ``--host`` and ``--port`` are added.
         port: of 127.0.0.1; see `free_port`.
-        log: the file that takes its output.
-        timeout_seconds: for it to answer.
-        environment: variables beside those of this process.
-        on_wait: called twice a second until it answers.
+        log: file for the output.
+        timeout_seconds: time limit for the first answer.
+        environment: additional variables.
+        on_wait: called twice a second until the server answers.
 
     Raises:
-        RuntimeError: the port is taken, it ended, or did not answer in time; the message of the
-            latter two ends with its log.
+        RuntimeError: the port is taken, or the server ended or did not answer in time. The message
+            of the latter two ends with the log.
     """
     if is_taken(port):
         raise RuntimeError(
@@ -75,7 +75,7 @@ def running_server(
 
 
 def end_on_sigterm() -> None:
-    """Let SIGTERM end this process as an exception does, so that its servers are stopped first."""
+    """Turn SIGTERM into an exception, so that servers are stopped first."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
@@ -102,7 +102,7 @@ def _is_healthy(base_url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process and all of its session, which hold a GPU's memory until they end."""
+    """Stop all processes of a session, because they hold GPU memory until they end."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)

@@ -1,4 +1,4 @@
-"""What every result file of a benchmark says, and the way to write one."""
+"""Environment and writing of benchmark result files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from scissor_vllm.cpus import num_cpus
 
 COMMIT_VARIABLE = "SCISSOR_COMMIT"
-"""Names the commit where the code was copied without its repository."""
+"""Environment variable with the commit, for copies without the repository."""
 
 _PACKAGES = (
     "scissor-vllm",
@@ -32,7 +32,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Return what measurements depend on besides the code: hardware, versions, commit."""
+    """Return the environment of a measurement: hardware, versions, commit."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def _gpu() -> str | None:
-    """Return the GPUs' names without taking memory of one, which a server may have filled."""
+    """Return the GPUs' names without allocating memory on them."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return str(torch.cuda.get_device_name())
@@ -62,12 +62,12 @@ def _gpu() -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit, marked if the tree holds changes that it does not."""
+    """Return the commit, marked if the tree has uncommitted changes."""
     if named := os.environ.get(COMMIT_VARIABLE):
         return named
     here = Path(__file__).resolve()
     git = ("git", "-C", str(here.parent))
-    # An installed copy may lie inside a repository of something else.
+    # An installed copy may lie inside another repository.
     if not shutil.which("git") or not _output(*git, "ls-files", here.name):
         return None
     commit = _output(*git, "rev-parse", "HEAD")
@@ -80,12 +80,12 @@ def _output(*command: str) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write all of the file or nothing."""
+    """Write a file atomically."""
     write_text(path, _encode(content) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write all of the file or nothing."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text)
@@ -93,7 +93,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _encode(value: Any, margin: str = "") -> str:
-    """Return JSON in which a list or object of plain values takes one line."""
+    """Return JSON with one line for each list or object of plain values."""
     inner = margin + "  "
     if isinstance(value, dict) and any(isinstance(v, (dict, list, tuple)) for v in value.values()):
         lines = [f"{inner}{json.dumps(str(k))}: {_encode(v, inner)}" for k, v in value.items()]

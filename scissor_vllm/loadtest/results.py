@@ -20,11 +20,11 @@ from scissor_vllm.loadtest.workload import Cell
 
 FORMAT = 1
 _OF_EVERY_RUN = ("output_len", "ignore_eos", "question", "seed", "videos")
-"""Settings without which the runs of a file would not compare."""
+"""Settings that all runs of a file must share."""
 
 
 class ResultError(Exception):
-    """A result file cannot be used so; the message says what to do."""
+    """A result file cannot be used; the message names the remedy."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class ResultFile:
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        """The runs, in the order they were begun."""
+        """The runs in order of their start."""
         runs: list[dict[str, Any]] = self.content["runs"]
         return runs
 
@@ -49,7 +49,7 @@ def read_results(path: Path) -> ResultFile:
     """Return the file's content.
 
     Raises:
-        ResultError: it is none of the load test's.
+        ResultError: it is not a result of the load test.
     """
     try:
         content = json.loads(path.read_text())
@@ -69,7 +69,7 @@ def open_results(
     """Return the file to write to, new or, with `append`, as it is.
 
     Raises:
-        ResultError: the file is there and neither flag was given, or it was measured elsewhere.
+        ResultError: the file exists and neither flag was given, or it is of another host.
     """
     if not path.exists() or overwrite:
         return ResultFile(path, {"format": FORMAT, "environment": environment, "runs": []})
@@ -91,7 +91,7 @@ def open_results(
 def open_run(
     file: ResultFile, label: str, command: str, server: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the run of this label, begun now or gone on with.
+    """Return the run of this label, new or resumed.
 
     Raises:
         ResultError: the label was measured on another server or with other settings, or another
@@ -129,5 +129,5 @@ def open_run(
 
 
 def find_cell(run: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
-    """Return what was measured of a cell, None if nothing was."""
+    """Return the results of a cell, None without any."""
     return next((there for there in run["cells"] if Cell.from_dict(there) == cell), None)

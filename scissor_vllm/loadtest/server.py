@@ -1,4 +1,4 @@
-"""What the server under test says: its model, its version, and ``/metrics``."""
+"""The server under test: its model, its version, and ``/metrics``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HISTOGRAMS = (
     "vllm:request_decode_time_seconds",
     VIDEO_STAGE_SECONDS,
 )
-"""Read as sum and count; the last is ours, by ``stage``. A server may have any of them or none."""
+"""Histograms, read as sum and count; the last is ours, by ``stage``. Each may be missing."""
 COUNTERS = (
     "vllm:prefix_cache_queries",
     "vllm:prefix_cache_hits",
@@ -35,12 +35,13 @@ COUNTERS = (
     VIDEO_CACHE_QUERIES,
     VIDEO_CACHE_HITS,
 )
-"""Read where they are, without the exposition's ``_total``; the last two are ours, by ``cache``."""
+"""Counters without the suffix ``_total``; the last two are ours, by ``cache``. Each may be
+missing."""
 _LABELS = ("stage", "cache")
 _NUMBER_BYTES = {"auto": 2, "float16": 2, "bfloat16": 2} | dict.fromkeys(
     ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"), 1
 )
-"""By vLLM's ``--kv-cache-dtype``; other dtypes keep more than a token's numbers."""
+"""Bytes of a number by ``--kv-cache-dtype``; other dtypes also store scales."""
 FINISHED = "vllm:e2e_request_latency_seconds"
 _SETTLE_SECONDS = 3.0
 _TIMEOUT_SECONDS = 30.0
@@ -49,14 +50,14 @@ _RUNNING = re.compile(rb"^vllm:num_requests_running(?:\{[^\n]*\})? (\S+)$", re.M
 
 
 class ServerError(Exception):
-    """The server cannot be measured; the message says what to do."""
+    """The server cannot be measured; the message names the remedy."""
 
 
 def get(url: str) -> bytes:
     """Return the body of a GET, with the key of ``OPENAI_API_KEY`` if it is set.
 
     Raises:
-        OSError: nothing answers, or not with 200 and a whole body.
+        OSError: no answer, a status other than 200, or an incomplete body.
     """
     request = urllib.request.Request(url)
     if key := os.environ.get("OPENAI_API_KEY"):
@@ -69,10 +70,10 @@ def get(url: str) -> bytes:
 
 
 def check_health(base_url: str) -> None:
-    """Return if the server is up.
+    """Raise ServerError if the server is not up.
 
     Raises:
-        ServerError: it is not.
+        ServerError: the server is not up.
     """
     try:
         get(f"{base_url}/health")
@@ -84,10 +85,10 @@ def check_health(base_url: str) -> None:
 
 
 def describe_server(base_url: str, model: str | None) -> dict[str, Any]:
-    """Return the server's model, its version and the size of its KV cache, as far as it tells.
+    """Return the server's model, and its version and KV cache size where known.
 
     Raises:
-        ServerError: nothing answers there, or it does not serve `model`.
+        ServerError: the server does not answer, or does not serve `model`.
     """
     try:
         models = json.loads(get(f"{base_url}/v1/models"))["data"]
@@ -109,9 +110,9 @@ def describe_server(base_url: str, model: str | None) -> dict[str, Any]:
 
 
 def has_plugin(base_url: str) -> bool:
-    """Return whether a server knows the ratio: it is not stock vLLM, even if none is asked for.
+    """Return whether the plugin is active in a server.
 
-    Its OpenAPI description tells, or its /metrics where only vLLM's own routes are loaded.
+    The OpenAPI description shows it, or /metrics if only vLLM's routes are loaded.
     """
     for path, mark in (("/openapi.json", b'"retention_ratio"'), ("/metrics", b"scissor_vllm:")):
         try:
@@ -130,17 +131,16 @@ def _version(base_url: str) -> str | None:
 
 
 def kv_cache_bytes_per_token(model_path: str | None, told: Snapshot | None = None) -> int | None:
-    """Return the bytes that one token takes in the KV cache, None if that cannot be known.
+    """Return the bytes of one token in the KV cache, None if unknown.
 
-    Keys and values of every layer: 2 x layers x KV heads x head size x bytes of a number. The model
-    is described by its config, in its folder or in the hub's local cache; nothing is downloaded.
-    The number's dtype is what the server tells of its cache. "auto" is that of the computation, of
-    two bytes unless the operator wants float32: then a server that tells its cache's size (on a
-    CPU) tells more bytes a token than two bytes a number would take.
+    It is 2 x layers x KV heads x head size x bytes of a number. The shapes come from the model's
+    config, in its folder or in the hub's local cache; nothing is downloaded. The dtype is that of
+    the server's cache. "auto" is the dtype of the computation: two bytes, or four with float32. On
+    a CPU the server's cache size tells which.
 
     Args:
-        model_path: as the server names its model.
-        told: its metrics, None if it has none.
+        model_path: the server's name of its model.
+        told: the server's metrics, None without any.
     """
     num_numbers = _num_cached_numbers(model_path)
     dtype = (told and told.kv_cache_dtype) or "auto"
@@ -149,12 +149,12 @@ def kv_cache_bytes_per_token(model_path: str | None, told: Snapshot | None = Non
     num_bytes = num_numbers * _NUMBER_BYTES[dtype]
     if dtype != "auto" or told is None or not (told.kv_cache_bytes and told.num_kv_cache_tokens):
         return num_bytes
-    # With tensor parallelism what it tells is one worker's: fewer.
+    # With tensor parallelism the size is that of one worker.
     return max(num_bytes, told.kv_cache_bytes // told.num_kv_cache_tokens)
 
 
 def _num_cached_numbers(model_path: str | None) -> int | None:
-    """Return how many numbers a token has in the KV cache, None if the config is not at hand."""
+    """Return the count of numbers of a token in the KV cache, None without a config."""
     path = _config_path(model_path)
     if path is None:
         return None
@@ -186,22 +186,22 @@ def _config_path(model_path: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The server's running totals at one moment."""
+    """Cumulative metrics of the server at one time."""
 
     histograms: dict[str, tuple[float, float]]
-    """Sum and count by name, with ``{stage="..."}`` where there is one."""
+    """Sum and count by name and ``{stage="..."}``, if any."""
     counters: dict[str, float]
-    """By name, with ``{cache="..."}`` where there is one."""
+    """Counters by name and ``{cache="..."}``, if any."""
     num_kv_cache_tokens: int | None
-    """What the KV cache holds."""
+    """Tokens that fit into the KV cache."""
     kv_cache_bytes: int | None = None
-    """What it takes in each worker, if the server tells."""
+    """Bytes of the KV cache in each worker, if known."""
     kv_cache_dtype: str | None = None
-    """As ``--kv-cache-dtype``."""
+    """Value of ``--kv-cache-dtype``."""
 
 
 def parse_metrics(text: str) -> Snapshot:
-    """Return the totals in a Prometheus exposition, added over engines and models."""
+    """Return the metrics of a Prometheus exposition, summed over engines and models."""
     from prometheus_client.parser import text_string_to_metric_families
 
     histograms: dict[str, tuple[float, float]] = {}
@@ -232,7 +232,7 @@ def parse_metrics(text: str) -> Snapshot:
 
 
 def _product(labels: dict[str, str], *names: str) -> int:
-    """Return the product of numbers in labels, 0 if one is missing or none."""
+    """Return the product of numbers in labels, 0 if one is missing or not a number."""
     try:
         return math.prod(int(labels[name]) for name in names)
     except (KeyError, ValueError):
@@ -240,7 +240,7 @@ def _product(labels: dict[str, str], *names: str) -> int:
 
 
 def difference(before: Snapshot | None, after: Snapshot | None) -> dict[str, Any] | None:
-    """Return what happened between two snapshots; None without both or if the server restarted.
+    """Return the difference of two snapshots; None without both or after a restart.
 
     ``histograms`` maps names to their ``sum_seconds`` and ``count``, ``counters`` to a number.
     """
@@ -261,21 +261,21 @@ def difference(before: Snapshot | None, after: Snapshot | None) -> dict[str, Any
 
 @dataclass
 class Metrics:
-    """The ``/metrics`` of a server; one without them is measured all the same."""
+    """The ``/metrics`` of a server, which may have none."""
 
     url: str
 
     def read(self) -> Snapshot | None:
-        """Return the totals now, None if there are none to read."""
+        """Return the current snapshot, None without ``/metrics``."""
         try:
             return parse_metrics(get(self.url).decode())
         except (OSError, ValueError):
             return None
 
     def read_after(self, before: Snapshot | None, num_finished: int) -> Snapshot | None:
-        """Return the totals once they hold `num_finished` more requests, or after a while.
+        """Return the snapshot once it has `num_finished` more requests, or after a timeout.
 
-        The engine reports a request a moment after its last token is sent.
+        The engine reports a request shortly after its last token.
         """
         deadline = time.monotonic() + _SETTLE_SECONDS
         while True:
@@ -290,11 +290,11 @@ class Metrics:
 
 @dataclass
 class UsageSampler:
-    """Reads how full the KV cache is, again and again, in a thread."""
+    """Samples the use of the KV cache in a thread."""
 
     url: str
     interval_seconds: float
-    """0: never."""
+    """0 disables sampling."""
     samples: list[dict[str, float]] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -322,7 +322,7 @@ class UsageSampler:
 
 
 def usage(text: bytes) -> dict[str, float] | None:
-    """Return the share of the KV cache in use (mean of the engines) and the requests running."""
+    """Return the used share of the KV cache (mean over engines) and the running requests."""
     shares = [float(share) for share in _USAGE.findall(text)]
     if not shares:
         return None

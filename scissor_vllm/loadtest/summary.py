@@ -1,8 +1,8 @@
 """Statistics of a cell, from its raw values, by vLLM's definitions.
 
-TTFT: from sending to the first token. TPOT: the time after the first token, by output tokens less
-one; none with one token. E2E: from sending to the last token. Goodput: requests a second that meet
-every objective; a TPOT that is none counts as met. All from the client's clock.
+TTFT: time to the first token. TPOT: time after the first token, divided by output tokens less one;
+undefined with one token. E2E: time to the last token. Goodput: requests per second that meet every
+objective; an undefined TPOT counts as met. All times are of the client's clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scissor_vllm.metrics import VIDEO_CACHE_HITS, VIDEO_CACHE_QUERIES, VIDEO_ST
 
 PERCENTILES = (50, 90, 99)
 OBJECTIVES = ("ttft", "tpot", "e2el")
-"""What a service level objective may name, as in ``vllm bench serve --goodput``; milliseconds."""
+"""Metrics of service level objectives in milliseconds, as in ``vllm bench serve --goodput``."""
 VIDEO_STAGES = ("decode", "preprocess", "tower", "compress")
 STAGES = {
     **{f"video_{stage}": f'{VIDEO_STAGE_SECONDS}{{stage="{stage}"}}' for stage in VIDEO_STAGES},
@@ -24,7 +24,7 @@ STAGES = {
     "prefill": "vllm:request_prefill_time_seconds",
     "decode": "vllm:request_decode_time_seconds",
 }
-"""Stages of a request by the histogram that the server keeps of each, in the order of a request.
+"""Histograms of the server by stage, in order of a request.
 
 vLLM's prefill begins when a request is scheduled: tower and compression lie inside it.
 """
@@ -38,7 +38,7 @@ CACHES = {
         for cache in ("frames", "features")
     },
 }
-"""Counters of queries and hits of each cache that could spare the server work."""
+"""Counters of queries and hits by cache."""
 
 
 def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
@@ -66,12 +66,12 @@ def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
 def summarize(
     run: dict[str, Any], cell: dict[str, Any], goodput: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """Return one flat row of a run's cell, None where a value is not known.
+    """Return one flat row of a run's cell, with None for unknown values.
 
     Args:
         run: a run of a result file.
         cell: one of its cells.
-        goodput: objectives in milliseconds; None: those that the run was started with.
+        goodput: objectives in milliseconds; None for those of the run.
     """
     good = [request for request in cell["requests"] if request["error"] is None]
     failed = [request for request in cell["requests"] if request["error"] is not None]
@@ -146,7 +146,7 @@ def tpot_seconds(request: dict[str, Any]) -> float | None:
 
 
 def count_errors(cell: dict[str, Any]) -> dict[str, int]:
-    """Return how many requests failed for each reason, the commonest first."""
+    """Return the number of failed requests by reason, the most frequent first."""
     reasons = Counter(r["error"] for r in cell["requests"] if r["error"] is not None)
     return dict(reasons.most_common())
 
@@ -193,13 +193,13 @@ def _usage(cell: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _stages(cell: dict[str, Any], completed: int) -> dict[str, float | None]:
-    """Return the server's seconds in each stage by completed requests."""
+    """Return the server's seconds in each stage per completed request."""
     histograms = (cell.get("server_metrics") or {}).get("histograms", {})
     row: dict[str, float | None] = {}
     for stage, name in STAGES.items():
-        found = histograms.get(name)
-        known = found is not None and found["count"] > 0 and completed > 0
-        row[f"stage_{stage}_seconds"] = found["sum_seconds"] / completed if known else None
+        histogram = histograms.get(name)
+        known = histogram is not None and histogram["count"] > 0 and completed > 0
+        row[f"stage_{stage}_seconds"] = histogram["sum_seconds"] / completed if known else None
     return row
 
 

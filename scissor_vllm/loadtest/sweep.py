@@ -18,27 +18,27 @@ from scissor_vllm.loadtest.workload import Cell, build_requests
 
 @dataclass(frozen=True)
 class Load:
-    """How much is sent in a cell."""
+    """Number of requests in a cell."""
 
     num_prompts: int | None
-    """Requests measured; None: 4 for each that may be in flight, at least 16."""
+    """Measured requests; None: 4 times the concurrency, at least 16."""
     num_warmups: int | None
-    """Requests sent before; None: as many as may be in flight, at most 32."""
+    """Warm-up requests; None: the concurrency, at most 32."""
 
     def prompts(self, cell: Cell) -> int:
-        """Return how many requests of this cell are measured."""
+        """Return the number of measured requests of a cell."""
         if self.num_prompts is not None:
             return self.num_prompts
         return max(16, 4 * (cell.max_concurrency or 16))
 
     def warmups(self, cell: Cell) -> int:
-        """Return how many requests are sent before."""
+        """Return the number of warm-up requests of a cell."""
         if self.num_warmups is not None:
             return self.num_warmups
         return min(32, cell.max_concurrency or 16)
 
     def num_clips(self, cells: Sequence[Cell]) -> int:
-        """Return how many clips let no request of a cell repeat another's."""
+        """Return the number of clips with which no request of a cell repeats a clip."""
         return max(self.prompts(cell) + self.warmups(cell) for cell in cells)
 
 
@@ -54,12 +54,12 @@ def sweep(
     metrics_interval_seconds: float,
     keep_itl: bool,
 ) -> None:
-    """Measure the cells that the run does not have yet and save each.
+    """Measure the missing cells of a run, and save after each.
 
     A cell is measured again if none of its requests was answered.
 
     Raises:
-        ServerError: the server stopped answering; what was measured before is saved.
+        ServerError: the server stopped answering; earlier cells are saved.
     """
     metrics = Metrics(metrics_url)
     for number, cell in enumerate(cells, 1):

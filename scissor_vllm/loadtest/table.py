@@ -17,7 +17,7 @@ _CACHES_OFF = {
     "frames": "--mm-processor-cache-gb 0",
     "features": "--mm-processor-cache-gb 0",
 }
-"""The flag of the server by cache."""
+"""The server's flag by cache."""
 
 
 def _number(key: str, digits: int, factor: float = 1.0) -> Callable[[Row], str]:
@@ -87,7 +87,7 @@ MARKDOWN_COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """Return the measured values, then the server's stages if it told, as aligned columns."""
+    """Return the measured values and the server's stages, if any, as aligned columns."""
     parts = [_align(*_fill(COLUMNS, rows))]
     if any(row[f"stage_{stage}_seconds"] is not None for row in rows for stage in STAGES):
         parts.append("Server's time in each stage, ms a request (prefill holds tower and compress)")
@@ -115,11 +115,11 @@ def csv_table(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return what a reader of the numbers must know: caches that answered, clips sent twice."""
+    """Return warnings about the numbers: cache hits, clips sent twice."""
     lines = []
     for cache, remedy in _CACHES_OFF.items():
         rate = max((row[f"{cache}_cache_hit_rate"] or 0.0 for row in rows), default=0.0)
-        # Every prompt begins with the same few tokens of the chat template.
+        # All prompts share the chat template's first tokens.
         if rate > 0.05:
             lines.append(
                 f"Up to {rate:.0%} of a cell's lookups in the server's {cache} cache were hits: to "
@@ -137,7 +137,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def _fill(
     columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return names and lines of the columns that hold anything."""
+    """Return names and lines of the non-empty columns."""
     cells = {name: [text(row) for row in rows] for name, text in columns.items()}
     used = [name for name, column in cells.items() if any(column)]
     return used, [[cells[name][i] for name in used] for i in range(len(rows))]

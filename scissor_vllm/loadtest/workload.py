@@ -1,4 +1,4 @@
-"""A cell of the sweep, and the requests that it sends."""
+"""A cell of the sweep and its requests."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from scissor_vllm.loadtest.clips import Clip
 from scissor_vllm.retention import AUTO, RETENTION_RATIO, check_retention_ratio
 
 STOCK = "stock"
-"""Instead of a ratio: the request has no ``retention_ratio``, as vLLM without us wants it."""
+"""Used instead of a ratio for requests without ``retention_ratio``, as for stock vLLM."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination that is measured."""
+    """One combination of ratios, concurrency and request rate."""
 
     retention_ratios: tuple[float | str, ...]
     """What each request draws its ratio from, ``auto`` among them; none: requests carry no ratio.
     """
     max_concurrency: int | None
-    """Requests in flight at most; None: no bound."""
+    """Most requests in flight; None: no limit."""
     request_rate: float | None
-    """Requests a second, Poisson arrivals; None: each is sent as soon as the bound allows."""
+    """Requests per second with Poisson arrivals; None: each is sent as soon as the limit allows."""
 
     @property
     def ratio_name(self) -> str:
@@ -43,7 +43,7 @@ class Cell:
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values as a result file names them."""
+        """Return the values by their names in a result file."""
         return {
             "retention_ratios": list(self.retention_ratios),
             "max_concurrency": self.max_concurrency,
@@ -52,7 +52,7 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
-        """Return the cell that `as_dict` described."""
+        """Return the cell of `as_dict`."""
         return cls(
             tuple(values["retention_ratios"]),
             values["max_concurrency"],
@@ -69,7 +69,7 @@ def parse_ratios(text: str) -> tuple[float | str, ...]:
     """Return the ratios of one cell: ``stock``, ``auto``, ``0.25``, or ``1.0,0.5,0.1`` for a mix.
 
     Raises:
-        ValueError: one is no ratio.
+        ValueError: a part is not a ratio.
     """
     if text == STOCK:
         return ()
@@ -123,16 +123,17 @@ class VideoRequest:
         return [{"role": "user", "content": content}]
 
     def body(self) -> dict[str, Any]:
-        """Return the fields of the body that are this request's own."""
+        """Return the fields of the body that differ by request."""
         return {} if self.retention_ratio is None else {RETENTION_RATIO: self.retention_ratio}
 
 
 def build_requests(
     clips: Sequence[Clip], cell: Cell, *, num_prompts: int, num_warmups: int, seed: int
 ) -> tuple[list[VideoRequest], list[VideoRequest]]:
-    """Return the warm-up requests and those that are measured.
+    """Return the warm-up requests and the measured requests.
 
-    Every cell sends the same clips in the same order, the warm-ups others while there are enough.
+    Every cell sends the same clips in the same order. Warm-ups have other clips if there are
+    enough.
     """
     ratios = draw_ratios(cell, num_prompts + num_warmups, seed)
     chosen = [clips[number % len(clips)] for number in range(len(ratios))]

@@ -1,26 +1,41 @@
 """Models whose video tokens are compressed, one file a family.
 
 A file says what its family changes against vLLM's class; what several share is in ``frames`` (their
-tower takes frames one by one) and ``patch_grid`` (a grid of patches of any size, M-RoPE), what all
-share in ``scissor_vllm.frontend.processor`` and ``scissor_vllm.worker.video_compression``.
+tower takes frames one by one), ``frame_runs`` (text stands between a video's frames) and
+``patch_grid`` (a grid of patches of any size, M-RoPE), what all share in
+``scissor_vllm.frontend.processor`` and ``scissor_vllm.worker.video_compression``.
 ``carried_positions`` is of those whose tokens keep their positions.
 """
 
+_MODULES = {
+    "Cosmos3ForConditionalGeneration": "cosmos3",
+    "Exaone4_5_ForConditionalGeneration": "exaone4_5",
+    "Gemma4ForConditionalGeneration": "gemma4",
+    "Glm4vForConditionalGeneration": "glm4v",
+    "Glm4vMoeForConditionalGeneration": "glm4v",
+    "InternS1ForConditionalGeneration": "internvl",
+    "InternS1ProForConditionalGeneration": "interns1_pro",
+    "InternS2MobiusForConditionalGeneration": "interns2_mobius",
+    "InternS2PreviewForConditionalGeneration": "interns2_preview",
+    "InternVLChatModel": "internvl",
+    "InternVLForConditionalGeneration": "internvl:InternS1ForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration": "llava_next_video",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "NemotronH_Nano_Omni_Reasoning_V3": "nemotron_nano_vl:NemotronH_Nano_VL_V2",
+    "NemotronH_Nano_VL_V2": "nemotron_nano_vl",
+    "NemotronH_Omni_Reasoning_V3": "nemotron_nano_vl:NemotronH_Nano_VL_V2",
+    "NemotronH_Super_Omni_Reasoning_V3": "nemotron_nano_vl:NemotronH_Nano_VL_V2",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
+}
+"""Architecture, as a checkpoint's config names it, to its module here and, where it has another
+name, its class."""
+
 MODELS = {
-    "LlavaNextVideoForConditionalGeneration": (
-        "scissor_vllm.models.llava_next_video:LlavaNextVideoForConditionalGeneration"
-    ),
-    "LlavaOnevisionForConditionalGeneration": (
-        "scissor_vllm.models.llava_onevision:LlavaOnevisionForConditionalGeneration"
-    ),
-    "Qwen2_5_VLForConditionalGeneration": (
-        "scissor_vllm.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration"
-    ),
-    "Qwen3VLForConditionalGeneration": (
-        "scissor_vllm.models.qwen3_vl:Qwen3VLForConditionalGeneration"
-    ),
-    "Qwen3VLMoeForConditionalGeneration": (
-        "scissor_vllm.models.qwen3_vl:Qwen3VLMoeForConditionalGeneration"
-    ),
+    architecture: f"{__name__}.{module if ':' in module else f'{module}:{architecture}'}"
+    for architecture, module in _MODULES.items()
 }
 """Architecture, as a checkpoint's config names it, to our class."""

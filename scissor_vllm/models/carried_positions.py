@@ -5,7 +5,7 @@ encoded, and those that come with the rows.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -43,7 +43,13 @@ class CarriedPositionsModel:
         """Return an uncompressed prompt's positions, (3, n) int64, and vLLM's delta."""
         raise NotImplementedError
 
+    def _video_runs(self, tokens: list[int]) -> list[tuple[int, int]]:
+        """Return where each run of video tokens begins and ends in a prompt."""
+        return runs_of(self.video_token, tokens)
+
     # What model runners call.
+
+    supports_multimodal_pruning: ClassVar[Literal[True]] = True
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
@@ -81,7 +87,7 @@ class CarriedPositionsModel:
         if not found:
             return rows, mrope_positions, delta_of(mrope_positions)
         tokens = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else input_ids
-        runs = runs_of(self.video_token, tokens)
+        runs = self._video_runs(tokens)
         positions, delta = placed(mrope_positions.cpu(), found, runs, num_computed_tokens)
         return rows, positions.to(mrope_positions.device), delta
 

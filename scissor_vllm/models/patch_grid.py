@@ -11,36 +11,35 @@ against vLLM's classes:
 - a video's frames travel as they are, patches are made on the device, see ``worker.patches``.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
-from vllm.multimodal.inputs import (
-    MultiModalFeatureSpec,
-    MultiModalFieldConfig,
-)
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataItems
-from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
-from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
+from scissor_vllm.frontend.processor import RetentionProcessingInfo
 from scissor_vllm.models.carried_positions import CarriedPositionsModel
+from scissor_vllm.models.frame_runs import FrameRunsModel, FrameRunsProcessor, with_text
 from scissor_vllm.video_fields import (
     FRAME_SIZE,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
     PIXEL_NORMALIZATION,
     VIDEO_IDENTITY,
+    VIDEO_TEXT,
 )
 from scissor_vllm.vllm_compat import ask_model_for_positions
 from scissor_vllm.worker.patches import PatchShape
-from scissor_vllm.worker.positions import VideoPlace, text_and_pads, video_alone, with_positions
+from scissor_vllm.worker.positions import VideoPlace, video_alone, with_positions
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels
 
@@ -83,7 +82,7 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
         return 0
 
 
-class PatchGridProcessor(RetentionProcessor):
+class PatchGridProcessor(FrameRunsProcessor):
     """Mixin of a family's processor."""
 
     def _get_mm_fields_config(
@@ -129,34 +128,22 @@ class PatchGridProcessor(RetentionProcessor):
             )
         )
 
-    def _shortened(self, content: Any, num_retained: int) -> PromptUpdateDetails:
-        """Return K video tokens, where the first of N are, and all text."""
-        tokens = content.full if isinstance(content, PromptUpdateDetails) else content
-        pad = self.info.get_hf_config().video_token_id
-        first = tokens.index(pad)
-        text_behind = [token for token in tokens[first:] if token != pad]
-        return PromptUpdateDetails.from_seq([*tokens[:first], *[pad] * num_retained, *text_behind])
-
     def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
         merge_size = self.info.get_hf_config().vision_config.spatial_merge_size
         return int(processed[_GRID][index].prod()) // merge_size**2
 
 
-class PatchGridModel(CarriedPositionsModel):
+class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
     """Mixin of a family's model, placed before vLLM's class."""
 
-    place_fields: ClassVar[tuple[str, ...]] = (_GRID,)
+    place_fields: ClassVar[tuple[str, ...]] = (_GRID, VIDEO_TEXT)
 
     config: Any
     visual: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
-        if model_config.get_multimodal_config().is_multimodal_pruning_enabled():
-            raise ValueError(
-                "--video-pruning-rate and scissor_vllm exclude each other: leave the first out and "
-                "send a retention_ratio, or start vLLM with VLLM_PLUGINS= to prune"
-            )
+        self._check_no_pruning(vllm_config)
         # Before the layers are made: some size their table of rotations by the answer, since
         # positions go on behind a whole video, however few tokens it has.
         ask_model_for_positions(model_config)
@@ -167,7 +154,8 @@ class PatchGridModel(CarriedPositionsModel):
             vllm_config, tokens_per_frame=_WARM_UP_TOKENS_PER_FRAME
         )
         self.pixel_dtype = model_config.dtype
-        self.carries_positions = vllm_config.parallel_config.pipeline_parallel_size == 1
+        is_pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
+        self.carries_positions = model_config.uses_mrope and not is_pipelined
 
     @property
     def row_width(self) -> int:
@@ -184,29 +172,19 @@ class PatchGridModel(CarriedPositionsModel):
         """The first of them, which the language model embeds and compression compares."""
         return int(self.config.vision_config.out_hidden_size)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load as vLLM does, also while serving."""
-        self.video_compression.forget_features()
-        return super().load_weights(weights)  # type: ignore[misc]
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        """Return vLLM's, for images alone: its graphs would go past our ``embed_multimodal``."""
-        config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
-        modalities = [modality for modality in config.modalities if modality != "video"]
-        return replace(config, modalities=modalities, max_frames_per_video=1)
-
-    # What a family may lay out otherwise.
-
     def _full_video_tokens(self, fields: Mapping[str, Any]) -> list[int]:
         """Return a video's tokens in the uncompressed prompt, those of text within it included."""
         num_tokens = int(fields[_GRID].prod())
         num_tokens //= self.config.vision_config.spatial_merge_size**2
-        return [self.video_token] * num_tokens
+        return with_text(fields[VIDEO_TEXT], num_tokens, self.video_token)
 
     def _embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return (n, ``row_width``) for text within a video."""
-        embedded = self.get_language_model().embed_input_ids(tokens)  # type: ignore[attr-defined]
-        return pad_to(embedded, self.row_width)
+        return pad_to(super()._embed_text(tokens), self.row_width)
+
+    def _tower_of_compressed(self) -> AbstractContextManager[Any]:
+        """Return a context in which the tower encodes compressed videos, equal but for rounding."""
+        return nullcontext()
 
     # Rows.
 
@@ -215,7 +193,8 @@ class PatchGridModel(CarriedPositionsModel):
         positions behind their values; images, and videos that are all kept whole, as vLLM does.
         """
         parameter = next(self.visual.parameters())
-        self.video_compression.warm_up(self.token_width, parameter.dtype, parameter.device)
+        if self.video_compression.warm_up(self.token_width, parameter.dtype, parameter.device):
+            self._warm_up_tower()
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
         if not isinstance(num_retained, torch.Tensor):
@@ -229,6 +208,9 @@ class PatchGridModel(CarriedPositionsModel):
                 return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         return tuple(map(self._encoded, videos, counts))
 
+    def _warm_up_tower(self) -> None:
+        """Have what ``_tower_of_compressed`` needs made while memory is profiled."""
+
     def _take_videos(self, fields: dict[str, Any]) -> list["GridVideo"]:
         """Take a batch's videos out of its fields, but for those that vLLM's class knows."""
         grids = fields[_GRID].tolist()
@@ -236,6 +218,7 @@ class PatchGridModel(CarriedPositionsModel):
         sizes = fields.pop(FRAME_SIZE, nothing)
         normalizations = fields.pop(PIXEL_NORMALIZATION, nothing)
         identities = fields.pop(VIDEO_IDENTITY, nothing)
+        texts = fields.pop(VIDEO_TEXT, nothing)
         pixels = fields[_PIXELS].split([t * h * w for t, h, w in grids])
         merged = self.config.vision_config.spatial_merge_size**2
         return [
@@ -245,12 +228,15 @@ class PatchGridModel(CarriedPositionsModel):
                     identity=None if identity is None else identity.numpy().tobytes(),
                     tokens_per_frame=h * w // merged,
                 ),
-                {name: fields[name][index] for name in self.place_fields},
+                {
+                    VIDEO_TEXT: text,
+                    **{name: fields[name][index] for name in self.place_fields if name in fields},
+                },
                 None if size is None else tuple(size.tolist()),
                 normalization,
             )
-            for index, (rows, (t, h, w), size, normalization, identity) in enumerate(
-                zip(pixels, grids, sizes, normalizations, identities, strict=True)
+            for index, (rows, (t, h, w), text, size, normalization, identity) in enumerate(
+                zip(pixels, grids, texts, sizes, normalizations, identities, strict=True)
             )
         ]
 
@@ -264,6 +250,7 @@ class PatchGridModel(CarriedPositionsModel):
 
     def _encoded(self, video: "GridVideo", num_retained: int) -> torch.Tensor:
         """Return a video's rows, with positions if it is compressed."""
+        is_whole = self.video_compression.keeps_all([video.pixels], [num_retained])
 
         def encode(pixels: torch.Tensor) -> torch.Tensor:
             # The tower attends within a temporal patch, so that a part is encoded as in the whole.
@@ -273,7 +260,8 @@ class PatchGridModel(CarriedPositionsModel):
                 pixel_values_videos=self._patches(pixels.flatten(0, 1), video),
                 video_grid_thw=grid[None],
             )
-            (rows,) = self._process_video_input(inputs)  # type: ignore[attr-defined]
+            with nullcontext() if is_whole else self._tower_of_compressed():
+                (rows,) = self._process_video_input(inputs)  # type: ignore[attr-defined]
             return rows.view(len(pixels), -1, rows.shape[-1])
 
         width = self.token_width
@@ -301,24 +289,18 @@ class PatchGridModel(CarriedPositionsModel):
             members: (K,) int64 ascending.
             fields: of the video.
         """
-        full = self._full_video_tokens(fields)
-        text, pads = text_and_pads(full, self.video_token)
-        device = rows.device
-        kept = pads.to(device)[members]
-        if len(text):
-            embedded = self._embed_text(torch.tensor(full)[text].to(device)).to(rows.dtype)
-            kept, order = torch.cat([text.to(device), kept]).sort(stable=True)
-            rows = torch.cat([embedded, rows])[order]
+        rows, numbers = self._among_text(rows, members, fields[VIDEO_TEXT])
         if not self.carries_positions:
             return rows
-        positions, _ = self._whole_positions(full, [video_alone(fields, len(full))])
+        full = self._full_video_tokens(fields)
+        positions, _ = self._whole_positions(full, [video_alone(fields, full, self.video_token)])
         place = VideoPlace(
             num_rows=len(rows),
-            first_pad=int(pads[0]),
+            first_pad=full.index(self.video_token),
             num_pads=len(members),
             end=int(positions.max()) + 1,
         )
-        return with_positions(rows, positions.to(device)[:, kept], place)
+        return with_positions(rows, positions.to(rows.device)[:, numbers], place)
 
     # Positions.
 

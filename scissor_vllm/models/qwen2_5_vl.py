@@ -1,5 +1,12 @@
-"""Qwen2.5-VL with compressed videos: what ``patch_grid`` says, and nothing of its own."""
+"""Qwen2.5-VL with compressed videos. Beside what ``patch_grid`` says, compressed videos go through
+MLPs that a GPU computes faster, see ``worker.aligned_mlp``.
+"""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
 from vllm.model_executor.models import qwen2_5_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -28,4 +35,29 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801
 ):
     """Encodes a video to exactly K rows."""
 
-    place_fields = ("video_grid_thw", "second_per_grid_ts")
+    place_fields = (*PatchGridModel.place_fields, "second_per_grid_ts")
+
+    _aligned_mlps: Any = None
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load as vLLM does, also while serving."""
+        self._aligned_mlps = None
+        return super().load_weights(weights)
+
+    def _tower_of_compressed(self) -> AbstractContextManager[Any]:
+        if next(self.visual.parameters()).device.type != "cuda":
+            return super()._tower_of_compressed()
+        if self._aligned_mlps is None:
+            from scissor_vllm.worker.aligned_mlp import AlignedMLPs
+
+            self._aligned_mlps = AlignedMLPs(self.visual)
+        context: AbstractContextManager[Any] = self._aligned_mlps.in_use()
+        return context
+
+    def _warm_up_tower(self) -> None:
+        vision = self.config.vision_config
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        width = vision.in_channels * vision.temporal_patch_size * patch**2
+        weight = next(self.visual.parameters())
+        with self._tower_of_compressed():
+            self.visual(weight.new_zeros(merge**2, width), grid_thw=[[1, merge, merge]])

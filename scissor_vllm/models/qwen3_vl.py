@@ -52,26 +52,11 @@ class Qwen3VLProcessor(PatchGridProcessor, stock.Qwen3VLMultiModalProcessor):
 class Qwen3VLVideos(PatchGridModel):
     """What both models change."""
 
-    place_fields = ("video_grid_thw", "timestamps")
-
     @property
     def row_width(self) -> int:
         """Values of a row, DeepStack's included."""
-        vision = self.config.vision_config
-        return self.token_width * (1 + len(vision.deepstack_visual_indexes))
-
-    def _full_video_tokens(self, fields: Mapping[str, Any]) -> list[int]:
-        num_frames, height, width = fields["video_grid_thw"].tolist()
-        per_frame = height * width // self.config.vision_config.spatial_merge_size**2
-        full: list[int] = stock.Qwen3VLMultiModalProcessor.get_video_repl(
-            tokens_per_frame=[per_frame] * num_frames,
-            timestamps=fields["timestamps"],
-            tokenizer=self._tokenizer,  # type: ignore[attr-defined]
-            vision_start_token_id=self.config.vision_start_token_id,
-            vision_end_token_id=self.config.vision_end_token_id,
-            video_token_id=self.config.video_token_id,
-        ).full
-        return full
+        levels = getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ()
+        return self.token_width * (1 + len(levels))
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -1,9 +1,8 @@
-"""How many videos the vision tower encodes in one step of the engine.
+"""Bounds the vision tower's work in one engine step.
 
-vLLM's scheduler has a budget for it, counted in placeholders. At ratio 0.1 it would let the tower
-encode ten times the frames as at 1.0 in one step, while every running request waits for its next
-token and every new one for its first. Here a video counts as what the tower makes of it, so that a
-step takes as long as at 1.0 and the videos behind the first are answered one after the other.
+vLLM's scheduler budgets it in placeholders. At ratio 0.1 the tower would encode ten times as many
+frames in one step as at 1.0, while all running requests wait. Here a video counts with its tokens
+before compression. So a step takes as long as at 1.0.
 """
 
 from typing import Any
@@ -18,10 +17,9 @@ CACHE_MANAGER = f"{__name__}.UncompressedBudgetCacheManager"
 
 
 class UncompressedBudgetCacheManager(EncoderCacheManager):
-    """vLLM's manager, which also holds back a video that the step's tower has no room for.
+    """vLLM's manager, with a limit on uncompressed tokens in one step.
 
-    Whatever it takes, a step's first input is encoded: the budget covers the longest video that
-    the server admits at 1.0, and nothing waits for ever.
+    The first input of a step is always admitted, so no input waits forever.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,9 +34,9 @@ class UncompressedBudgetCacheManager(EncoderCacheManager):
         encoder_compute_budget: int,
         num_embeds_to_schedule: int,
     ) -> bool:
-        """Return whether vLLM's budget and the cache have room, and the tower as well."""
+        """Return whether vLLM's budget, the cache and the step's tower budget have room."""
         if encoder_compute_budget >= self._step_budget:
-            # Nothing was taken out of it: a step begins.
+            # An untouched budget marks the start of a step.
             self._step_budget = encoder_compute_budget
             self._num_encoded = 0
         num_tokens = num_tower_tokens(request, input_id)
@@ -53,10 +51,10 @@ class UncompressedBudgetCacheManager(EncoderCacheManager):
 
 
 def num_tower_tokens(request: Request, input_id: int) -> int:
-    """Return how many tokens the tower makes of an input, before compression."""
+    """Return the number of tokens of an input before compression."""
     item = request.mm_features[input_id].data
     field = item.get(NUM_VIDEO_TOKENS) if item is not None else None
     if field is None:
-        # No video, or in shared memory, where only the worker looks.
+        # No video, or data in shared memory, which only the worker reads.
         return int(request.get_num_encoder_embeds(input_id))
     return int(field.data)

@@ -1,4 +1,4 @@
-"""``scissor-vllm show``: what the method does to a video, drawn as PNG and as a page."""
+"""``scissor-vllm show``: draws a compressed video as PNG and as a page."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scissor_vllm.retention import check_retention_ratio, num_retained_tokens
+from scissor_vllm.retention import num_retained_tokens, parse_retention_ratio
 
 if TYPE_CHECKING:
     from scissor_vllm.show.picture import Picture
 
 DEFAULT_NUM_FRAMES = 32
-"""As a server samples."""
+"""A server's default for LLaVA models."""
 MAX_VIDEO_BYTES = 2 * 1024**3
 
 
@@ -96,7 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _ratio(text: str) -> float:
     try:
-        return check_retention_ratio(float(text))
+        return parse_retention_ratio(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -105,9 +105,9 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
     """Return the picture of a video, its ratios ascending.
 
     Raises:
-        EncoderError: the model cannot be loaded, or is none whose videos are compressed.
-        ValueError: the file is no video, or too long to be drawn.
-        ImportError: vLLM, by which videos are decoded, is not installed.
+        EncoderError: the model cannot be loaded or is not supported.
+        ValueError: the file is not a video, or is too long to be drawn.
+        ImportError: vLLM, whose loaders decode videos, is not installed.
     """
     from scissor_vllm.compression import get_compressor
     from scissor_vllm.show.encoder import Encoder
@@ -173,13 +173,13 @@ def _model_path(model: str) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raise OSError if the output cannot be written; nothing is made."""
+    """Raise OSError if the output cannot be written. Nothing is created."""
     is_folder = _form(output) is None
     if output.exists() and output.is_dir() != is_folder:
-        wanted, found = ("folder", "file") if is_folder else ("file", "folder")
-        raise OSError(f"--output must be a {wanted}, got the {found} {output}: name another")
+        wanted, actual = ("folder", "file") if is_folder else ("file", "folder")
+        raise OSError(f"--output must be a {wanted}, got the {actual} {output}: name another")
     folder = output if is_folder else output.parent
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(
             f"--output must be where files can be written, got {output}: {existing} is no folder "
@@ -194,7 +194,7 @@ def _form(output: Path) -> str | None:
 
 
 def save(picture: Picture, output: Path) -> list[Path]:
-    """Write what the output's name asks for and return the files.
+    """Write the files that the output's name implies, and return them.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""A checkpoint's tokens without a server: its vision tower and projector by transformers."""
+"""Computes a checkpoint's video tokens without a server, by transformers' tower and projector."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ _FRAMES_AT_ONCE = 8
 
 
 class EncoderError(RuntimeError):
-    """The model cannot be loaded or is none of ours; the message says what to do."""
+    """The model cannot be loaded or is not supported; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class VideoTokens:
-    """What a tower and a projector make of a video."""
+    """Output of the tower and projector for a video."""
 
     tokens: torch.Tensor
     """(T, P, D) float32."""
     rows: int
     columns: int
-    """P = rows * columns, by rows."""
+    """P = rows * columns, in row-major order."""
 
 
 class Encoder:
     """The vision tower and the projector of a checkpoint, on the CPU in float32.
 
-    transformers' class of the model is made with no layer in its language model, so that none of
-    those weights is read or held; the projector needs the language model's width alone.
+    transformers' model is built with no layers in its language model, so those weights are not
+    read. The projector needs only the language model's width.
     """
 
     def __init__(self, model: str) -> None:
-        """Take a folder, or a model of the hub; weights are read when a video is encoded.
+        """Take a folder or a model of the hub. Weights are read with the first video.
 
         Raises:
-            EncoderError: it cannot be loaded, or its videos are not compressed.
+            EncoderError: the model cannot be loaded or is not supported.
         """
         self._name = model
         with _loading(model):
@@ -88,20 +88,20 @@ class Encoder:
         Raises:
             EncoderError: the weights cannot be loaded.
         """
-        # Frames that a cache keeps cannot be written to, which torch warns of.
+        # Cached frames are read-only, and torch warns about that.
         pixels = torch.from_numpy(np.require(frames, requirements="W")).permute(0, 3, 1, 2)
         prepared = self._processor(videos=[pixels], do_sample_frames=False, return_tensors="pt")
         if "video_grid_thw" in prepared:
             return self._encode_grid(**prepared)
         (video,) = prepared["pixel_values_videos"]
         vision = self._config.vision_config
-        # As the model pools them: half of the patches of a side, rounded up.
+        # The model pools half of the patches of a side, rounded up.
         side = -(-(vision.image_size // vision.patch_size) // 2)
         parts = []
-        for few in _few_at_once(video):
-            rows = self._model.get_video_features(few[None]).pooler_output[0]
-            # The newline that ends a video is behind its tokens, and is not compressed.
-            parts.append(rows[: len(few) * side * side].view(len(few), side * side, -1))
+        for block in _few_at_once(video):
+            rows = self._model.get_video_features(block[None]).pooler_output[0]
+            # The newline after a video is not compressed.
+            parts.append(rows[: len(block) * side * side].view(len(block), side * side, -1))
         return VideoTokens(torch.cat(parts), side, side)
 
     def _encode_grid(
@@ -111,23 +111,23 @@ class Encoder:
         ((num_frames, height, width),) = video_grid_thw.tolist()
         merge = self._config.vision_config.spatial_merge_size
         parts = []
-        for few in _few_at_once(pixel_values_videos.view(num_frames, height * width, -1)):
-            grid = torch.tensor([[len(few), height, width]])
-            found = self._model.get_video_features(few.flatten(0, 1), video_grid_thw=grid)
-            (rows,) = found.pooler_output
-            parts.append(rows.view(len(few), height * width // merge**2, -1))
+        for block in _few_at_once(pixel_values_videos.view(num_frames, height * width, -1)):
+            grid = torch.tensor([[len(block), height, width]])
+            features = self._model.get_video_features(block.flatten(0, 1), video_grid_thw=grid)
+            (rows,) = features.pooler_output
+            parts.append(rows.view(len(block), height * width // merge**2, -1))
         return VideoTokens(torch.cat(parts), height // merge, width // merge)
 
 
 def _few_at_once(frames: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield a few frames each time, with a progress bar where someone looks."""
+    """Yield blocks of frames, with a progress bar on a terminal."""
     parts = frames.split(_FRAMES_AT_ONCE)
     yield from tqdm(parts, "vision tower", unit=f" x {_FRAMES_AT_ONCE} frames", disable=None)
 
 
 @contextlib.contextmanager
 def _loading(model: str) -> Iterator[None]:
-    """Tell which model cannot be loaded; keep transformers from listing weights left out."""
+    """Name a model that fails to load, and silence transformers' list of unused weights."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""A picture as one HTML file that loads nothing: frames, arrays, style and script are in it."""
+"""A picture as one HTML file with inline frames, arrays, style and script."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ PAGE = Path(__file__).with_name("page")
 
 
 def save_html(picture: Picture, path: Path) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(as_html(picture), encoding="utf-8")
     unfinished.replace(path)
 
 
 def as_html(picture: Picture) -> str:
-    """Return the page. Its policy lets its own script and style in, by their hash, and no other."""
+    """Return the page. Its policy allows its own script and style by their hashes only."""
     style, script = _read("style.css"), _read("picture.js") + _read("show.js")
     policy = (
         f"default-src 'none'; img-src data:; script-src {_hash_of(script)}; "
         f"style-src {_hash_of(style)}; base-uri 'none'; form-action 'none'"
     )
-    # Inside of a script element only "</script" and "<!--" would be read as more than data.
+    # Inside a script element only "</script" and "<!--" are special.
     data = json.dumps(picture.as_json(), separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "POLICY": policy,
@@ -36,7 +36,7 @@ def as_html(picture: Picture) -> str:
         "DATA": data,
         "SCRIPT": script,
     }
-    # One pass: a name may hold what looks like a place.
+    # In one pass, because a name may contain a placeholder.
     before, *places = _read("show.html").split("{{")
     filled = [before]
     for place in places:

@@ -1,4 +1,4 @@
-"""A picture of a compressed video: frames, and the kept token that each token was merged into."""
+"""A picture of a compressed video: frames, and the kept token of each input token."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from scissor_vllm.compression import CompressedTokens
 
 DROPPED = np.iinfo(np.uint16).max
-"""In a page's arrays, the row of a token that was merged into none."""
+"""Row of a dropped token in a page's arrays."""
 MAX_TOKENS = int(DROPPED)
-"""Most tokens of a video that is drawn: rows must be told from DROPPED."""
+"""Most tokens of a drawn video: rows must differ from DROPPED."""
 MAX_FRAMES = 256
-"""Most frames of a video that is drawn."""
+"""Most frames of a drawn video."""
 FRAME_SIDE = 256
 """Longest side of a drawn frame in pixels."""
 _JPEG_QUALITY = 80
@@ -36,16 +36,16 @@ _TONES = ((0.75, 0.95), (0.95, 0.75), (0.5, 1.0), (0.85, 0.55))
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which kept token each of a video's N tokens was merged into, at one ratio."""
+    """The kept token of each of a video's N tokens, at one ratio."""
 
     retention_ratio: float
     method: str
     assignment: npt.NDArray[np.int64]
-    """(N,): row of the kept token, -1 for a token that was dropped."""
+    """(N,): row of the kept token, -1 for a dropped token."""
     representatives: npt.NDArray[np.int64]
-    """(K,): of each kept token the member nearest to it, 0..N-1."""
+    """(K,): the member nearest to each kept token, 0..N-1."""
     similarity_threshold: float | None = None
-    """None where the method has none, or did not tell."""
+    """None if the method has or reports none."""
 
     @property
     def num_retained(self) -> int:
@@ -55,12 +55,12 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Picture:
-    """A video as it is drawn; tokens are counted frame by frame, row by row."""
+    """A drawn video; tokens are in the order of frames, rows and columns."""
 
     name: str
     """Of the video."""
     frames: npt.NDArray[np.uint8]
-    """(T, H, W, 3) RGB: what a token's frame shows, the first of several where it has several."""
+    """(T, H, W, 3) RGB; the first frame of each temporal patch."""
     rows: int
     """Of a frame's tokens."""
     columns: int
@@ -84,15 +84,15 @@ class Picture:
         return len(self.frames) * self.rows * self.columns
 
     def cells(self, grouping: Grouping) -> npt.NDArray[np.int64]:
-        """Return the row of each token where it stands, (T, rows, columns)."""
+        """Return the row of each token by position, (T, rows, columns)."""
         return grouping.assignment.reshape(len(self.frames), self.rows, self.columns)
 
     def label(self, frame: int) -> str:
-        """Return what a frame is called: its time, or its number."""
+        """Return a frame's label: its time or its number."""
         return f"frame {frame}" if self.times is None else f"{self.times[frame]:.2f} s"
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a page draws: frames as JPEG data URLs, rows as base64 of uint16."""
+        """Return a page's data: frames as JPEG data URLs, rows as base64 of uint16."""
         _, height, width, _ = self.frames.shape
         return {
             "name": self.name,
@@ -131,7 +131,7 @@ def check_size(num_frames: int, num_tokens: int) -> None:
 def grouping_of(
     retention_ratio: float, method: str, tokens: torch.Tensor, compressed: CompressedTokens
 ) -> Grouping:
-    """Return where tokens (T, P, D) went."""
+    """Return the grouping of tokens (T, P, D)."""
     return Grouping(
         retention_ratio,
         method,
@@ -142,13 +142,13 @@ def grouping_of(
 
 
 def all_kept(method: str, num_tokens: int) -> Grouping:
-    """Return the grouping at ratio 1.0: every token is its own."""
+    """Return the grouping at ratio 1.0, with a kept token for each token."""
     itself = np.arange(num_tokens)
     return Grouping(1.0, method, itself, itself)
 
 
 def drawn_frames(frames: Any, num_positions: int) -> npt.NDArray[np.uint8]:
-    """Return the frame that each position shows, (T, h, w, 3), no side above ``FRAME_SIDE``.
+    """Return the frame of each temporal position, (T, h, w, 3), no side above ``FRAME_SIDE``.
 
     Args:
         frames: uint8 RGB (num_sampled, H, W, 3), an array, a tensor or a sequence.
@@ -156,7 +156,7 @@ def drawn_frames(frames: Any, num_positions: int) -> npt.NDArray[np.uint8]:
     """
     per_position = -(-len(frames) // num_positions)
     shown = [frames[min(i * per_position, len(frames) - 1)] for i in range(num_positions)]
-    # Some decoders leave frames on their device.
+    # Some decoders return frames on a device.
     arrays = [np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame) for frame in shown]
     pictures = [Image.fromarray(array) for array in arrays]
     for picture in pictures:
@@ -167,8 +167,8 @@ def drawn_frames(frames: Any, num_positions: int) -> npt.NDArray[np.uint8]:
 def times_of(metadata: Mapping[str, Any], num_positions: int) -> tuple[float, ...] | None:
     """Return the second at which each position begins, by a loader's metadata, None if unknown.
 
-    It is the time that models are told: a frame's number over the file's mean rate, which for a
-    variable rate is not when it is shown.
+    Models get the same time: a frame's number over the file's mean rate. With a variable rate it
+    differs from the presentation time.
     """
     fps, indices = metadata.get("fps"), metadata.get("frames_indices")
     if not fps or indices is None or len(indices) == 0:
@@ -181,7 +181,7 @@ def times_of(metadata: Mapping[str, Any], num_positions: int) -> tuple[float, ..
 def colors(num_rows: int) -> npt.NDArray[np.uint8]:
     """Return a color for each kept token, (K, 3) RGB; page/picture.js computes the same.
 
-    Hues of tokens that follow each other lie apart, and a frame's tokens do.
+    Consecutive tokens have distant hues.
     """
     row = np.arange(num_rows)
     hue = (row * _GOLDEN % 1.0) * 6.0
@@ -194,25 +194,31 @@ def colors(num_rows: int) -> npt.NDArray[np.uint8]:
 
 
 def in_frames(cells: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.int64]:
-    """Return how many of each frame's tokens were merged into each kept token, (K, T)."""
+    """Return the number of members of each kept token in each frame, (K, T)."""
     num_frames = len(cells)
     counts = np.zeros((num_rows, num_frames), dtype=np.int64)
-    for frame, each in enumerate(cells):
-        counts[:, frame] = np.bincount(each[each >= 0], minlength=num_rows)
+    for frame, cell in enumerate(cells):
+        counts[:, frame] = np.bincount(cell[cell >= 0], minlength=num_rows)
     return counts
 
 
 def strip_rows(counts: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
-    """Return the kept tokens that a strip shows: those of most tokens, by first frame, then size.
+    """Return the kept tokens that a strip shows, by first frame, then size.
+
+    Of more than ``most`` an evenly spaced sample in that order is shown. So a frame's share of the
+    strip is its share of the kept tokens. page/picture.js computes the same.
 
     Args:
-        counts: (K, T), tokens of each frame that were merged into each.
-        most: how many are shown at most.
+        counts: (K, T), members of each kept token in each frame.
+        most: largest number of kept tokens to show.
+
+    Returns:
+        (min(K, most),): indices of kept tokens.
     """
-    size = counts.sum(axis=1)
-    largest = np.argsort(-size, kind="stable")[:most]
-    first = (counts[largest] > 0).argmax(axis=1)
-    return largest[np.lexsort((largest, -size[largest], first))]
+    first = (counts > 0).argmax(axis=1)
+    ordered = np.lexsort((-counts.sum(axis=1), first))
+    num_shown = min(len(ordered), most)
+    return ordered[(2 * np.arange(num_shown) + 1) * len(ordered) // (2 * max(num_shown, 1))]
 
 
 def _compact(rows: npt.NDArray[np.int64]) -> str:

@@ -17,7 +17,7 @@ STRIP_ROWS = 160
 
 _FRAME_WIDTH = 200
 _CELL = 6
-"""Fewest pixels of a cell's side."""
+"""Smallest side of a cell in pixels."""
 _GAP, _LABEL, _STRIP_ROW = 10, 22, 3
 _OPACITY, _OPACITY_ALONE = 0.62, 0.30
 _DROPPED_COLOR = (0, 0, 0)
@@ -25,7 +25,7 @@ _INK, _PAPER = (26, 26, 26), (255, 255, 255)
 
 
 def save_png(picture: Picture, grouping: Grouping, path: Path) -> None:
-    """Write the picture at a grouping's ratio, whole or not at all."""
+    """Write the picture at a grouping's ratio atomically."""
     unfinished = path.with_name(path.name + ".part")
     draw(picture, grouping).save(unfinished, "PNG")
     unfinished.replace(path)
@@ -62,7 +62,7 @@ def draw(picture: Picture, grouping: Grouping) -> Image.Image:
 def drawn_cells(picture: Picture, grouping: Grouping) -> npt.NDArray[np.uint8]:
     """Return frames with the cells of their tokens colored, (T, h, w, 3).
 
-    A border parts cells of different kept tokens, a dot marks each representative.
+    Borders separate cells of different kept tokens. Dots mark representatives.
     """
     _, height, width, _ = picture.frames.shape
     cell_width = max(_CELL, _FRAME_WIDTH // picture.columns)
@@ -86,7 +86,7 @@ def drawn_cells(picture: Picture, grouping: Grouping) -> npt.NDArray[np.uint8]:
         mixed[border] *= 0.45
         drawn.append(mixed.astype(np.uint8))
     per_frame = picture.rows * picture.columns
-    pictures = [Image.fromarray(each) for each in drawn]
+    pictures = [Image.fromarray(frame_picture) for frame_picture in drawn]
     radius = max(1.5, min(cell_width, cell_height) * 0.22)
     for token in grouping.representatives:
         number, place = divmod(int(token), per_frame)
@@ -94,15 +94,15 @@ def drawn_cells(picture: Picture, grouping: Grouping) -> npt.NDArray[np.uint8]:
         x, y = (column + 0.5) * cell_width, (row + 0.5) * cell_height
         box = (x - radius, y - radius, x + radius, y + radius)
         ImageDraw.Draw(pictures[number]).ellipse(box, fill=_PAPER, outline=_INK)
-    return np.stack([np.asarray(each) for each in pictures])
+    return np.stack([np.asarray(frame_picture) for frame_picture in pictures])
 
 
 def drawn_strip(picture: Picture, grouping: Grouping) -> Image.Image:
-    """Return a line for each kept token and a column for each frame, the fuller the more tokens."""
+    """Return a line for each kept token and a column for each frame; color shows the count."""
     counts = in_frames(picture.cells(grouping), grouping.num_retained)
     rows = strip_rows(counts, STRIP_ROWS)
     share = counts[rows] / (picture.rows * picture.columns)
-    # The square root lets the small ones be seen.
+    # The square root keeps small shares visible.
     share = np.where(share > 0, 0.5 + 0.5 * np.sqrt(share), 0)[..., None]
     paper = np.array(_PAPER)
     mixed = paper * (1 - share) + colors(grouping.num_retained)[rows][:, None] * share

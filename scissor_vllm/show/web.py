@@ -1,9 +1,10 @@
 """The server's web page, and the pictures that it asks for.
 
-``GET /scissor`` is the page. ``POST /v1/scissor/picture`` takes the body of a chat with one video
-and a ``retention_ratio``, and answers with what was kept of the video. It lies under ``/v1``, where
-vLLM asks for the API key. The video is read and prepared as for ``/tokenize`` and compressed by the
-workers; one picture at a time, since each takes as much of the engine's time as encoding does.
+``GET /scissor`` is the page; its slider covers the server's ratios and starts at the default.
+``POST /v1/scissor/picture`` takes the body of a chat with one video and a ``retention_ratio``. It
+answers with what was kept of the video. Under ``/v1`` vLLM asks for the API key. The video is read
+and prepared as for ``/tokenize``. The workers compress it. One picture is made at a time, since
+each takes as much of the engine's time as encoding does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from scissor_vllm.frontend.auto_ratio import chooser
 from scissor_vllm.frontend.request import RetentionTokenizeChatRequest
 from scissor_vllm.retention import RetentionReport
+from scissor_vllm.settings import RetentionPolicy
 from scissor_vllm.show.picture import (
     Grouping,
     Picture,
@@ -42,9 +44,9 @@ from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS
 PAGE_PATH = "/scissor"
 PICTURE_PATH = "/v1/scissor/picture"
 MAX_BODY_BYTES = 128 * 1024**2
-"""As the reverse proxy of ``deploy/`` allows."""
+"""The limit of the reverse proxy in ``deploy/``."""
 BODY_SECONDS = 60
-"""Longest time that a body may take to arrive: others wait meanwhile."""
+"""Time limit for a body to arrive, because other requests wait for it."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -73,7 +75,7 @@ class VideoReport(RetentionReport):
     """Frames and metadata of each."""
 
     def look(self, videos: Any) -> None:
-        """Keep them."""
+        """Keep the decoded videos."""
         for index, video in enumerate(videos.get_all()):
             known = videos.metadata[index] if isinstance(videos.metadata, list) else None
             frames, metadata = video if isinstance(video, tuple) else (video, known)
@@ -91,12 +93,12 @@ def attach_page(app: FastAPI, check: Callable[[PictureRequest, State], None]) ->
     """Add the routes.
 
     Args:
-        app: the server's.
-        check: raises if the server does not take the request's ratio.
+        app: the server's application.
+        check: raises an error if the server refuses the request's ratio.
     """
     router = APIRouter(include_in_schema=False)
     for suffix, (name, media_type) in _FILES.items():
-        content = (_FOLDER / name).read_bytes()
+        content = (_FOLDER / name).read_text(encoding="utf-8")
         router.add_api_route(PAGE_PATH + suffix, _file_endpoint(content, media_type))
     gate = asyncio.Semaphore(1)
 
@@ -119,11 +121,18 @@ def attach_page(app: FastAPI, check: Callable[[PictureRequest, State], None]) ->
     app.include_router(router)
 
 
-def _file_endpoint(content: bytes, media_type: str) -> Callable[[], Any]:
-    async def send() -> Response:
-        return Response(content, media_type=media_type, headers=_HEADERS)
+def _file_endpoint(content: str, media_type: str) -> Callable[..., Any]:
+    async def send(raw_request: Request) -> Response:
+        text = with_ratios(content, raw_request.app.state.retention_policy)
+        return Response(text, media_type=media_type, headers=_HEADERS)
 
     return send
+
+
+def with_ratios(page: str, policy: RetentionPolicy) -> str:
+    """Return a file of the page with the server's lowest and default ratio filled in."""
+    page = page.replace("{{MIN_RATIO}}", str(policy.min_ratio))
+    return page.replace("{{DEFAULT_RATIO}}", str(policy.default_ratio))
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
@@ -146,7 +155,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
 
 
 def parse(body: bytes) -> PictureRequest:
-    """Return the request in a body; RequestValidationError, which is a 400, if it is none."""
+    """Return the request in a body; raise RequestValidationError, a 400, if it is invalid."""
     try:
         return PictureRequest.model_validate_json(body)
     except ValidationError as error:
@@ -157,8 +166,8 @@ async def make_picture(request: PictureRequest, state: State) -> Picture:
     """Return the picture of a request's video.
 
     Raises:
-        VLLMValidationError: not exactly one video, one that is too long to be drawn, or what a chat
-            with it would be refused for.
+        VLLMValidationError: the request has not exactly one video, the video is too long to be
+            drawn, or a chat with it would be refused.
     """
     if not state.compresses_video:
         raise VLLMValidationError("videos of this model are not compressed: there is no picture")
@@ -191,7 +200,7 @@ async def make_picture(request: PictureRequest, state: State) -> Picture:
 
 
 async def _prepared_video(request: PictureRequest, state: State) -> MultiModalKwargsItem:
-    """Return what the processor makes of the request's one video, as ``/tokenize`` has it made."""
+    """Return the processor's output for the request's one video, as in ``/tokenize``."""
     renderer = state.online_renderer
     _, (prompt,) = await renderer.preprocess_chat(
         request,
@@ -199,7 +208,7 @@ async def _prepared_video(request: PictureRequest, state: State) -> MultiModalKw
         default_template=renderer.chat_template,
         default_template_content_format=renderer.chat_template_content_format,
         default_template_kwargs=renderer.default_chat_template_kwargs,
-        # What the engine's cache already has would be left out.
+        # Cached items would have no data.
         skip_mm_cache=True,
     )
     videos = prompt.get("mm_kwargs", {}).get("video", [])

@@ -1,4 +1,4 @@
-"""What the web page asks vLLM's workers: where a video's tokens went, by the tower that serves."""
+"""Worker extension of the web page: the assignment of a video's tokens by the served model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from scissor_vllm.compression import CompressedTokens
 
 METHOD = "scissor_groups"
-"""For the engine's ``collective_rpc``."""
+"""Method name for the engine's ``collective_rpc``."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Where one video's N tokens went, as it travels between processes."""
+    """Assignment of one video's N tokens, serialized between processes."""
 
     assignment: bytes
     """(N,) int32: row of the kept token, -1 for none."""
@@ -35,48 +35,48 @@ class Groups:
 
     @classmethod
     def of_reply(cls, replies: Sequence[Any]) -> Groups:
-        """Return what the workers of one engine found; those without a tower reply None."""
+        """Return the groups of an engine's replies; workers without a tower reply None."""
         return cls(*next(reply for reply in replies if reply is not None))
 
 
 def encoded(item: MultiModalKwargsItem) -> list[bytes]:
-    """Return a video's prepared data as bytes, by vLLM's own encoder."""
+    """Return a video's prepared data as bytes by vLLM's encoder."""
     return [bytes(part) for part in MsgpackEncoder().encode(item)]
 
 
 class PictureWorker:
-    """A method that vLLM gives to each of its workers."""
+    """Mixin that vLLM adds to each worker."""
 
     def scissor_groups(self, parts: list[bytes]) -> list[Any] | None:
         """Return the fields of ``Groups`` of a video; None where there is no tower.
 
-        The video goes the way of a request's: the same tower, method and cache of its tokens. It
-        takes its turn between the engine's steps, and as long as one that encodes this video.
+        The tower, the method and the feature cache are those of requests. The call runs between two
+        engine steps, and takes as long as a step that encodes this video.
         """
         if model_parallel_is_initialized() and not get_pp_group().is_first_rank:
             return None
         item = MsgpackDecoder(MultiModalKwargsItem).decode(parts)
         model = self.get_model()  # type: ignore[attr-defined]
         device = self.device  # type: ignore[attr-defined]
-        found: list[list[Any]] = []
+        replies: list[list[Any]] = []
 
         def watch(tokens: torch.Tensor, compressed: CompressedTokens) -> None:
             members = representative_members(tokens, compressed)
             rows = [compressed.assignment, members]
-            found.append([*(_as_bytes(each) for each in rows), _threshold(compressed)])
+            replies.append([*(_as_bytes(each) for each in rows), _threshold(compressed)])
 
         ((_, _, fields),) = group_and_batch_mm_kwargs([("video", item)], device=device)
         with torch.inference_mode(), model.video_compression.watched(watch):
             model.embed_multimodal(**fields)
-        (groups,) = found
+        (groups,) = replies
         return groups
 
 
 def _threshold(compressed: CompressedTokens) -> float | None:
     if compressed.threshold_on_device is None:
         return compressed.similarity_threshold
-    found = compressed.threshold_on_device.item()
-    return None if math.isnan(found) else found
+    threshold = compressed.threshold_on_device.item()
+    return None if math.isnan(threshold) else threshold
 
 
 def _as_bytes(rows: torch.Tensor) -> bytes:

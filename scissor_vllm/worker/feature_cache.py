@@ -1,7 +1,7 @@
 """Caches the vision tower's output, so that a video is encoded once for all ratios.
 
-Found by content, by a cryptographic hash, never by a name that a client chose; bounded in bytes,
-least recently used first out.
+The key is a cryptographic hash of the content, never a name from a client. It is an LRU cache,
+bounded in bytes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _PAGES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class _Features:
-    """Where a video's tokens lie."""
+    """Location of a video's tokens."""
 
     pages: list[int]
     shape: torch.Size
     dtype: torch.dtype
     num_retained: set[int] = field(default_factory=set)
-    """What it was compressed to since it is kept."""
+    """Numbers of kept tokens requested since it was cached."""
 
 
 class Sharing:

@@ -1,4 +1,4 @@
-"""Patches of frames, made on the model's device, for towers that take patches (Qwen-VL)."""
+"""Cuts frames into patches on the model's device, for towers that take patches (Qwen-VL)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _NUM_CHANNELS = 3
 
 @dataclass(frozen=True)
 class PatchShape:
-    """How a tower's patches lie in frames."""
+    """Layout of a tower's patches in frames."""
 
     size: int
-    """Pixels of both sides."""
+    """Side in pixels."""
     num_frames: int
-    """Frames of a patch."""
+    """Frames in a patch."""
     num_merged: int
-    """Patches that make a token, in each direction: these follow each other."""
+    """Patches of a token in each direction; they are contiguous."""
 
     def patches_of(
         self,

@@ -170,7 +170,7 @@ def uncompressed(
         if index in full_tokens:
             own = full_tokens[index]
             kept.append(len(full) + _evenly_kept(own, place.length, pad))
-            moved_to = replace(place, offset=len(full), length=len(own))
+            moved_to = PlaceholderRange(len(full), len(own), _is_embed(own, pad))
             full.extend(own)
             done += place.length
         else:
@@ -193,12 +193,21 @@ def text_and_pads(tokens: Sequence[int], pad: int) -> tuple[torch.Tensor, torch.
     return (~is_pad).nonzero().flatten(), is_pad.nonzero().flatten()
 
 
-def video_alone(fields: Mapping[str, Any], length: int) -> MultiModalFeatureSpec:
+def _is_embed(tokens: Sequence[int], pad: int) -> torch.Tensor | None:
+    """Return which of an uncompressed video's tokens are no text, None for all, as vLLM does."""
+    is_pad = torch.tensor(tokens) == pad
+    return None if bool(is_pad.all()) else is_pad
+
+
+def video_alone(
+    fields: Mapping[str, Any], tokens: Sequence[int], pad: int
+) -> MultiModalFeatureSpec:
     """Return a prompt's one feature: an uncompressed video at its beginning.
 
     Args:
         fields: what the model computes positions from, by its name among the video's data.
-        length: of the prompt.
+        tokens: the video's, those of text within it included.
+        pad: the video token.
     """
     field = MultiModalFieldConfig.batched("video").field
     data = {name: MultiModalFieldElem(data=value, field=field) for name, value in fields.items()}
@@ -206,5 +215,5 @@ def video_alone(fields: Mapping[str, Any], length: int) -> MultiModalFeatureSpec
         data=MultiModalKwargsItem(data),
         modality="video",
         identifier="video",
-        mm_position=PlaceholderRange(offset=0, length=length),
+        mm_position=PlaceholderRange(0, len(tokens), _is_embed(tokens, pad)),
     )

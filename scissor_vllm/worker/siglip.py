@@ -1,14 +1,14 @@
 """SigLIP's encoder with fewer passes over memory, for videos that are compressed.
 
-At a low ratio the vision tower is most of what a video costs, and a tenth of its time on a GPU goes
-into reading and writing what could have stayed in registers. Of vLLM's encoder layer
-- a sum and the norm of it become one kernel;
-- GELU becomes part of the matrix product before it, applied to its 32-bit sums: vLLM's rounds them
-  first, so values differ by that rounding. Videos that are kept whole are therefore vLLM's own to
-  encode.
+At a low ratio the vision tower is most of a video's cost, and a tenth of its GPU time is memory
+traffic that fusion avoids. In vLLM's encoder layer
+- the residual sum and its norm become one kernel;
+- GELU becomes the epilogue of the matrix product, on float32 sums. vLLM rounds the sums first, so
+  values differ by that rounding. vLLM's own code therefore encodes uncompressed videos.
 
-It knows the inside of vLLM 0.32's and 0.33's ``siglip.py``, and steps aside for any layer that is
-not as there (quantized, with adapters, another activation). It can go when vLLM fuses these.
+The code depends on the internals of ``siglip.py`` in vLLM 0.32 and 0.33. It steps aside for any
+other layer (quantized, with adapters, another activation). Remove it when vLLM fuses these
+operations.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,14 +27,14 @@ from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer,
 from scissor_vllm.worker.siglip_kernels import add_norm
 
 _MAX_WIDTH = 1 << 14
-"""A kernel holds a row in registers."""
+"""Largest width: a kernel holds a row in registers."""
 
 
 @contextmanager
 def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
-    """Have a vision tower encode by fewer passes meanwhile; yields whether it does.
+    """Fuse a vision tower's encoder in the context; yields whether it is fused.
 
-    Towers that are not SigLIP's, or whose layers are not as vLLM makes them, stay as they are.
+    Towers other than SigLIP, and towers with other layers than vLLM's, stay unchanged.
     """
     layers = plain_layers(vision_tower)
     if layers is None:
@@ -45,7 +45,7 @@ def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
 
 
 def plain_layers(vision_tower: nn.Module) -> list[Any] | None:
-    """Return the layers of a SigLIP tower, None if they are not all as vLLM makes them."""
+    """Return the layers of a SigLIP tower, None unless all are vLLM's plain layers."""
     encoder = (
         vision_tower.vision_model.encoder if isinstance(vision_tower, SiglipVisionModel) else None
     )
@@ -58,7 +58,7 @@ def plain_layers(vision_tower: nn.Module) -> list[Any] | None:
 def encoding_by(
     vision_tower: SiglipVisionModel, encode: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
-    """Have a function do meanwhile what the tower's layers do to (B, P, C)."""
+    """Replace the tower's layers on (B, P, C) by a function in the context."""
     encoder = vision_tower.vision_model.encoder
 
     def forward(
@@ -95,8 +95,8 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _encode(layers: list[Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """Return what the layers make of (B, P, C)."""
-    # Sums are written in place, and not into what the caller holds.
+    """Return the layers' output for (B, P, C)."""
+    # Sums are written in place, so the caller's tensor is copied.
     hidden = inputs_embeds.clone(memory_format=torch.contiguous_format)
     normed = layers[0].layer_norm1(hidden)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
@@ -124,7 +124,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     """
     if not x.is_cuda:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    # cuBLASLt's epilogue; torch itself applies the activation where it cannot.
+    # cuBLASLt's epilogue; torch applies the activation if cuBLASLt cannot.
     flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return flat.view(*x.shape[:-1], len(weight))
 

@@ -89,7 +89,19 @@ class VideoCompression:
     """
 
     def __init__(self, vllm_config: VllmConfig, tokens_per_frame: int) -> None:
-        """Make it for a model whose frames have so many tokens, if a video does not say other."""
+        """Make it for a model whose frames have so many tokens, if a video does not say other.
+
+        Raises:
+            ValueError: embeddings are sent between instances.
+        """
+        if vllm_config.ec_transfer_config is not None:
+            # Its connectors size a transfer by the width of an uncompressed row, measured at the
+            # start. Rows that carry positions or text are wider.
+            raise ValueError(
+                "--ec-transfer-config and scissor_vllm exclude each other: a compressed video's "
+                "rows are wider than what vLLM measures for its transfers; leave the first out, "
+                "or start vLLM with VLLM_PLUGINS= to serve without ratios"
+            )
         mm_config = vllm_config.model_config.get_multimodal_config()
         policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         self.method = policy.method

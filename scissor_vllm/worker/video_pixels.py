@@ -38,8 +38,8 @@ class VideoPixels:
 
         A frame that repeats the one before it is not among them, see ``repeated``.
         """
-        for few in self.pixels.split(num_frames):
-            yield self._for_tower(few)
+        for block in self.pixels.split(num_frames):
+            yield self._for_tower(block)
 
     def repeated(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows (T, ...) from those of the frames that ``split`` gave."""

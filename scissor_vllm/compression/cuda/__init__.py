@@ -1,9 +1,9 @@
-"""SCC on a CUDA device, by Triton kernels: the result of ``scc.py``.
+"""SCC on a CUDA device by Triton kernels, with the result of ``scc.py``.
 
-How it goes, file by file:
+The files in order of a call:
 
     compress, compress_for_serving  tokens (T, P, D) and K, or a threshold
-      → graphs.py                 whose memory it works on, and whether as a CUDA graph
+      → graphs.py                 the workspace, and the CUDA graph if there is one
       → video.py, products.py     Prim's order of frames, dot products; the passes over pairs
       → search.py                 guesses, spanning tree, cut
       → merge.py                  K rows and the assignment
@@ -32,7 +32,7 @@ from scissor_vllm.compression.cuda.workspace import (
 from scissor_vllm.compression.result import CompressedTokens
 
 MAX_TOKENS, MAX_PER_FRAME = layout.MAX_TOKENS, layout.MAX_PER_FRAME
-"""Most tokens of a video, and of a frame."""
+"""Limits: tokens of a video, and tokens of a frame."""
 
 __all__ = [
     "MAX_PER_FRAME",
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def takes(tokens: torch.Tensor) -> bool:
-    """Return whether tokens (T, P, D) are few enough for these kernels."""
+    """Return whether tokens (T, P, D) are within these kernels' limits."""
     num_frames, per_frame, _ = tokens.shape
     return num_frames * per_frame <= layout.MAX_TOKENS and per_frame <= layout.MAX_PER_FRAME
 
@@ -57,7 +57,7 @@ def compress(
     num_retained: int | None,
     settings: SearchSettings,
 ) -> CompressedTokens | None:
-    """Return tokens merged at a threshold or to a budget, one of the two.
+    """Return tokens merged at a threshold or to a budget; exactly one is given.
 
     Args:
         tokens: (T, P, D) floating, on a CUDA device; ``takes`` them.
@@ -66,7 +66,8 @@ def compress(
         settings: of the search for a budget's threshold.
 
     Returns:
-        None if the tokens are too unlike in size for these kernels, or not finite.
+        None if the magnitudes of tokens differ too much for these kernels, or a token is not
+        finite.
     """
     if num_retained is None:
         assert threshold is not None
@@ -84,7 +85,7 @@ def compress(
 def compress_for_serving(
     tokens: torch.Tensor, num_retained: int, settings: SearchSettings
 ) -> CompressedTokens:
-    """Return tokens merged to a budget; those that are not usable count as zeros.
+    """Return tokens merged to a budget; unusable tokens count as zeros.
 
     Up to ``SHARED_TOKENS`` tokens without a host synchronization: the threshold stays on the
     device.
@@ -97,11 +98,13 @@ def compress_for_serving(
     with _started(tokens, num_retained, settings) as (video, search):
         if video.num_tokens > SHARED_TOKENS:
             search.run_to_end()
-        # Each has two tokens at least; all others are parts as well.
+        # Each of these parts has at least two tokens; the other parts have one.
         max_joined = min(num_retained, video.num_tokens - num_retained)
         rows, assignment = merge(video, num_retained, max_joined)
-        found = video.passes.workspace.outcome[layout.THRESHOLD].clone()
-        return CompressedTokens(rows.to(tokens.dtype), assignment, threshold_on_device=found)
+        threshold_on_device = video.passes.workspace.outcome[layout.THRESHOLD].clone()
+        return CompressedTokens(
+            rows.to(tokens.dtype), assignment, threshold_on_device=threshold_on_device
+        )
 
 
 def _at_threshold(tokens: torch.Tensor, threshold: float, window: int) -> CompressedTokens | None:
@@ -126,7 +129,7 @@ def _at_threshold(tokens: torch.Tensor, threshold: float, window: int) -> Compre
 def _started(
     tokens: torch.Tensor, num_retained: int, settings: SearchSettings
 ) -> Iterator[tuple[Video, Search]]:
-    """Yield a video and its search, which was started; both are the caller's in the context."""
+    """Yield a video and its started search, for exclusive use in the context."""
     tokens = _as_taken(tokens)
     num_frames, per_frame, _ = tokens.shape
     num_tokens = num_frames * per_frame
@@ -147,12 +150,12 @@ def _started(
 
 
 def _as_taken(tokens: torch.Tensor) -> torch.Tensor:
-    """Return tokens as the kernels take them."""
+    """Return tokens in a dtype and layout that the kernels take."""
     return (tokens.float() if tokens.dtype == torch.float64 else tokens).contiguous()
 
 
 def warm_up_shapes(max_tokens: int, device: torch.device) -> list[tuple[int, int, float]]:
-    """Return shapes and ratios (T, P, K/N) of calls that a server makes before it serves.
+    """Return shapes and ratios (T, P, K/N) of warm-up calls.
 
     They compile the kernels and capture the graphs for frames of any size, and take the most
     memory beside the tokens that videos of up to ``max_tokens`` take.
@@ -169,5 +172,5 @@ def warm_up_shapes(max_tokens: int, device: torch.device) -> list[tuple[int, int
     for num_tokens, ratio in ((num_held, 0.4), (max_tokens, 0.4)):
         if num_tokens > SHARED_TOKENS:
             shapes.append((num_tokens // per_frame, per_frame, ratio))
-    # The largest comes first: it decides how much is shared.
+    # The largest comes first, because it determines the shared size.
     return sorted(shapes, key=lambda shape: -min(shape[0] * shape[1], SHARED_TOKENS))

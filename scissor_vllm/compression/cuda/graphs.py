@@ -1,8 +1,8 @@
-"""CUDA graphs of searches: a hundred and more launches as one.
+"""CUDA graphs of searches: one launch instead of a hundred.
 
-The host needs longer to launch a search's small kernels one by one than a GPU to run them. A graph
-reads the video's shape from the device, so one serves all shapes whose frames need the same lanes:
-``2 * len(LANES)`` graphs at most, all on one workspace and one memory pool.
+Launching a search's small kernels one by one takes the host longer than the GPU takes to run them.
+A graph reads the video's shape from the device, so one serves all shapes whose frames need the same
+lanes: ``2 * len(LANES)`` graphs at most, all on one workspace and one memory pool.
 """
 
 import logging
@@ -22,13 +22,13 @@ from scissor_vllm.compression.cuda.workspace import (
 logger = logging.getLogger(__name__)
 
 USES_BEFORE_CAPTURE = 1
-"""Searches of a kind that are launched one by one before it is captured: kernels are compiled."""
+"""Number of eager searches of a kind before its capture; they compile the kernels."""
 
 Key = tuple[object, ...]
 
 
 class SharedSearches:
-    """A device's workspace and the graphs that work on it, for one search at a time."""
+    """A device's workspace and its graphs, for one search at a time."""
 
     def __init__(self, num_tokens: int, device: torch.device) -> None:
         """Allocate for searches of up to so many tokens."""
@@ -41,7 +41,7 @@ class SharedSearches:
 
     @contextmanager
     def turn(self) -> Iterator[Workspace]:
-        """Yield the workspace; what the device does with it follows what it did before."""
+        """Yield the workspace, ordered after the device's earlier work on it."""
         stream = torch.cuda.current_stream(self.workspace.device)
         stream.wait_event(self._ended)
         try:
@@ -50,10 +50,10 @@ class SharedSearches:
             self._ended.record(stream)
 
     def start(self, key: Key, launch: Callable[[], None]) -> None:
-        """Launch work on the workspace, as a graph if it is a kind that has come before.
+        """Launch work on the workspace, as a CUDA graph if this kind was captured.
 
         Args:
-            key: all that the launches depend on besides what is on the device.
+            key: everything that the launches depend on, except values on the device.
             launch: launches the work, without a host synchronization.
         """
         graph = self._graphs.get(key)
@@ -67,7 +67,7 @@ class SharedSearches:
             graph.replay()
 
     def _captured(self, key: Key, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """Return the graph of what is launched, None if it cannot be captured.
+        """Return the captured graph of the launches, None if capture fails.
 
         ``torch.cuda.graph`` would synchronize the device first; nothing here needs that.
         """
@@ -75,7 +75,7 @@ class SharedSearches:
         self._capture_stream.wait_stream(torch.cuda.current_stream(self.workspace.device))
         try:
             with torch.cuda.stream(self._capture_stream):
-                # Other threads of a server go on using the device meanwhile.
+                # Other threads of a server use the device during the capture.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     launch()
@@ -95,9 +95,9 @@ _shared: dict[torch.device, SharedSearches] = {}
 def shared(
     num_tokens: int, per_frame: int, device: torch.device
 ) -> Iterator[SharedSearches | None]:
-    """Yield the device's shared searches, the caller's until the context ends.
+    """Yield the device's shared searches, for exclusive use in the context.
 
-    None for a video that is too large for them, or while the caller captures a graph itself.
+    None for a video that is too large, or while the caller captures a graph.
     """
     is_small = num_tokens <= SHARED_TOKENS and num_lanes(per_frame) <= SHARED_LANES
     if not is_small or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
@@ -107,7 +107,7 @@ def shared(
         searches = _shared.get(device)
         if searches is None or searches.workspace.capacity < num_tokens:
             if searches is not None:
-                # It may still be in use. A server's first video is its largest.
+                # It may still be in use. A server's first video is its largest one.
                 torch.cuda.synchronize(device)
                 del _shared[device]
             searches = _shared[device] = SharedSearches(num_tokens, device)
@@ -115,7 +115,7 @@ def shared(
 
 
 def clear() -> None:
-    """Give back the memory of all shared searches."""
+    """Free the memory of all shared searches."""
     with _lock:
         if _shared:
             torch.cuda.synchronize()

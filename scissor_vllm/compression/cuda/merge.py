@@ -1,4 +1,4 @@
-"""Every token is merged into the part that it resembles most, and rows are means."""
+"""Merges every token into its most similar part; rows are means."""
 
 import torch
 import triton
@@ -11,19 +11,19 @@ from scissor_vllm.compression.cuda.workspace import WIDE_BLOCK
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 
 _COLUMNS, _FEW_MEMBERS, _MEMBERS, _WARPS = 512, 4, 16, 4
-"""Columns that are added up at once, and of how many rows."""
+"""Tile of a sum: columns and rows."""
 
 _FACTOR_ROWS = 64
-"""Products are several times faster with a multiple of so many rows."""
+"""Number of rows is padded to a multiple of this, which makes products several times faster."""
 
 
 def merge(video: Video, num_parts: int, max_joined: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a video's tokens are merged into, and where each went.
+    """Return the merged rows of a video and the assignment.
 
     Args:
         video: with its tokens grouped by part.
         num_parts: K, of parts.
-        max_joined: parts of more than one token, or more.
+        max_joined: upper bound of the number of parts with more than one token.
 
     Returns:
         (K, D) of the rows' dtype, and (N,) int64.
@@ -69,7 +69,7 @@ def merge(video: Video, num_parts: int, max_joined: int) -> tuple[torch.Tensor, 
 
 
 def _joined(begin: torch.Tensor) -> torch.Tensor:
-    """Return the place of each part among those of more than one token, else -1, int32."""
+    """Return the index of each part among parts of more than one token, else -1, int32."""
     low_at = torch.empty_like(begin)
     parts.joined_parts_kernel[1,](begin, low_at, len(begin) - 1, block=WIDE_BLOCK)
     return low_at

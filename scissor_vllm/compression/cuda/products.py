@@ -1,7 +1,7 @@
-"""Dot products of a video's tokens in Prim's order, held, or computed again in blocks on each pass.
+"""Dot products of a video's tokens in Prim's order, stored or recomputed in blocks on each pass.
 
-With windows only products of token pairs in the same window are held. Without, rows are in blocks,
-each from its own first column on, so that most pairs are computed once.
+With windows only products of token pairs in the same window are stored. Without, rows are in
+blocks, each from its own first column on, so that most pairs are computed once.
 """
 
 import math
@@ -20,8 +20,8 @@ BLOCK_PRODUCTS = 1 << 27
 """Most products of such a block, 512 MiB."""
 
 HELD_SHARE, BLOCK_SHARE = 48, 160
-"""Held products take no more than one part in so many of the GPU's memory, a block no more than one
-in so many."""
+"""Stored products take at most this fraction (1/n) of the GPU's memory, and a block at most that
+one."""
 
 ROW_BLOCKS = 4
 """Blocks of rows of held products."""
@@ -32,7 +32,7 @@ MAX_FRAMES_AT_ONCE = 1 << 15
 
 @dataclass(frozen=True)
 class Block:
-    """Products of the tokens of some frames with those of all frames from the first of them on."""
+    """Products of the tokens of some frames with those of all frames from the first one on."""
 
     products: torch.Tensor
     """(elements,) float32."""
@@ -40,14 +40,14 @@ class Block:
     num_frames: int
     """0 for all frames."""
     base: int
-    """Products in the blocks before."""
+    """Number of products in earlier blocks."""
 
 
 class Products:
-    """Where the products of a video are: (N, N) in blocks of rows."""
+    """Layout of a video's products: (N, N) in blocks of rows."""
 
     def __init__(self, num_frames: int, per_frame: int, window: int, device: torch.device) -> None:
-        """Lay out the products of T frames of P tokens, in windows of so many frames."""
+        """Lay out the products of T frames of P tokens in windows."""
         self.num_tokens = num_frames * per_frame
         self.per_frame = per_frame
         self.is_apart = window < num_frames
@@ -66,7 +66,9 @@ class Products:
         return self.size is not None
 
     def hold(self, ordered: torch.Tensor, out: torch.Tensor | None) -> None:
-        """Compute the products of tokens (N, D) into a flat tensor, unless they are too many."""
+        """Compute the products of tokens (N, D) into a flat tensor, unless they exceed the
+        limit.
+        """
         if out is None:
             self._ordered = ordered
             return
@@ -75,7 +77,7 @@ class Products:
             self._multiply(ordered, row, out[self._num_before(row) :])
 
     def blocks(self, held: torch.Tensor | None) -> Iterator[Block]:
-        """Yield what is held, or else block after block, each in the memory of the one before."""
+        """Yield the stored products, or recomputed blocks that reuse the same memory."""
         if held is not None:
             yield Block(held, 0, 0, 0)
             return
@@ -100,7 +102,7 @@ class Products:
         return count * rows
 
     def _num_before(self, row: int) -> int:
-        """Return how many products the blocks have that begin before a row."""
+        """Return the number of products in blocks that start before a row."""
         blocks, rest = divmod(row, self.block_rows)
         if self.is_apart:
             return blocks * self.block_rows**2 + rest * min(rest, self.block_rows)
@@ -109,7 +111,7 @@ class Products:
         return whole * self.block_rows + (min(self.block_rows, left) * left if rest else 0)
 
     def _multiply(self, ordered: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        """Compute the block of products that begins with a row."""
+        """Compute the block of products that starts with a row."""
         left, right = ordered[start : start + self.block_rows], ordered[start:]
         if self.is_apart:
             right = left
@@ -131,7 +133,7 @@ def multiply(
 
 
 def limit(device: torch.device, num_products: int, share: int) -> int:
-    """Return so many products, or fewer if they are more than a share of the GPU's memory."""
+    """Return the number of products, limited to a share of the GPU's memory."""
     if device.type != "cuda":
         return num_products
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -139,7 +141,7 @@ def limit(device: torch.device, num_products: int, share: int) -> int:
 
 
 def max_held_tokens(device: torch.device) -> int:
-    """Return how many tokens' products are held without windows, about."""
+    """Return about how many tokens' products are stored without windows."""
     # Of their square, the blocks of rows leave a share out.
     share = (ROW_BLOCKS + 1) / (2 * ROW_BLOCKS)
     return math.isqrt(int(limit(device, MAX_PRODUCTS, HELD_SHARE) / share))

@@ -1,9 +1,9 @@
-"""SCC's search for a budget's threshold on the device, with the host out of the loop.
+"""SCC's search for a budget's threshold on the device, without host synchronization.
 
-Three things make a guess cheap. Prim's order of a frame's tokens makes the components at every
-threshold runs of neighbours. The dot products of all pairs of tokens are computed once; the cosine
-of two runs is a sum of them. And of the temporal step's tree only what is below the guess that the
-search ended in is built: what is above is one union.
+Three properties make a guess cheap. In Prim's order of a frame's tokens the components at every
+threshold are runs of neighbors. The dot products of all token pairs are computed once, and the
+cosine of two runs needs only a sum of them. Of the temporal step's tree only the part below the
+last guess is built; the part above is one union.
 """
 
 import math
@@ -27,8 +27,8 @@ from scissor_vllm.compression.cuda.video import LEAST, MOST, Passes
 from scissor_vllm.compression.cuda.workspace import SHARED_TOKENS, WIDE_BLOCK
 
 GUESSES = 16
-"""Guesses between two host reads of a search on its own memory. Those after its end cost next to
-nothing; with too few, the tree is built once for nothing."""
+"""Guesses between two host reads of a search on its own memory. Guesses after the end cost almost
+nothing. With too few guesses the tree is built once too often."""
 
 _CELLS = 1 << 13
 _TILE = 64
@@ -37,12 +37,12 @@ _CUT_BLOCK = 128
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What a search takes from ``scc.py``, where it is explained."""
+    """Settings of a search, documented in ``scc.py``."""
 
     line_steps: int
     threshold_margin: float
     window: int
-    """Frames that the temporal step joins across."""
+    """Frames of a window of the temporal step."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class _Tree:
     """A maximum spanning tree of components."""
 
     keys: torch.Tensor
-    """Of its edges, int64, strongest first, then what is no edge."""
+    """Keys of its edges, int64, strongest first, padded with non-edges."""
     node_of: torch.Tensor
-    """Int32, the node for each number that keys name."""
+    """Int32, the node of each number in the keys."""
     by_token: bool = False
-    """Whether equal weights are in the order of their tokens."""
+    """Whether equal weights are ordered by token."""
 
 
 class Search:
-    """The search of ``scc.py`` on a workspace that a video was loaded into.
+    """The search of ``scc.py`` on a workspace with a loaded video.
 
-    ``start`` takes all that differs from video to video from the device.
+    ``start`` reads everything that differs by video from the device.
     """
 
     def __init__(self, passes: Passes, settings: SearchSettings) -> None:
@@ -71,7 +71,7 @@ class Search:
         self._sorted_link = self._ws.link
 
     def start(self) -> None:
-        """Search, cut and group, without a host synchronization where products are held."""
+        """Search, cut and group, without host synchronization if products are stored."""
         ws = self._ws
         kernels.check_kernel[1,](
             ws.largest, ws.link, ws.state, ws.shape, ws.capacity, LEAST, MOST, block=WIDE_BLOCK
@@ -87,8 +87,8 @@ class Search:
     def run_to_end(self) -> tuple[float, int, int]:
         """Return the threshold, the number of parts of more than one token, and the flags.
 
-        The host reads them once; again after each further ``GUESSES`` guesses, and if there are
-        more components than the dense weights hold.
+        The host reads them once, and again after each further ``GUESSES`` guesses or if the
+        components exceed the dense weights.
         """
         build = self._tree_between_components
         while True:
@@ -103,10 +103,10 @@ class Search:
             self._cut(build, is_first=False)
 
     def _guess(self) -> None:
-        """Make guesses until the search is over or the host is to read."""
+        """Make guesses until the search ends or the host reads."""
         ws, num_guesses = self._ws, GUESSES
         if ws.capacity <= SHARED_TOKENS:
-            # Halving ends within so many.
+            # Bisection ends within this many guesses.
             num_guesses = self._settings.line_steps + ws.capacity.bit_length() + 1
         for _ in range(num_guesses):
             self._passes.unite(ws.guess, ws.searching)
@@ -135,11 +135,12 @@ class Search:
     def _cut(self, build: Callable[[torch.Tensor], _Tree], is_first: bool) -> None:
         """Place the threshold, cut the tree, and group the tokens by part.
 
-        The tree's equal weights are in any order. If such are on both sides of the cut, it is built
-        again with the paper's order of the runs, which follows from the threshold.
+        Equal weights of the tree are in any order. If equal weights are on both sides of the cut,
+        the tree is built again with the paper's order of the runs, which follows from the
+        threshold.
         """
         ws, passes = self._ws, self._passes
-        # The last cut joined components: only before the first are those of a guess there.
+        # A cut joins components, so those of the guess exist only before the first cut.
         passes.unite(ws.guess, ws.again if is_first else ws.always)
         label = passes.labels()
         tree = build(label)
@@ -153,7 +154,7 @@ class Search:
         passes.group(passes.labels(), lead)
 
     def _merge_strongest(self, tree: _Tree, tied: bool) -> None:
-        """Merge until K components are left, where weights are tied at the cut or where not."""
+        """Merge until K components are left, with or without ties at the cut."""
         ws = self._ws
         spanning_tree.cut_kernel[triton.cdiv(len(tree.keys), _CUT_BLOCK),](
             tree.keys,
@@ -168,7 +169,7 @@ class Search:
         )
 
     def _place(self, tree: _Tree) -> None:
-        """Place the workspace's tau in the interval that the search ended in, and set flags."""
+        """Place the workspace's tau in the search's final interval, and set flags."""
         ws = self._ws
         kernels.place_kernel[1,](
             ws.state,
@@ -190,7 +191,7 @@ class Search:
     def _tree_between_components(self, label: torch.Tensor) -> _Tree:
         """Return the maximum spanning tree of components from the weights between any two.
 
-        The host does not know their number; memory is touched by its square only.
+        The host does not know their number. Only the square of that number is touched.
 
         Args:
             label: (capacity,) int32 by node.
@@ -245,7 +246,7 @@ class Search:
         return _Tree(keys, node_of, by_token=True)
 
     def _rounds(self, size: int, go: torch.Tensor) -> torch.Tensor:
-        """Return what tells each of Boruvka's rounds to run, for the first go, and a zero."""
+        """Return the flags that run each of Boruvka's rounds, and a zero."""
         rounds = self._ws.new(size.bit_length() + 2, torch.int32, 0)
         rounds[:1].copy_(go)
         return rounds
@@ -284,7 +285,7 @@ class Search:
 
 
 def num_components(num_tokens: int, num_retained: int, device: torch.device) -> int:
-    """Return how many components to hold dense weights of: those above K are rarely many."""
+    """Return the number of components of the dense weights: rarely many more than K."""
     expected = num_retained + max(1024, num_retained // 4)
     if num_tokens <= SHARED_TOKENS:
         size = num_tokens

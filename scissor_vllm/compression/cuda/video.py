@@ -1,4 +1,4 @@
-"""A video on the device: what a search starts from, and its passes over all pairs of runs."""
+"""A video on the device: the input of a search, and its passes over all pairs of runs."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,10 @@ from scissor_vllm.compression.cuda.products import MAX_FRAMES_AT_ONCE, Block, Pr
 from scissor_vllm.compression.cuda.workspace import WIDE_BLOCK, Workspace, num_lanes
 
 LEAST, MOST = 2.0**-40, 2.0**40
-"""Largest magnitudes of tokens between these have products and sums far from float32's ends."""
+"""Range of tokens' largest magnitudes in which products and sums stay within float32."""
 
 _ROWS = 16
-"""Rows of a frame that are an item of work of a pass."""
+"""Rows of a frame in one work item of a pass."""
 
 _MAX_PROGRAMS = 2048
 """Most programs of a pass: some 16 for each multiprocessor of a large GPU."""
@@ -22,15 +22,15 @@ _ROW_BLOCK = 4096
 
 
 class Passes:
-    """The passes over a workspace's video, the same for all videos with so many lanes.
+    """The passes over a workspace's video, equal for all videos with the same lanes.
 
-    They depend on the video by what is on the device alone, so that they can be captured.
+    They depend on the video only through device memory, so they can be captured.
     """
 
     def __init__(
         self, workspace: Workspace, lanes: int, aligned: bool, products: Products | None = None
     ) -> None:
-        """Take the workspace, and the products unless the workspace holds them."""
+        """Take the workspace, and the products unless they are in the workspace."""
         self.workspace = workspace
         self.lanes = lanes
         self.aligned = aligned
@@ -41,7 +41,7 @@ class Passes:
         return self.workspace.products is not None
 
     def _warps(self, per_warp: int) -> int:
-        """Return the warps for a frame's row with so many vectors of 32 to a warp."""
+        """Return the number of warps for a frame's row."""
         return max(1, min(8, self.lanes // (32 * per_warp)))
 
     def _blocks(self) -> Iterator[Block]:
@@ -140,7 +140,7 @@ class Passes:
             tau: (1,) float32.
             part: (N,) int32 by node.
             weights: (parts * parts,) int32, of part i to part j or of j to i.
-            num_parts: (1,) int32, those from this one on are left out.
+            num_parts: (1,) int32; parts from this index on are ignored.
         """
         ws = self.workspace
         self._visit(pairs.BETWEEN, tau, ws.always, part, part, weights, ws.parent, num_parts)
@@ -235,7 +235,7 @@ class Passes:
 
 
 class Video:
-    """One video's tokens, with their search's workspace filled in.
+    """One video's tokens, loaded into a workspace.
 
     Attributes:
         rows: (N, D), the tokens in their own order, as zeros where they are not usable.
@@ -254,7 +254,7 @@ class Video:
     ) -> None:
         """Take tokens (T, P, D) float32, bfloat16 or float16, and K or a threshold.
 
-        Without a workspace it gets its own, for a tree between so many components.
+        Without a workspace it allocates one, with dense weights for the given components.
         """
         self.num_frames, self.per_frame, self.width = tokens.shape
         self.num_tokens = self.num_frames * self.per_frame

@@ -1,8 +1,8 @@
-"""Device memory of a search, as large as the largest video that it can take.
+"""Device memory of a search, sized for the largest video.
 
-A search of up to ``SHARED_TOKENS`` tokens works on memory that all such searches of a device share,
-one after the other. So CUDA graphs have fixed addresses, and nothing grows with the number of
-shapes. Larger searches allocate their own.
+Searches of up to ``SHARED_TOKENS`` tokens share memory on a device and run one after the other. So
+CUDA graphs have fixed addresses, and memory does not grow with the number of shapes. Larger
+searches allocate their own.
 """
 
 import torch
@@ -14,13 +14,13 @@ SHARED_TOKENS = 1 << 13
 """Most tokens of a search on shared memory: 256 MiB of products and 256 MiB of weights."""
 
 LANES = (64, 128, 256, 512, 1024, 4096)
-"""Lanes of a program that holds a row of a frame. Few, because kernels are compiled for each."""
+"""Lanes of a program that holds a row of a frame. Kernels are compiled for each value."""
 
 SHARED_LANES = 1024
-"""Most of them for a search on shared memory, 32 MiB of dot products inside frames."""
+"""Most products inside frames of a search on shared memory: 32 MiB."""
 
 WIDE_BLOCK = 1024
-"""Nodes that a program of the small kernels takes at once."""
+"""Nodes of one program of the small kernels."""
 
 
 def num_lanes(per_frame: int) -> int:
@@ -64,7 +64,7 @@ class Workspace:
         self.num_components = num_components
         self.device = device
         self.grid = (triton.cdiv(capacity, WIDE_BLOCK),)
-        # What is made in inference mode may not be written to outside of it.
+        # Tensors of inference mode are read-only outside of it.
         with torch.inference_mode(False):
             i32, i64, f32, f64 = torch.int32, torch.int64, torch.float32, torch.float64
             self.shape = self.new(layout.NUM_SHAPE, i32)
@@ -95,6 +95,8 @@ class Workspace:
 
     @classmethod
     def shared(cls, num_tokens: int, device: torch.device) -> "Workspace":
-        """Return what searches of up to so many tokens share, with a power of two as capacity."""
+        """Return the shared workspace for up to this many tokens; its capacity is a power of
+        two.
+        """
         capacity = triton.next_power_of_2(num_tokens)
         return cls(capacity, capacity, capacity**2, capacity * min(SHARED_LANES, capacity), device)

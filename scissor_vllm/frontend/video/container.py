@@ -1,8 +1,8 @@
-"""A video file's container: which files are read at all, and what their packets say.
+"""Containers of video files: the accepted formats, and the index of packets.
 
-FFmpeg decides by its probe what a file is. It may use the demuxers named here and no protocol, so
-that nothing but the request's bytes is ever read: play lists, session descriptions and references
-to other files are refused by FFmpeg itself.
+FFmpeg probes the format. It may use the demuxers listed here and no protocol, so it reads the
+request's bytes only. FFmpeg itself refuses play lists, session descriptions and references to other
+files.
 """
 
 from __future__ import annotations

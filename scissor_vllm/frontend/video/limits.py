@@ -1,4 +1,4 @@
-"""What decoding may take: bytes of one video and of all at once, and videos at once."""
+"""Limits of decoding: bytes of one video, bytes of all videos at once, and videos at once."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 MAX_DECODE_BYTES_VARIABLE = "SCISSOR_MAX_VIDEO_DECODE_BYTES"
 DEFAULT_MAX_DECODE_BYTES = 4 * 1024**3
 
-# Of two at once, a short video does not wait for a long one.
+# With two at once a short video does not wait for a long one.
 _MIN_VIDEOS_AT_ONCE, _CPUS_PER_VIDEO = 2, 4
-# Pictures that a decoder holds beside those that it hands out, at most 4 bytes a pixel.
+# Pictures that a decoder buffers, at most 4 bytes a pixel.
 _NUM_REFERENCE_PICTURES = 17
 
 
@@ -82,10 +82,10 @@ def num_bytes_to_decode(
 
 
 class DecodingSlots:
-    """Lets few videos be decoded at once, in the order in which they came.
+    """Limits how many videos are decoded at once, in order of arrival.
 
-    Where many come together, all would be ready late: each takes as long as all, and what prepares
-    the first for the engine waits for CPUs and interpreter among those that decode the others.
+    Without a limit all videos of a burst would finish late, and preparing the first one would
+    compete with decoding the others for CPUs and the interpreter lock.
     """
 
     def __init__(self) -> None:
@@ -93,11 +93,11 @@ class DecodingSlots:
         self._num_came = 0
         self._num_done = 0
         self.num_decoding = 0
-        """Videos that are decoded at this moment, by all threads."""
+        """Number of videos that threads are decoding now."""
 
     @property
     def num_waiting(self) -> int:
-        """Videos that wait for their turn."""
+        """Number of videos that wait for a slot."""
         return self._num_came - self._num_done - self.num_decoding
 
     def __enter__(self) -> None:
@@ -116,11 +116,11 @@ class DecodingSlots:
 
 
 class DecodingBudget:
-    """Bytes that the videos decoded at once may take, shared by all processes of a user.
+    """Bounds the bytes of all videos decoded at once, across all processes of a user.
 
-    A video waits until there is room for it. One that needs more than the whole budget takes all
-    of it, and so is decoded alone. Shares are locks on the bytes of a file, which the system frees
-    when a process dies.
+    A video waits until the budget has room. A video that needs more than the whole budget takes all
+    of it and is decoded alone. Shares are locks on bytes of a file. The system releases them when a
+    process dies.
     """
 
     _NUM_SHARES = 64
@@ -133,7 +133,7 @@ class DecodingBudget:
 
     @contextmanager
     def reserve(self, num_bytes: int) -> Iterator[None]:
-        """Hold so many bytes of the budget; waits for them."""
+        """Wait for this many bytes of the budget, and hold them in the context."""
         num_shares = -(-num_bytes * self._NUM_SHARES // max_decode_bytes())
         num_shares = max(1, min(num_shares, self._NUM_SHARES))
         file = self._open()
@@ -148,7 +148,7 @@ class DecodingBudget:
             os.close(file)
 
     def _take(self, file: int, num_shares: int) -> None:
-        # One that gathers shares at a time: two halves of two videos would wait for each other.
+        # One process gathers shares at a time, or two videos with half of theirs would deadlock.
         fcntl.fcntl(file, fcntl.F_OFD_SETLKW, _lock(self._NUM_SHARES))
         taken: set[int] = set()
         while True:
@@ -163,7 +163,7 @@ class DecodingBudget:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock(self._NUM_SHARES, fcntl.F_UNLCK))
 
     def _open(self) -> int | None:
-        """A new description of the file, None where there are no locks of this kind."""
+        """Open the lock file, None where open file description locks do not exist."""
         if not hasattr(fcntl, "F_OFD_SETLK"):
             return None
         try:

@@ -1,8 +1,7 @@
 """Video loader of vLLM: bytes in, sampled RGB frames out.
 
-PyAV decodes, from memory alone: it bundles FFmpeg 8, hands out pictures in buffers of their own
-and lets FFmpeg be told which demuxers it may use. Colours and turns are those of the ffmpeg
-command.
+PyAV decodes from memory. It bundles FFmpeg 8, returns pictures in separate buffers and can restrict
+FFmpeg's demuxers. Colors and rotation are those of the ffmpeg command.
 """
 
 from __future__ import annotations
@@ -57,15 +56,15 @@ BUDGET = DecodingBudget()
 def register_video_loader() -> None:
     """Make "pyav" a video loader of vLLM; calling it again changes nothing.
 
-    vLLM picks a loader of its own for some video processors, whatever the operator named. Where
-    the operator named "pyav", they get their sampling with this decoder.
+    vLLM chooses its own loader for some video processors, even if the operator named another. If
+    the operator named "pyav", these processors get their sampling with this decoder.
 
     Raises:
         ValueError: `SCISSOR_MAX_VIDEO_DECODE_BYTES` is no positive integer.
     """
     max_decode_bytes()
-    # Damaged input makes FFmpeg print a line per packet to stderr; what matters reaches the client
-    # as an error. OpenCV reads its variable once, when it first opens a video.
+    # Damaged input makes FFmpeg print a line per packet to stderr. Errors reach the client anyway.
+    # OpenCV reads its variable once, when it first opens a video.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)
     av.logging.set_level(None)
     for name in (BACKEND, FORMER_BACKEND):
@@ -145,7 +144,7 @@ class PyAVVideoBackend(VideoBackend):
     def _decode(
         cls, file: VideoFile, target: VideoTargetMetadata, kwargs: dict[str, Any]
     ) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
-        # PyAV takes what OpenCV takes: options of the sampling, and none of its own.
+        # PyAV has no options of its own, like OpenCV: only sampling options.
         sampling_kwargs, _ = resolve_video_backend_kwargs("opencv", kwargs)
         height, width, fps = file.height, file.width, file.fps
 
@@ -177,7 +176,7 @@ class PyAVVideoBackend(VideoBackend):
         backend: str,
         kwargs: dict[str, Any],
     ) -> tuple[DecodedFrames, dict[str, Any]]:
-        """What a decoder of vLLM's own gives, because the operator named it.
+        """Decode by a decoder of vLLM that the operator named.
 
         OpenCV hands out memory that it has not written where FFmpeg refuses to convert an
         interlaced picture: files that are interlaced from their start are refused. One that

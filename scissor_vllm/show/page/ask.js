@@ -10,6 +10,13 @@ let model = null;
 let video = null; // { file, url }, url once it was read.
 let running = null; // AbortController of the request that is under way.
 
+// The chosen ratio in two digits, the slider's ends and start as they are.
+function chosenRatio() {
+  const { value, min, max, defaultValue } = ratio;
+  if ([min, max, defaultValue].includes(value)) return Number(value);
+  return Math.max(Number(min), Number(Number(value).toPrecision(2)));
+}
+
 function headers() {
   const all = { "Content-Type": "application/json" };
   if (key.value) all.Authorization = `Bearer ${key.value}`;
@@ -196,7 +203,7 @@ form.addEventListener("submit", async (event) => {
 });
 
 find("stop").addEventListener("click", () => running?.abort());
-ratio.addEventListener("input", () => { find("ratio-text").textContent = ratio.value; });
+ratio.addEventListener("input", () => { find("ratio-text").textContent = chosenRatio(); });
 fileInput.addEventListener("change", () => fileInput.files[0] && choose(fileInput.files[0]));
 
 const drop = find("drop");

@@ -280,15 +280,27 @@ class PictureView {
     }
   }
 
+  // The kept tokens of the strip, as strip_rows() in picture.py chooses them.
+  stripRows() {
+    const numFrames = this.picture.frames.length;
+    const { size, byFrame, num_retained: numRows } = this.grouping;
+    const first = Array.from({ length: numRows }, (_, row) => {
+      const counts = byFrame.subarray(row * numFrames, (row + 1) * numFrames);
+      return Math.max(0, counts.findIndex((count) => count > 0));
+    });
+    const ordered = [...first.keys()]
+      .sort((a, b) => first[a] - first[b] || size[b] - size[a] || a - b);
+    const numShown = Math.min(numRows, STRIP_ROWS);
+    return Array.from({ length: numShown },
+      (_, line) => ordered[Math.floor((2 * line + 1) * numRows / (2 * numShown))]);
+  }
+
   drawStrip() {
     const numFrames = this.picture.frames.length;
     const { size, byFrame, num_retained: numRows } = this.grouping;
-    const first = (row) => byFrame.subarray(row * numFrames, (row + 1) * numFrames)
-      .findIndex((count) => count > 0);
-    const shown = [...size.keys()].sort((a, b) => size[b] - size[a] || a - b).slice(0, STRIP_ROWS)
-      .map((row) => ({ row, first: first(row) }))
-      .sort((a, b) => a.first - b.first || size[b.row] - size[a.row] || a.row - b.row);
-    const which = numRows <= STRIP_ROWS ? `all ${numRows}` : `${STRIP_ROWS} of ${numRows}, the largest,`;
+    const shown = this.stripRows();
+    const which = numRows <= STRIP_ROWS ? `all ${numRows}` :
+      `${STRIP_ROWS} of ${numRows}, evenly sampled,`;
     this.stripAbout.textContent =
       `Kept tokens (${which} top to bottom by first frame) over the frames (left to right).`;
     const spanning = [...size.keys()].filter((row) => this.framesOf(row).length > 1).length;
@@ -298,7 +310,7 @@ class PictureView {
     this.stripCanvas.width = width * numFrames;
     this.stripCanvas.height = height * shown.length;
     const pen = this.stripCanvas.getContext("2d");
-    shown.forEach(({ row }, line) => {
+    shown.forEach((row, line) => {
       for (let frame = 0; frame < numFrames; frame += 1) {
         const count = byFrame[row * numFrames + frame];
         if (count === 0 || (this.marked !== null && row !== this.marked)) continue;

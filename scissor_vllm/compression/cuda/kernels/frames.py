@@ -1,4 +1,4 @@
-"""Each frame on its own: usable rows, cosines, and the maximum spanning tree in Prim's order."""
+"""Work inside each frame: usable rows, cosines, and the maximum spanning tree in Prim's order."""
 
 import triton
 import triton.language as tl
@@ -25,7 +25,7 @@ _LANE_MASK = tl.constexpr((1 << 12) - 1)
 
 @triton.jit
 def snapped(cosine):
-    """Return cosines in [-1, 1]; what is nearer to 1 than the resolution is 1."""
+    """Return cosines in [-1, 1]; values within the resolution of 1 become 1."""
     return tl.where(cosine > _ONE, 1.0, tl.maximum(cosine, -1.0))
 
 
@@ -129,7 +129,7 @@ def prim_kernel(cosine, order, link, per_frame, block: tl.constexpr):
     lane = tl.arange(0, block)
     inside = lane < per_frame
     outside_tree = inside & (lane != 0)
-    # Each step waits for a row that the step before chose: bring all rows into the cache.
+    # Each step reads a row that the step before chose, so all rows are loaded into the cache.
     touched = tl.zeros((), tl.float32)
     for start in range(0, per_frame, _NEAR_ROWS):
         near = start + tl.arange(0, _NEAR_ROWS)[:, None]

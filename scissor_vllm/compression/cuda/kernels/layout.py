@@ -1,22 +1,22 @@
-"""What host and kernels agree on: places in small device tensors, flags, limits and edge keys."""
+"""Shared layout of host and kernels: indices of small device tensors, flags, limits, edge keys."""
 
 import triton
 import triton.language as tl
 
 TOKENS, FRAMES, PER_FRAME, WINDOW, BLOCK_ROWS, APART, RETAINED = range(7)
-"""Places in a video's ``shape``, int32: N, T, P, frames of a window, rows of a block of products,
+"""Indices of a video's ``shape``, int32: N, T, P, frames of a window, rows of a block of products,
 1 if only products inside windows are held, and K. Kernels read them from the device, so one CUDA
 graph serves all shapes."""
 
 NUM_SHAPE = 8
 
 LOW, HIGH, MOVED, STEPS, MIDDLE, INTERVAL, NUM_INTERVALS, NUM_COMPONENTS, FLAGS = range(9)
-"""Places in the state of a search, int64. Low, high and middle count wide intervals."""
+"""Indices of the state of a search, int64. Low, high and middle count wide intervals."""
 
 NUM_STATE = 9
 
 THRESHOLD, NUM_JOINED, OUTCOME_FLAGS = range(3)
-"""Places in the outcome of a search, float64: the threshold (see ``summary_kernel``), the parts of
+"""Indices of the outcome of a search, float64: the threshold (see ``summary_kernel``), the parts of
 more than one token, and the flags."""
 
 NOT_FINITE, OUT_OF_RANGE, SEARCHING, TOO_MANY, TOO_FEW = 1, 2, 4, 8, 16

@@ -1,4 +1,4 @@
-"""The search for a budget's threshold: one program takes a count and makes the next guess.
+"""The search for a budget's threshold: one program reads a count and makes the next guess.
 
 Between two neighbouring links of all frames the spatial step does not change: an *interval*. Wide
 intervals, those in which thresholds are told apart, are searched; the others are passed over. The
@@ -135,7 +135,7 @@ def steer_kernel(
             count = count_components(link, parent, num_tokens, tl.load(tau_at), block)
             enough = count >= num_retained
             counted = count.to(tl.float64)
-            # The Illinois rule: an end that stays where it is twice counts half.
+            # The Illinois rule: an end that stays in place twice counts half.
             above_kept = tl.where(moved == 2, above * 0.5, above)
             below_kept = tl.where(moved == 1, below * 0.5, below)
             above_new = tl.log((counted + 0.5) / wanted)
@@ -147,11 +147,11 @@ def steer_kernel(
             moved = tl.where(enough, moved * 0 + 1, moved * 0 + 2)
         share = tl.where(steps < line_steps, below / (below + above), below * 0 + 0.5)
         middle = low + (share * (high - low).to(tl.float64)).to(tl.int64)
-        # Where the search is over, the guess is what it ended in.
+        # After the end of the search the guess stays the final one.
         middle = tl.maximum(tl.minimum(middle, high - 1), low)
         number = tl.load(interval + middle)
         _, end = _bounds(sorted_link, number, num_frames, num_tokens - num_frames)
-        # What is nearer to the end than the resolution is not told from it.
+        # Weights within the resolution of the end count as equal to it.
         tau = tl.where(end < 2.0, _below(end - _RESOLUTION), float("inf"))
         tl.store(state + AT_LOW, low)
         tl.store(state + AT_HIGH, high)

@@ -1,0 +1,19 @@
+"""Cosmos 3 (Reason) with compressed videos: what ``qwen3_vl`` says, and nothing of its own."""
+
+from vllm.model_executor.models import cosmos3 as stock
+from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from scissor_vllm.models.patch_grid import PatchGridProcessingInfo
+from scissor_vllm.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideos
+
+
+class Cosmos3ProcessingInfo(PatchGridProcessingInfo, stock.Cosmos3ProcessingInfo):
+    """Counts a video's tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor, info=Cosmos3ProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class Cosmos3ForConditionalGeneration(Qwen3VLVideos, stock.Cosmos3ForConditionalGeneration):
+    """Encodes a video to exactly K rows and its text."""

@@ -1,0 +1,314 @@
+"""Text within a video: a run of video tokens per frame, with times or marks between the runs.
+
+K is known before the vision tower runs. How many rows stand in which frame's run is known after
+encoding only. So the text travels inside the embeddings:
+- The prompt has K placeholders in a row, then the video's text. ``embed_multimodal`` returns a row
+  for each of them, in their true order, with the text's embeddings among them. The placeholders'
+  token ids are never embedded.
+- A merged row stands in the run of the frame that its representative member comes from.
+- All of the text stays. A frame that keeps no token has its time and an empty run.
+
+The processor sends the text with the video (``VIDEO_TEXT``), so a worker needs no tokenizer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.processing import PromptReplacement
+from vllm.multimodal.processing.processor import PromptUpdateDetails
+
+from scissor_vllm.compression.members import representative_members
+from scissor_vllm.frontend.frame_transport import identity_of
+from scissor_vllm.frontend.processor import RetentionProcessor
+from scissor_vllm.frontend.refusal import RefusedRequestError
+from scissor_vllm.metrics import Reason
+from scissor_vllm.retention import RETENTION_RATIO
+from scissor_vllm.settings import without_own_keys
+from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_IDENTITY, VIDEO_TEXT
+from scissor_vllm.worker.positions import text_and_pads
+from scissor_vllm.worker.video_compression import VideoCompression
+from scissor_vllm.worker.video_pixels import VideoPixels
+
+
+def text_within(tokens: Sequence[int], pad: int) -> torch.Tensor:
+    """Return ``VIDEO_TEXT`` of an uncompressed video's tokens, of which ``pad`` are its own."""
+    text, _ = text_and_pads(tokens, pad)
+    ids = torch.tensor(tokens, dtype=torch.int64)[text]
+    return torch.stack([ids, text - torch.arange(len(text))])
+
+
+def with_text(text: torch.Tensor, num_tokens: int, pad: int) -> list[int]:
+    """Return an uncompressed video's tokens from its ``VIDEO_TEXT`` and N."""
+    ids, num_before = text
+    tokens = torch.full((num_tokens + len(ids),), pad)
+    tokens[num_before + torch.arange(len(ids))] = ids
+    return [int(token) for token in tokens.tolist()]
+
+
+class FrameRunsProcessor(RetentionProcessor):
+    """Mixin of a family's processor, placed before vLLM's class."""
+
+    def _video_pad(self) -> int:
+        """Return the token that a video's placeholders are."""
+        return int(self.info.get_hf_config().video_token_id)
+
+    def _why_not_compressed(self, options: Mapping[str, object]) -> str | None:
+        """Return why a request's videos cannot be compressed, None if they can."""
+        return None
+
+    def _get_num_video_tokens(
+        self, videos: VideoProcessorItems, kwargs: Mapping[str, object]
+    ) -> list[int | None]:
+        reason = self._why_not_compressed(kwargs)
+        if reason is not None and RETENTION_RATIO in kwargs:
+            raise RefusedRequestError(
+                f"{RETENTION_RATIO} must be 1.0 or absent, got {kwargs[RETENTION_RATIO]}: {reason}",
+                parameter=RETENTION_RATIO,
+                reason=Reason.UNSUPPORTED_MODEL,
+            )
+        return super()._get_num_video_tokens(videos, kwargs)
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            **super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs),
+            VIDEO_TEXT: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+        }
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        if NUM_RETAINED not in processed:
+            return processed
+        pad = self._video_pad()
+        texts = []
+        for index, tokens in enumerate(self._stock_video_tokens(processed, mm_items, hf_kwargs)):
+            num_tokens, num_pads = int(processed[NUM_VIDEO_TOKENS][index]), tokens.count(pad)
+            if num_pads != num_tokens:
+                raise VLLMValidationError(
+                    f"video {index} has {num_tokens} tokens by its frames, but its prompt has room "
+                    f"for {num_pads}: its metadata names other frames than were decoded; send a "
+                    "file whose header agrees with its frames",
+                    parameter="video_url",
+                )
+            texts.append(text_within(tokens, pad))
+        if RETENTION_RATIO in hf_kwargs:
+            processed[VIDEO_TEXT] = texts
+        return processed
+
+    def _stock_video_tokens(
+        self,
+        processed: BatchFeature,
+        mm_items: MultiModalDataItems,
+        hf_kwargs: Mapping[str, object],
+    ) -> list[list[int]]:
+        """Return what vLLM would put into the prompt for each video."""
+        options = without_own_keys(hf_kwargs)
+        items = MultiModalKwargsItems.from_hf_inputs(
+            processed, self._get_mm_fields_config(processed, options)
+        )
+        updates = super(RetentionProcessor, self)._get_prompt_updates(
+            mm_items=mm_items, hf_processor_mm_kwargs=options, out_mm_kwargs=items
+        )
+        (update,) = (
+            update
+            for update in updates
+            if update.modality == "video" and isinstance(update, PromptReplacement)
+        )
+        return [_tokens_of(update, index) for index in range(len(items["video"]))]
+
+    def _shortened(self, content: Any, num_retained: int) -> PromptUpdateDetails:
+        """Return K video tokens, where the first of N are, and all text."""
+        pad = self._video_pad()
+        tokens = content.full if isinstance(content, PromptUpdateDetails) else content
+        first = tokens.index(pad)
+        text_behind = [token for token in tokens[first:] if token != pad]
+        return PromptUpdateDetails.from_seq([*tokens[:first], *[pad] * num_retained, *text_behind])
+
+
+def _tokens_of(update: PromptReplacement, index: int) -> list[int]:
+    content: Any = update.replacement
+    content = content(index) if callable(content) else content
+    return list(content.full if isinstance(content, PromptUpdateDetails) else content)
+
+
+class FrameRunsModel:
+    """Mixin of a family's model, placed before vLLM's class."""
+
+    video_compression: VideoCompression
+
+    def _check_no_pruning(self, vllm_config: VllmConfig) -> None:
+        """Raise ValueError if vLLM prunes videos on its own."""
+        mm_config = vllm_config.model_config.get_multimodal_config()
+        if mm_config.is_multimodal_pruning_enabled():
+            raise ValueError(
+                "--video-pruning-rate and scissor_vllm exclude each other: leave the first out and "
+                "send a retention_ratio, or start vLLM with VLLM_PLUGINS= to prune"
+            )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load as vLLM does, also while serving."""
+        self.video_compression.forget_features()
+        return super().load_weights(weights)  # type: ignore[misc]
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """Return vLLM's, for images alone: its graphs would go past our ``embed_multimodal``."""
+        config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
+        modalities = [modality for modality in config.modalities if modality != "video"]
+        return replace(config, modalities=modalities, max_frames_per_video=1)
+
+    def _embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return (n, D) for text within a video."""
+        embedded: torch.Tensor = self.get_language_model().embed_input_ids(tokens)  # type: ignore[attr-defined]
+        return embedded
+
+    def _among_text(
+        self, rows: torch.Tensor, members: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and text in their order, and the number of each in the uncompressed video.
+
+        Args:
+            rows: (K, D), by their members.
+            members: (K,) int64 ascending, which of the video's tokens each row stands for.
+            text: ``VIDEO_TEXT``.
+
+        Returns:
+            (K + n, D) and (K + n,) int64 ascending.
+        """
+        ids, num_before = text.to(rows.device)
+        if len(ids) == 0:
+            return rows, members
+        places = num_before + torch.arange(len(ids), device=rows.device)
+        moved = members + torch.searchsorted(num_before, members, right=True)
+        numbers, order = torch.cat([places, moved]).sort()
+        embedded = self._embed_text(ids).to(rows.dtype)
+        return torch.cat([embedded, rows])[order], numbers
+
+
+@dataclass(frozen=True)
+class FramesOfVideo:
+    """One video of a batch, and how its frames are encoded."""
+
+    pixels: torch.Tensor
+    """(T, ...): what the tower takes of each frame, or its number among those of ``encode``."""
+    tokens_per_frame: int
+    """P."""
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    """Returns tokens (t, P, D) of some consecutive frames of ``pixels``."""
+
+
+class SequentialFrameRunsModel(FrameRunsModel):
+    """Mixin of a model with 1-D positions, whose tower takes a video's frames one by one."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        self._check_no_pruning(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
+
+    # What a family says.
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """P, or about so many where it differs by video."""
+        raise NotImplementedError
+
+    @property
+    def row_width(self) -> int:
+        """D."""
+        return int(self.config.get_text_config().hidden_size)  # type: ignore[attr-defined]
+
+    def _videos(self, fields: dict[str, Any], num_tokens: list[int]) -> list[FramesOfVideo]:
+        """Return a batch's videos from fields as vLLM's class takes them, and N of each."""
+        raise NotImplementedError
+
+    # What model runners call.
+
+    def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
+        """Return for each compressed video the rows of all its placeholders, in order; images,
+        and videos that are all kept whole, as vLLM does.
+        """
+        parameter = next(self.parameters())  # type: ignore[attr-defined]
+        self.video_compression.warm_up(self.row_width, parameter.dtype, parameter.device)
+        num_retained = kwargs.pop(NUM_RETAINED, None)
+        num_tokens = kwargs.pop(NUM_VIDEO_TOKENS, None)
+        texts = kwargs.pop(VIDEO_TEXT, None)
+        identities = kwargs.pop(VIDEO_IDENTITY, None)
+        stock = super().embed_multimodal  # type: ignore[misc]
+        if num_retained is None or num_retained.equal(num_tokens):
+            with self.video_compression.stage("tower", parameter.device):
+                whole: MultiModalEmbeddings = stock(**kwargs)
+                return whole
+        counts = num_retained.flatten().tolist()
+        videos = self._videos(kwargs, num_tokens.flatten().tolist())
+        names = [None] * len(videos) if identities is None else identities
+        return tuple(
+            self._rows(video, count, text, name)
+            for video, count, text, name in zip(videos, counts, texts, names, strict=True)
+        )
+
+    def _rows(
+        self,
+        video: FramesOfVideo,
+        num_retained: int,
+        text: torch.Tensor,
+        identity: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return a video's rows, and its text among them if it is compressed."""
+        pixels = VideoPixels(
+            video.pixels,
+            identity=None if identity is None else identity.numpy().tobytes(),
+            tokens_per_frame=video.tokens_per_frame,
+        )
+        tokens, compressed = self.video_compression.compressed(pixels, num_retained, video.encode)
+        flat = tokens.flatten(0, 1)
+        if num_retained == len(flat):
+            return self._whole_rows(flat, text)
+        members, order = representative_members(tokens, compressed).sort(stable=True)
+        rows, _ = self._among_text(compressed.tokens[order], members, text)
+        return rows
+
+    def _whole_rows(self, rows: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Return what stands in the placeholders of a video that is kept whole."""
+        return rows
+
+
+class SequentialFrameRunsProcessor(FrameRunsProcessor):
+    """Mixin of a processor whose videos go vLLM's way to a ``SequentialFrameRunsModel``."""
+
+    pixel_fields: tuple[str, ...]
+    """Names of what a video's tokens follow from."""
+
+    def _prepare(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object], ratio: float
+    ) -> BatchFeature:
+        # Past the way of resized frames, which LLaVA's models take.
+        processed: BatchFeature = super(RetentionProcessor, self)._apply_hf_processor_main(
+            mm_items=mm_items, hf_kwargs=hf_kwargs
+        )
+        if "video" in mm_items and ratio != 1.0 and self.info.cache_sizes.features > 0:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            items = MultiModalKwargsItems.from_hf_inputs(
+                processed, super()._get_mm_fields_config(processed, hf_kwargs)
+            )
+            processed[VIDEO_IDENTITY] = [
+                identity_of(
+                    algorithm, **{name: _bytes_of(item[name]) for name in self.pixel_fields}
+                )
+                for item in items["video"]
+            ]
+        return processed
+
+
+def _bytes_of(field: Any) -> torch.Tensor:
+    """Return a field's values as bytes: NumPy has no bfloat16."""
+    return torch.as_tensor(field.data).contiguous().view(torch.uint8)

@@ -1,0 +1,21 @@
+"""Intern-S2-Mobius with compressed videos: what ``qwen3_5`` says, and nothing of its own."""
+
+from vllm.model_executor.models import interns2_mobius as stock
+from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from scissor_vllm.models.patch_grid import PatchGridProcessingInfo
+from scissor_vllm.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideos
+
+
+class InternS2MobiusProcessingInfo(PatchGridProcessingInfo, stock.InternS2MobiusProcessingInfo):
+    """Counts a video's tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor, info=InternS2MobiusProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class InternS2MobiusForConditionalGeneration(
+    Qwen3VLVideos, stock.InternS2MobiusForConditionalGeneration
+):
+    """Encodes a video to exactly K rows and its text."""
