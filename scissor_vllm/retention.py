@@ -6,7 +6,6 @@ float.
 
 import json
 import math
-import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -114,6 +113,22 @@ def _refusal(ratio: object) -> str:
     )
 
 
+def _as_json(value: object) -> str:
+    """Return a value as JSON has it, cut; an array or an object by its kind alone."""
+    if isinstance(value, str):
+        return json.dumps(value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}...")
+    if value is None or isinstance(value, (bool, float)):
+        return json.dumps(value)
+    if isinstance(value, int):
+        # Python writes no integer of more than 4300 digits.
+        return str(value) if abs(value) < 10**_MAX_SHOWN else "a very large integer"
+    if isinstance(value, (Decimal, Rational)):
+        return str(value)[:_MAX_SHOWN]
+    if isinstance(value, (list, dict)):
+        return "an array" if isinstance(value, list) else "an object"
+    return f"a {type(value).__name__}"
+
+
 _MAX_BUDGET = 2**53 - 1
 """The largest integer that every JSON reader keeps exact."""
 
@@ -128,16 +143,16 @@ def check_token_budget(budget: object) -> int:
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise TypeError(
             f"{MAX_RETAINED_VIDEO_TOKENS} must be an integer of at least 1, the most tokens that "
-            f"all videos keep together, got {_shown(budget)}"
+            f"all videos keep together, got {_as_json(budget)}"
         )
     if budget < 1:
         raise ValueError(
-            f"{MAX_RETAINED_VIDEO_TOKENS} must be at least 1, got {_shown(budget)}: it is the most "
-            f"tokens that all videos keep together; send {RETENTION_RATIO} to keep a fraction"
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be at least 1, got {_as_json(budget)}: it is the "
+            f"most tokens that all videos keep together; send {RETENTION_RATIO} to keep a fraction"
         )
     if budget > _MAX_BUDGET:
         raise ValueError(
-            f"{MAX_RETAINED_VIDEO_TOKENS} must be at most {_MAX_BUDGET}, got {_shown(budget)}: "
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be at most {_MAX_BUDGET}, got {_as_json(budget)}: "
             "leave it out for no limit"
         )
     return budget
@@ -210,8 +225,8 @@ def count_retained(
     if sum(least) > budget:
         raise BudgetTooSmallError(
             f"{MAX_RETAINED_VIDEO_TOKENS} must be at least {sum(least)} for {_described(known)} on "
-            f"this server, got {_shown(budget)}: ask for {sum(least)} or more, send fewer frames, "
-            "or have the operator lower --min-retention-ratio"
+            f"this server, got {_as_json(budget)}: ask for {sum(least)} or more, send fewer "
+            "frames, or have the operator lower --min-retention-ratio"
         )
     shares = tuple(shared_out(budget, known, least, most))
     return RetainedCounts(tuple(num_tokens), shares, budget / sum(known), is_budgeted=True)

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.retention import BudgetTooSmallError, count_retained, shared_out
+from scissor_vllm.retention import (
+    BudgetTooSmallError,
+    check_retention_ratio,
+    count_retained,
+    parse_retention_ratio,
+    shared_out,
+)
 from scissor_vllm.settings import RetentionPolicy
 
 ratios = st.floats(min_value=0, max_value=1, exclude_min=True)

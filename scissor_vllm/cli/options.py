@@ -12,8 +12,8 @@ from scissor_vllm.retention import (
     AUTO,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION_RATIO,
-    check_retention_ratio,
     check_token_budget,
+    parse_retention_ratio,
 )
 from scissor_vllm.settings import (
     AUTO_RETENTION_RATIO,
@@ -306,6 +306,29 @@ def is_loopback(host: str | None) -> bool:
         return ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return False
+
+
+def choose_api_servers(args: argparse.Namespace) -> None:
+    """Start two API servers where they answer as one does, unless the operator chose a number.
+
+    One prepares about 11 videos a second of 32 frames. Two have a processor cache each, so a video
+    that is named by its ``uuid`` alone would be found by one of them: they are started where the
+    operator switched that cache off. vLLM refuses several beside some options.
+    """
+    needs_one = (
+        args.api_server_count is not None
+        or args.mm_processor_cache_gb > 0
+        or num_cpus() < CPUS_FOR_API_SERVERS
+        or args.headless
+        or args.grpc
+        or args.enable_fault_tolerance
+        or isinstance(args.fault_tolerance_config, dict)
+        or args.enable_elastic_ep
+        or args.data_parallel_size > 1
+        or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true")
+    )
+    if not needs_one:
+        args.api_server_count = 2
 
 
 def add_page_options(parser: argparse.ArgumentParser) -> None:

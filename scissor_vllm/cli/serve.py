@@ -15,6 +15,7 @@ from scissor_vllm.cli.options import (
     add_retention_options,
     apply_page_options,
     apply_retention_options,
+    choose_api_servers,
     exposure,
     given_options,
     in_force,

@@ -160,32 +160,22 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         over_http = media_io_kwargs.pop(RETENTION, {})
         is_embedded = has_video and videos is None
         asked = asked_for(self.info.retention_policy, kwargs, over_http, is_embedded)
-        ratio = 1.0
-        options = without_own_keys(kwargs)
         report = over_http.get(RETENTION_REPORT)
-        if videos is not None:
-            counts = self._count_retained(videos, options, asked)
-            ratio = counts.ratio
-            options[RETENTION] = counts
-            # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
-            if ratio != 1.0:
-                options[RETENTION_RATIO] = ratio
-            if isinstance(report, RetentionReport):
-                report.look(videos)
         request = _Request(
             **{
                 **vars(inputs),
-                "hf_processor_mm_kwargs": options,
+                "hf_processor_mm_kwargs": without_own_keys(kwargs),
                 "media_io_kwargs": media_io_kwargs,
             },
-            ratio=ratio,
             budget=asked.budget,
             report=report if isinstance(report, RetentionReport) else None,
         )
         if videos is None:
             return super().apply(request, timing_ctx)
+        if request.report is not None:
+            request.report.look(videos)
         try:
-            self._check_limit(videos, options, ratio)
+            self._set_counts(request, videos, asked)
             return super().apply(request, timing_ctx)
         except (ArithmeticError, AssertionError, IndexError, TypeError) as error:
             # Video processors trust metadata that a client's file tells.
@@ -195,6 +185,16 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             raise RefusedRequestError(
                 reason, parameter="video_url", reason=Reason.UNREADABLE_VIDEO
             ) from error
+
+    def _set_counts(self, request: _Request, videos: VideoProcessorItems, asked: Asked) -> None:
+        """Put K of each video, and what was asked for, among a request's options."""
+        options = dict(request.hf_processor_mm_kwargs)
+        counts = self._count_retained(videos, options, asked)
+        options[RETENTION] = counts
+        # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
+        if counts.ratio != 1.0:
+            options[RETENTION_RATIO] = counts.ratio
+        request.hf_processor_mm_kwargs, request.ratio = options, counts.ratio
 
     def _count_retained(
         self,

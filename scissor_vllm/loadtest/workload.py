@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from scissor_vllm.loadtest.clips import Clip
-from scissor_vllm.retention import AUTO, RETENTION_RATIO, check_retention_ratio
+from scissor_vllm.retention import AUTO, RETENTION_RATIO, parse_retention_ratio
 
 STOCK = "stock"
 """Used instead of a ratio for requests without ``retention_ratio``, as for stock vLLM."""
@@ -73,20 +73,7 @@ def parse_ratios(text: str) -> tuple[float | str, ...]:
     """
     if text == STOCK:
         return ()
-    ratios: list[float | str] = []
-    for part in text.split(","):
-        if part == AUTO:
-            ratios.append(AUTO)
-            continue
-        try:
-            number = float(part)
-        except ValueError:
-            raise ValueError(
-                f"a retention ratio must be a number or {AUTO!r}, several with commas between "
-                f"them, or {STOCK!r}, got {text!r}: write for example 0.25 or 1.0,0.5,0.1"
-            ) from None
-        ratios.append(check_retention_ratio(number))
-    return tuple(ratios)
+    return tuple(AUTO if part == AUTO else parse_retention_ratio(part) for part in text.split(","))
 
 
 def cells(

@@ -181,7 +181,7 @@ form.addEventListener("submit", async (event) => {
     const question = find("question").value;
     const body = {
       model: await findModel(),
-      retention_ratio: Number(ratio.value),
+      retention_ratio: chosenRatio(),
       ...(find("budget").value && { max_retained_video_tokens: Number(find("budget").value) }),
       messages: [{ role: "user", content: [
         { type: "video_url", video_url: { url: await readVideo() } },
