@@ -6,7 +6,9 @@ from functools import partial
 
 from scissor_vllm.compression.ablations import compress_across_frames, compress_in_frames
 from scissor_vllm.compression.baselines import select_longest, select_randomly
+from scissor_vllm.compression.linkage import compress_by_linkage
 from scissor_vllm.compression.result import Compressor
+from scissor_vllm.compression.rivals import compress_by_kitoke, select_by_floc, select_k_center
 from scissor_vllm.compression.scc import compress_for_serving, represent
 from scissor_vllm.compression.selection import merging
 from scissor_vllm.compression.uniform import select_evenly
@@ -15,6 +17,8 @@ SELECTORS: Mapping[str, Compressor | str] = {
     "uniform": select_evenly,
     "random": select_randomly,
     "l2norm": select_longest,
+    "floc": select_by_floc,
+    "k-center": select_k_center,
     "evs": "scissor_vllm.compression.vllm_selectors:select_by_evs",
     "vidcom2": "scissor_vllm.compression.vllm_selectors:select_by_vidcom2",
 }
@@ -30,6 +34,9 @@ MERGERS: Mapping[str, Compressor] = {
     "scc-no-merge": represent,
     "scc-spatial": compress_in_frames,
     "scc-temporal": compress_across_frames,
+    "average-linkage": compress_by_linkage,
+    "balanced-linkage": partial(compress_by_linkage, ward_exponent=0.15),
+    "kitoke": compress_by_kitoke,
 }
 """Methods whose rows are means of tokens."""
 
