@@ -139,9 +139,7 @@ def join_copies_kernel(
     label = tl.load(first_copy + first + lane, mask=inside, other=0)
     tl.store(parent + first + lane, first + label, mask=inside)
     tl.store(height + first + lane, tl.where(label < lane, 0.0, float("inf")), mask=inside)
-    tl.atomic_add(
-        count + first + label, tl.full((block,), 1, tl.int32), mask=inside, sem="relaxed"
-    )
+    tl.atomic_add(count + first + label, tl.full((block,), 1, tl.int32), mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -193,9 +191,7 @@ def _store_nearest(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "size"])
-def list_groups_kernel(
-    count, groups, num_groups, num_tokens, size, block: tl.constexpr
-):
+def list_groups_kernel(count, groups, num_groups, num_tokens, size, block: tl.constexpr):
     """List a window's groups, and count them."""
     first = tl.program_id(0).to(tl.int64) * size
     lane = tl.arange(0, block)
@@ -371,9 +367,7 @@ def roots_kernel(
 
 
 @triton.jit(do_not_specialize=["width"])
-def group_means_kernel(
-    rows, order, begin, out, width, at_once: tl.constexpr, block: tl.constexpr
-):
+def group_means_kernel(rows, order, begin, out, width, at_once: tl.constexpr, block: tl.constexpr):
     """Average a group's rows in float64; values that are not finite count as zero."""
     group = tl.program_id(0)
     column = tl.program_id(1) * block + tl.arange(0, block)

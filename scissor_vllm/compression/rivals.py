@@ -13,7 +13,7 @@ KERNEL_SHARE = 0.25
 """KiToke's kernel width as a share of the tokens' median squared distance. The paper's width is a
 constant for one model's features."""
 
-MEDIAN_TOKENS = 512
+MEDIAN_TOKENS = 96
 """Evenly spaced tokens of which that median is taken."""
 
 FLOC_FRAMES = 32
@@ -48,19 +48,30 @@ def compress_by_kitoke(tokens: torch.Tensor, num_retained: int) -> CompressedTok
     """
     frames = checked_frames(tokens, num_retained)
     flat = frames.reshape(-1, frames.shape[-1]).double()
-    weight = 1 / _density(flat)
-    kept = _systematic(_inclusion(weight, num_retained), _start(frames), num_retained)
+    kept, weight = draw_by_rarity(frames, num_retained)
     scene = _scenes(frames)
     assignment = _nearest_of_scene(frames.reshape(-1, frames.shape[-1]), kept, scene)
     assignment[kept] = torch.arange(num_retained, device=kept.device)
     count = sizes(assignment, num_retained)
     # Weights of a row add up to 1, so no sum overflows.
-    share = weight / torch.zeros_like(weight[:num_retained]).index_add(0, assignment, weight)[
-        assignment
-    ]
+    share = (
+        weight
+        / torch.zeros_like(weight[:num_retained]).index_add(0, assignment, weight)[assignment]
+    )
     rows = weighted_sums(flat, share, assignment, count)
     largest = torch.finfo(tokens.dtype).max
     return CompressedTokens(rows.clamp(-largest, largest).to(tokens.dtype), assignment)
+
+
+def draw_by_rarity(frames: torch.Tensor, num_drawn: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KiToke's drawn tokens, (K,) int64 ascending, and all tokens' weights, (N,) float64.
+
+    Args:
+        frames: (T, P, D) float32, finite.
+        num_drawn: K, 1 <= K <= T*P.
+    """
+    weight = 1 / _density(frames.reshape(-1, frames.shape[-1]).double())
+    return _systematic(_inclusion(weight, num_drawn), _start(frames), num_drawn), weight
 
 
 @torch.no_grad()
@@ -137,7 +148,9 @@ def _density(flat: torch.Tensor) -> torch.Tensor:
     median = _squared_distances(sample, sample).median()
     width = torch.where(median > 0, KERNEL_SHARE * median, 1.0)
     step = max(1, similarity.BLOCK_ELEMENTS // len(flat))
-    parts = [(-_squared_distances(rows, flat) / width).exp().sum(dim=1) for rows in flat.split(step)]
+    parts = [
+        (-_squared_distances(rows, flat) / width).exp().sum(dim=1) for rows in flat.split(step)
+    ]
     return torch.cat(parts).clamp(min=1.0)
 
 
