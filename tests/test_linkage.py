@@ -1,4 +1,7 @@
-"""Average linkage in windows: the textbook tree, exact budgets, and the kernels' same groups."""
+"""Average linkage in windows: the textbook tree, exact budgets, and the same groups on any device.
+
+Laws of the kernels that need no GPU are in ``interpreted_kernels.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,6 @@ from scissor_vllm.compression.linkage import (
     linkage_tree,
 )
 from tests import oracle
-from tests.interpreter import run_interpreted
 from tests.test_compress import DEGENERATE, GENERIC, clips, laws, make_clip, num_threads
 
 UNDECIDED = 1e-5
@@ -202,40 +204,7 @@ def test_settings_out_of_range_are_a_value_error() -> None:
         cut(linkage_tree(tokens), tokens[:1], 1)
 
 
-# --- kernels --------------------------------------------------------------------------------------
-
-INTERPRETED = """
-import torch
-from scissor_vllm.compression import cuda_linkage, linkage
-
-# Small tiles, so that few tokens take several of each.
-cuda_linkage._TILE, cuda_linkage._DEPTH = 16, 32
-cuda_linkage._CHUNK, cuda_linkage._TILE_ELEMENTS = 8, 64
-generator = torch.Generator().manual_seed(0)
-noise = torch.randn(3, 7, 20, generator=generator)
-few = noise.flatten(0, 1)[torch.arange(21) % 5].view(3, 7, 20)
-zeros = noise * (torch.arange(3) > 0)[:, None, None]
-for tokens, exponent in ((noise, 0.25), (few, 0.0), (zeros.bfloat16(), 0.15)):
-    rows = tokens.flatten(0, 1)
-    parent, height = linkage._join_windows(rows.float(), 14, exponent)
-    same, same_height = cuda_linkage.join_windows(rows, 14, exponent)
-    assert torch.equal(parent, same), (parent, same)
-    assert torch.equal(height, same_height), (height, same_height)
-tree = linkage.linkage_tree(noise, window_frames=2)
-for k in (2, 5, 21):
-    part = linkage.cut(tree, noise, k).assignment
-    root, is_root = cuda_linkage.group_roots(tree.parent, tree.rank, 14, k)
-    assert torch.equal((is_root.cumsum(0) - 1)[root], part)
-    rows = cuda_linkage.group_means(noise.flatten(0, 1), part, k)
-    assert torch.equal(rows, linkage.cut(tree, noise, k).tokens)
-print("same")
-"""
-
-
-def test_interpreted_kernels_make_the_same_groups_to_the_last_bit() -> None:
-    run = run_interpreted(INTERPRETED)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["same"]
+# --- CUDA -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

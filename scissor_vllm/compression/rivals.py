@@ -1,5 +1,7 @@
 """Published methods and a classic, to compare with at equal K. Plain torch on any device."""
 
+import itertools
+
 import torch
 
 from scissor_vllm.compression import similarity
@@ -191,9 +193,7 @@ def _start(frames: torch.Tensor) -> float:
 def _scenes(frames: torch.Tensor) -> torch.Tensor:
     """Return the scene of each token, (N,) int64 ascending."""
     num_frames, per_frame, _ = frames.shape
-    differences = [
-        _frame_difference(left, right) for left, right in zip(frames, frames[1:], strict=False)
-    ]
+    differences = [_frame_difference(left, right) for left, right in itertools.pairwise(frames)]
     cuts = torch.zeros(num_frames, dtype=torch.int64, device=frames.device)
     if len(differences) > 1:
         difference = torch.stack(differences)
@@ -229,12 +229,13 @@ def _nearest_of_scene(flat: torch.Tensor, kept: torch.Tensor, scene: torch.Tenso
 
 
 def _cover(similarities: torch.Tensor, num_chosen: int) -> torch.Tensor:
-    """Return so many tokens that cover a block, (k,) int64 in the order of choice.
+    """Return k tokens that cover a block, (k,) int64 in the order of choice.
 
     Gains only fall as the set grows, so old ones are upper bounds.
 
     Args:
         similarities: (n, n) float32, symmetric multiples of 2^-24: sums in float64 are exact.
+        num_chosen: k.
     """
     best = torch.full_like(similarities[0], -1.0)
     bound = (similarities - best).sum(dim=1, dtype=torch.float64)

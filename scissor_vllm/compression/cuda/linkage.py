@@ -1,23 +1,25 @@
 """Average linkage on a CUDA device: the groups of ``linkage.py``, without a host synchronization.
 
-The kernels follow each other so, the last one being a single program for each window:
-
-    units → distances → copies → join_copies → list_groups → first_nearest → join_groups
+``kernels/`` shows in which order the kernels run.
 """
 
 import torch
 import triton
 
-from scissor_vllm.compression import linkage_kernels as kernels
+from scissor_vllm.compression.cuda.kernels import distances, tree
+from scissor_vllm.compression.cuda.kernels import linkage as kernels
 from scissor_vllm.compression.linkage import pair_weights
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 
 _UNITS_BLOCK = 1024
+_MIN_LANES = 1024
+"""Lanes of a program that holds a window's tokens. Few widths, because kernels are compiled for
+each."""
 _TILE, _DEPTH, _TILE_WARPS, _TILE_STAGES = 64, 64, 4, 3
 _TILE_ELEMENTS = 1 << 13
-"""Distances that a program looks at at once: whole rows of a window for copies,"""
+"""Distances that a program reads at once."""
 _CHUNK = 128
-"""else so many columns."""
+"""Columns that it reads at once, except for copies, which it finds in whole rows."""
 _JOIN_WARPS = 16
 _MEANS_BLOCK, _MEMBERS = 512, 4
 _EXACT = {"enable_fp_fusion": False}
@@ -39,7 +41,8 @@ def join_windows(
     num_tokens = len(rows)
     parent = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
     height = torch.empty(num_tokens, dtype=torch.float32, device=rows.device)
-    step = max(1, BLOCK_ELEMENTS // size**2) * size
+    # A multiple of 4 windows, so that all parts have the alignment that kernels are compiled for.
+    step = BLOCK_ELEMENTS // size**2 // 4 * 4 * size
     for start in range(0, num_tokens, step):
         part = slice(start, start + step)
         _join(rows[part], size, ward_exponent, parent[part], height[part])
@@ -54,24 +57,26 @@ def _join(
     num_tokens, width = rows.shape
     device = rows.device
     num_windows = triton.cdiv(num_tokens, size)
-    block = max(16, triton.next_power_of_2(size))
+    block = _lanes(size)
     whole_rows, at_once = max(1, _TILE_ELEMENTS // block), _TILE_ELEMENTS // _CHUNK
     tiles = triton.cdiv(size, _TILE)
     weights = pair_weights(ward_exponent, device)
     tables = weights.single, weights.together
     high, low = torch.empty((2, num_tokens, width), dtype=torch.float16, device=device)
     scale = torch.empty(num_tokens, dtype=torch.float64, device=device)
+    # Rows of these begin aligned, whatever the number of tokens.
+    aligned = triton.cdiv(num_tokens, 4) * 4
     first_copy, nearest, groups, listed, is_mutual = torch.empty(
-        (5, num_tokens), dtype=torch.int32, device=device
+        (5, aligned), dtype=torch.int32, device=device
     )
     count = torch.zeros(num_tokens, dtype=torch.int32, device=device)
     num_groups = torch.empty(num_windows, dtype=torch.int32, device=device)
-    least, others_least = torch.empty((2, num_tokens), dtype=torch.float32, device=device)
+    least, others_least = torch.empty((2, aligned), dtype=torch.float32, device=device)
     sums = torch.empty((num_windows, size, size), dtype=torch.float32, device=device)
-    kernels.units_kernel[num_tokens,](
+    distances.units_kernel[num_tokens,](
         rows, high, low, scale, width, block=_UNITS_BLOCK, num_warps=4, **_EXACT
     )
-    kernels.distances_kernel[tiles, tiles, num_windows](
+    distances.distances_kernel[tiles, tiles, num_windows](
         high, low, scale, sums, num_tokens, size, width,
         tile=_TILE, depth=_DEPTH, num_warps=_TILE_WARPS, num_stages=_TILE_STAGES, **_EXACT,
     )  # fmt: skip
@@ -103,15 +108,16 @@ def group_roots(
     """Return the lowest token of each token's group, (N,) int64, and which those are, int32.
 
     Args:
-        parent, rank: of a tree.
+        parent: (N,) int64, of a tree.
+        rank: (N,) int32, of the tree.
         size: tokens of a window.
         num_groups: K, at least the number of windows.
     """
     num_tokens = len(parent)
     root, is_root = torch.empty_like(parent), torch.empty_like(rank)
-    kernels.roots_kernel[triton.cdiv(num_tokens, size),](
+    tree.roots_kernel[triton.cdiv(num_tokens, size),](
         parent, rank, root, is_root, num_tokens, size, num_tokens - num_groups, size.bit_length(),
-        block=max(16, triton.next_power_of_2(size)), num_warps=8,
+        block=_lanes(size), num_warps=8,
     )  # fmt: skip
     return root, is_root
 
@@ -131,10 +137,15 @@ def group_means(rows: torch.Tensor, part: torch.Tensor, num_groups: int) -> torc
     bounds = torch.arange(num_groups + 1, dtype=torch.int32, device=rows.device)
     begin = torch.searchsorted(by_part, bounds, out_int32=True)
     out = torch.empty((num_groups, width), dtype=rows.dtype, device=rows.device)
-    kernels.group_means_kernel[num_groups, triton.cdiv(width, _MEANS_BLOCK)](
+    tree.group_means_kernel[num_groups, triton.cdiv(width, _MEANS_BLOCK)](
         rows, order, begin, out, width, at_once=_MEMBERS, block=_MEANS_BLOCK, num_warps=4
     )
     return out.to(dtype)
+
+
+def _lanes(size: int) -> int:
+    """Return the lanes of a program that holds a window's tokens."""
+    return max(_MIN_LANES, triton.next_power_of_2(size))
 
 
 def _readable(rows: torch.Tensor) -> torch.Tensor:

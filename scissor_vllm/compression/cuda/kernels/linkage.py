@@ -1,108 +1,21 @@
-"""Triton kernels of average linkage on a CUDA device; ``cuda_linkage.py`` tells their order.
+"""Average linkage of a window's tokens: copies, nearest groups, and the rounds that join pairs.
 
-Groups of a window are known by their lowest token's number in the window. The sums of distances
-between groups are a matrix of the window, of which only rows and columns of groups are valid.
-Arithmetic is that of ``linkage.py`` to the last bit: float32 products and
-sums, none of them fused. Kernels must be launched with ``enable_fp_fusion=False``.
+A group is known by its lowest token's number in the window. The sums of distances between groups
+are a matrix of the window; only rows and columns of groups are valid. Arithmetic is that of
+``compression/linkage.py`` to the last bit: float32 products and sums, none of them fused. Kernels
+must be launched with ``enable_fp_fusion=False``.
 """
 
 import triton
 import triton.language as tl
 
-from scissor_vllm.compression.linkage import COPY, DISTANCE_BITS, INDEX_BITS, UNIT_BITS
+from scissor_vllm.compression.linkage import COPY, INDEX_BITS
 
 _COPY = tl.constexpr(COPY)
 _INDEX_BITS = tl.constexpr(INDEX_BITS)
 _INDEX_MASK = tl.constexpr((1 << INDEX_BITS) - 1)
 _NO_KEY = tl.constexpr(0x7F80_0000 << INDEX_BITS)
-"""Of an infinite height."""
-_UNIT = tl.constexpr(2.0**UNIT_BITS)
-_ONE = tl.constexpr(2.0**DISTANCE_BITS)
-_GRID = tl.constexpr(2.0**-DISTANCE_BITS)
-_ROUND_64 = tl.constexpr(1.5 * 2.0**52)
-"""Added and taken away it leaves a float64 rounded to an integer, halves to even."""
-_ROUND_32 = tl.constexpr(1.5 * 2.0**23)
-_LOW = tl.constexpr(128.0)
-"""Of a unit's integer the lower seven bits; the upper eleven fit float16 too."""
-
-
-@triton.jit(do_not_specialize=["width"])
-def units_kernel(rows, high, low, scale, width, block: tl.constexpr):
-    """Round a row's unit vector to integers, in two parts that are exact in float16.
-
-    A row that is zero, or not finite, becomes zero. ``scale`` is one over the integers' length.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    square = tl.zeros((block,), tl.float64)
-    for start in range(0, width, block):
-        column = start + tl.arange(0, block)
-        value = tl.load(rows + row * width + column, mask=column < width, other=0.0)
-        value = value.to(tl.float64)
-        square += value * value
-    norm = tl.sqrt(tl.sum(square, 0))
-    usable = (norm > 0) & (norm < float("inf"))
-    factor = _UNIT / tl.where(usable, norm, 1.0)
-    square = tl.zeros((block,), tl.float64)
-    for start in range(0, width, block):
-        column = start + tl.arange(0, block)
-        inside = column < width
-        value = tl.load(rows + row * width + column, mask=inside, other=0.0).to(tl.float64)
-        value = tl.where(usable, value, 0.0)
-        unit = (value * factor + _ROUND_64) - _ROUND_64
-        square += unit * unit
-        unit = unit.to(tl.float32)
-        upper = (unit * (1 / _LOW) + _ROUND_32) - _ROUND_32
-        tl.store(high + row * width + column, upper.to(tl.float16), mask=inside)
-        tl.store(low + row * width + column, (unit - upper * _LOW).to(tl.float16), mask=inside)
-    length = tl.sqrt(tl.sum(square, 0))
-    tl.store(scale + row, tl.where(length > 0, 1.0 / tl.where(length > 0, length, 1.0), 0.0))
-
-
-@triton.jit(do_not_specialize=["num_tokens", "size"])
-def distances_kernel(
-    high, low, scale, distance, num_tokens, size, width, tile: tl.constexpr, depth: tl.constexpr
-):
-    """Compute a tile of a window's distances, and its mirror.
-
-    Of up to 4096 columns all sums of products are integers below 2^24: exact in any order.
-    """
-    if tl.program_id(1) >= tl.program_id(0):
-        first = tl.program_id(2).to(tl.int64) * size
-        row = tl.program_id(0) * tile + tl.arange(0, tile)
-        column = tl.program_id(1) * tile + tl.arange(0, tile)
-        has_row = (row < size) & (first + row < num_tokens)
-        has_column = (column < size) & (first + column < num_tokens)
-        row_at = (first + row)[:, None] * width
-        column_at = (first + column)[None, :] * width
-        upper = tl.zeros((tile, tile), tl.float32)
-        mixed = tl.zeros((tile, tile), tl.float32)
-        lower = tl.zeros((tile, tile), tl.float32)
-        for start in range(0, width, depth):
-            at = start + tl.arange(0, depth)
-            by_row = has_row[:, None] & (at < width)[None, :]
-            by_column = (at < width)[:, None] & has_column[None, :]
-            row_high = tl.load(high + row_at + at[None, :], mask=by_row, other=0.0)
-            row_low = tl.load(low + row_at + at[None, :], mask=by_row, other=0.0)
-            column_high = tl.load(high + column_at + at[:, None], mask=by_column, other=0.0)
-            column_low = tl.load(low + column_at + at[:, None], mask=by_column, other=0.0)
-            upper = tl.dot(row_high, column_high, upper)
-            mixed = tl.dot(row_high, column_low, mixed)
-            mixed = tl.dot(row_low, column_high, mixed)
-            lower = tl.dot(row_low, column_low, lower)
-        product = upper.to(tl.float64) * (_LOW * _LOW) + mixed.to(tl.float64) * _LOW
-        product = product + lower.to(tl.float64)
-        row_scale = tl.load(scale + first + row, mask=has_row, other=0.0)
-        column_scale = tl.load(scale + first + column, mask=has_column, other=0.0)
-        cosine = product * (row_scale[:, None] * column_scale[None, :])
-        grid = _ONE - ((cosine * _ONE + _ROUND_64) - _ROUND_64)
-        value = (tl.where(grid > 0, grid, 0.0) * _GRID).to(tl.float32)
-        zeros = (row_scale == 0)[:, None] & (column_scale == 0)[None, :]
-        same = row[:, None] == column[None, :]
-        value = tl.where(zeros | same, 0.0, value)
-        both = has_row[:, None] & has_column[None, :]
-        base = distance + tl.program_id(2).to(tl.int64) * size * size
-        tl.store(base + row[:, None] * size + column[None, :], value, mask=both)
-        tl.store(base + column[None, :] * size + row[:, None], value, mask=both)
+"""The key of an infinite height."""
 
 
 @triton.jit(do_not_specialize=["num_tokens", "size"])
@@ -156,11 +69,9 @@ def _store_nearest(
     sums, count, nearest, least, others_least, single, together, groups, num_groups, row, has_row,
     size, weighs: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
-    """Find the nearest groups of some groups of a window, whose data the pointers begin at.
+    """Find the nearest groups of the groups ``row`` among ``groups``.
 
-    Args:
-        groups: the window's groups.
-        row, has_row: those to look from.
+    Pointers are to the window's data. Rows without ``has_row`` are not stored.
     """
     own = tl.load(count + row, mask=has_row, other=0)
     own_factor = tl.load(single + own)
@@ -342,46 +253,3 @@ def join_groups_kernel(
                 turn < num_stale, size, weighs, chunk,
             )  # fmt: skip
         tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["num_tokens", "size", "num_joined", "steps"])
-def roots_kernel(
-    parent, rank, root, is_root, num_tokens, size, num_joined, steps, block: tl.constexpr
-):
-    """Find the lowest token of each token's group after the lowest merges of a tree."""
-    first = tl.program_id(0).to(tl.int64) * size
-    lane = tl.arange(0, block)
-    token = first + lane
-    inside = (lane < size) & (token < num_tokens)
-    is_joined = tl.load(rank + token, mask=inside, other=0) < num_joined
-    label = tl.where(is_joined, tl.load(parent + token, mask=inside, other=0), token)
-    tl.store(root + token, label, mask=inside)
-    tl.store(is_root + token, (label == token).to(tl.int32), mask=inside)
-    tl.debug_barrier()
-    for _ in range(steps):
-        label = tl.load(root + token, mask=inside, other=0)
-        label = tl.load(root + label, mask=inside, other=0)
-        tl.debug_barrier()
-        tl.store(root + token, label, mask=inside)
-        tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["width"])
-def group_means_kernel(rows, order, begin, out, width, at_once: tl.constexpr, block: tl.constexpr):
-    """Average a group's rows in float64; values that are not finite count as zero."""
-    group = tl.program_id(0)
-    column = tl.program_id(1) * block + tl.arange(0, block)
-    inside = column < width
-    first = tl.load(begin + group)
-    last = tl.load(begin + group + 1)
-    total = tl.zeros((block,), tl.float64)
-    for start in range(first, last, at_once):
-        member = start + tl.arange(0, at_once)
-        token = tl.load(order + member, mask=member < last, other=0).to(tl.int64)
-        at = rows + token[:, None] * width + column[None, :]
-        value = tl.load(at, mask=(member < last)[:, None] & inside[None, :], other=0.0)
-        value = value.to(tl.float64)
-        value = tl.where(tl.abs(value) < float("inf"), value, 0.0)
-        total += tl.sum(value, 0)
-    mean = (total / (last - first).to(tl.float64)).to(tl.float32)
-    tl.store(out + group.to(tl.int64) * width + column, mean.to(out.dtype.element_ty), mask=inside)
