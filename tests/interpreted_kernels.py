@@ -365,9 +365,9 @@ def average_linkage_joins_what_the_cpu_joins_to_the_last_bit() -> None:
 
 @slow
 def and_of_stars_and_of_unlike_weights() -> None:
-    noise = make_tokens(40, 1.0, (5, 9), seed=2)
-    star = 1 + noise * torch.linspace(0.01, 1, 45).view(5, 9, 1)
-    for exponent in (0.0, 0.25, 1.0):
+    noise = make_tokens(30, 1.0, (4, 8), seed=2)
+    star = 1 + noise * torch.linspace(0.01, 1, 32).view(4, 8, 1)
+    for exponent in (0.0, 0.25):
         check_linkage(noise, exponent)
         check_linkage(star, exponent)
 

@@ -166,6 +166,17 @@ def cut(tree: LinkageTree, tokens: torch.Tensor, num_retained: int) -> Compresse
     return CompressedTokens(rows.to(tokens.dtype), part)
 
 
+def warm_up_shapes(max_tokens: int, device: torch.device) -> list[tuple[int, int, float]]:
+    """Return shapes and ratios (T, P, K/N) of the calls after which nothing more is prepared.
+
+    Args:
+        max_tokens: N of the largest video.
+        device: that compresses.
+    """
+    cuda = _cuda_kernels(device)
+    return cuda.warm_up_shapes(max_tokens) if cuda else []
+
+
 def _groups(tree: LinkageTree, num_groups: int) -> torch.Tensor:
     """Return the group of each token, (N,) int64, numbered by their lowest tokens.
 

@@ -4,6 +4,9 @@ import pkgutil
 from collections.abc import Mapping
 from functools import partial
 
+import torch
+
+from scissor_vllm.compression import linkage, scc
 from scissor_vllm.compression.ablations import compress_across_frames, compress_in_frames
 from scissor_vllm.compression.baselines import select_longest, select_randomly
 from scissor_vllm.compression.linkage import compress_by_linkage
@@ -40,6 +43,9 @@ MERGERS: Mapping[str, Compressor] = {
 }
 """Methods whose rows are means of tokens."""
 
+LINKAGE = ("average-linkage", "balanced-linkage")
+"""Methods that cut a tree of merges, one for all K."""
+
 METHODS: tuple[str, ...] = (*MERGERS, *SELECTORS, *(name + MERGE for name in SELECTORS))
 """The names that :func:`get_compressor` knows."""
 
@@ -65,6 +71,20 @@ def get_compressor(name: str) -> Compressor:
     if isinstance(selector, str):
         selector = _imported(name, selector)
     return merging(selector) if name.endswith(MERGE) else selector
+
+
+def warm_up_shapes(
+    name: str, max_tokens: int, device: torch.device
+) -> list[tuple[int, int, float]]:
+    """Return shapes and ratios (T, P, K/N) of the calls after which a method prepares no more.
+
+    Args:
+        name: of the method.
+        max_tokens: N of the largest video.
+        device: that compresses.
+    """
+    module = linkage if name in LINKAGE else scc
+    return module.warm_up_shapes(max_tokens, device)
 
 
 def _imported(name: str, path: str) -> Compressor:

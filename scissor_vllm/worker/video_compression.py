@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
-from scissor_vllm.compression.scc import warm_up_shapes
+from scissor_vllm.compression.methods import warm_up_shapes
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.metrics import (
     CLOCK,
@@ -134,7 +134,7 @@ class VideoCompression:
             return False
         self._is_warm = True
         generator = torch.Generator(device).manual_seed(0)
-        for num_frames, per_frame, ratio in warm_up_shapes(self._max_tokens, device):
+        for num_frames, per_frame, ratio in warm_up_shapes(self.method, self._max_tokens, device):
             shape = (num_frames, per_frame, width)
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
             self._compress(tokens, max(num_frames, int(num_frames * per_frame * ratio)))

@@ -8,7 +8,7 @@ import triton
 
 from scissor_vllm.compression.cuda.kernels import distances, tree
 from scissor_vllm.compression.cuda.kernels import linkage as kernels
-from scissor_vllm.compression.linkage import pair_weights
+from scissor_vllm.compression.linkage import MAX_WINDOW_TOKENS, WINDOW_FRAMES, pair_weights
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 
 _UNITS_BLOCK = 1024
@@ -141,6 +141,15 @@ def group_means(rows: torch.Tensor, part: torch.Tensor, num_groups: int) -> torc
         rows, order, begin, out, width, at_once=_MEMBERS, block=_MEANS_BLOCK, num_warps=4
     )
     return out.to(dtype)
+
+
+def warm_up_shapes(max_tokens: int) -> list[tuple[int, int, float]]:
+    """Return shapes and ratios (T, P, K/N) that compile all kernels and take the most memory."""
+    sizes = [_MIN_LANES]
+    while sizes[-1] < MAX_WINDOW_TOKENS:
+        sizes.append(2 * sizes[-1])
+    frames = [min(size // WINDOW_FRAMES, max_tokens) for size in sizes]
+    return [(max_tokens // per_frame, per_frame, 0.1) for per_frame in frames]
 
 
 def _lanes(size: int) -> int:

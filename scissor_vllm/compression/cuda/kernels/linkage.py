@@ -145,6 +145,73 @@ def first_nearest_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _add_rows(
+    sums, nearest, groups, listed, num_left, number, size, at_once: tl.constexpr,
+    chunk: tl.constexpr,
+):  # fmt: skip
+    """Add to the listed groups' rows those of their nearest, by the groups before this round."""
+    for start in range(0, num_left, at_once):
+        turn = start + tl.arange(0, at_once)
+        has_row = turn < num_left
+        row = tl.load(listed + turn, mask=has_row, other=0)
+        other = tl.load(nearest + row, mask=has_row, other=0)
+        for begin in range(0, number, chunk):
+            which = begin + tl.arange(0, chunk)
+            column = tl.load(groups + which, mask=which < number, other=0)
+            both = has_row[:, None] & (which < number)[None, :]
+            at = sums + row[:, None] * size + column[None, :]
+            beside = sums + other[:, None] * size + column[None, :]
+            total = tl.load(at, mask=both, other=0.0) + tl.load(beside, mask=both, other=0.0)
+            tl.store(at, total, mask=both)
+
+
+@triton.jit
+def _add_columns(
+    sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
+    at_once: tl.constexpr, chunk: tl.constexpr,
+):  # fmt: skip
+    """Add up columns of the listed groups' rows, and write the rows to their columns.
+
+    Between two joined groups the sum comes from the lower one's row.
+    """
+    for start in range(0, num_left, at_once):
+        turn = start + tl.arange(0, at_once)
+        has_row = turn < num_left
+        row = tl.load(listed + turn, mask=has_row, other=0)
+        for begin in range(0, number, chunk):
+            which = begin + tl.arange(0, chunk)
+            column = tl.load(groups + which, mask=which < number, other=0)
+            is_group = (which < number) & (tl.load(count + column) > 0)
+            is_left = is_group & (tl.load(is_mutual + column) != 0)
+            other = tl.load(nearest + column, mask=is_left, other=0)
+            both = has_row[:, None] & is_group[None, :]
+            two = both & is_left[None, :]
+            at = sums + row[:, None] * size
+            total = tl.load(at + column[None, :], mask=both, other=0.0)
+            total += tl.load(at + other[None, :], mask=two, other=0.0)
+            higher = column[None, :] > row[:, None]
+            tl.store(at + column[None, :], total, mask=two & higher)
+            mirrored = both & (column[None, :] != row[:, None])
+            mirrored = mirrored & (higher | (is_left == 0)[None, :])
+            tl.store(sums + column[None, :] * size + row[:, None], total, mask=mirrored)
+
+
+@triton.jit
+def _renew_nearest(
+    sums, count, nearest, least, others_least, single, together, groups, number, listed, num_stale,
+    size, weighs: tl.constexpr, at_once: tl.constexpr, chunk: tl.constexpr,
+):  # fmt: skip
+    """Find the nearest of the listed groups."""
+    for start in range(0, num_stale, at_once):
+        turn = start + tl.arange(0, at_once)
+        row = tl.load(listed + turn, mask=turn < num_stale, other=0)
+        _store_nearest(
+            sums, count, nearest, least, others_least, single, together, groups, number, row,
+            turn < num_stale, size, weighs, chunk,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_tokens", "size"])
 def join_groups_kernel(
     sums, count, nearest, least, others_least, parent, height, groups, listed, is_mutual,
@@ -154,8 +221,10 @@ def join_groups_kernel(
     """Join a window's groups until one is left, in one program.
 
     A round joins all pairs of groups that are each other's nearest. Then it finds the nearest of
-    the new groups, and of those whose nearest was joined and may no longer be the nearest.
+    the new groups, and of those whose nearest was joined and may no longer be the nearest. Where
+    few groups change, the program reads whole rows at once: rounds that join one pair are common.
     """
+    few: tl.constexpr = at_once * chunk // block
     window = tl.program_id(0).to(tl.int64)
     first = window * size
     sums += window * size * size
@@ -187,42 +256,21 @@ def join_groups_kernel(
         tl.store(count + lane, joined, mask=left)
         tl.store(count + near, tl.zeros((block,), tl.int32), mask=left)
         remains = there & ((mutual == 0) | left)
-        # Rows first: all columns of the joined groups' rows, by the groups before this round.
-        for start in range(0, num_left, at_once):
-            turn = start + tl.arange(0, at_once)
-            has_row = turn < num_left
-            row = tl.load(listed + turn, mask=has_row, other=0)
-            other = tl.load(nearest + row, mask=has_row, other=0)
-            for begin in range(0, number, chunk):
-                which = begin + tl.arange(0, chunk)
-                column = tl.load(groups + which, mask=which < number, other=0)
-                both = has_row[:, None] & (which < number)[None, :]
-                at = sums + row[:, None] * size + column[None, :]
-                beside = sums + other[:, None] * size + column[None, :]
-                total = tl.load(at, mask=both, other=0.0) + tl.load(beside, mask=both, other=0.0)
-                tl.store(at, total, mask=both)
+        if num_left <= few:
+            _add_rows(sums, nearest, groups, listed, num_left, number, size, few, block)
+        else:
+            _add_rows(sums, nearest, groups, listed, num_left, number, size, at_once, chunk)
         tl.debug_barrier()
-        # Then columns. Between two joined groups the sum comes from the lower one's row.
-        for start in range(0, num_left, at_once):
-            turn = start + tl.arange(0, at_once)
-            has_row = turn < num_left
-            row = tl.load(listed + turn, mask=has_row, other=0)
-            for begin in range(0, number, chunk):
-                which = begin + tl.arange(0, chunk)
-                column = tl.load(groups + which, mask=which < number, other=0)
-                is_group = (which < number) & (tl.load(count + column) > 0)
-                is_left = is_group & (tl.load(is_mutual + column) != 0)
-                other = tl.load(nearest + column, mask=is_left, other=0)
-                both = has_row[:, None] & is_group[None, :]
-                two = both & is_left[None, :]
-                at = sums + row[:, None] * size
-                total = tl.load(at + column[None, :], mask=both, other=0.0)
-                total += tl.load(at + other[None, :], mask=two, other=0.0)
-                higher = column[None, :] > row[:, None]
-                tl.store(at + column[None, :], total, mask=two & higher)
-                mirrored = both & (column[None, :] != row[:, None])
-                mirrored = mirrored & (higher | (is_left == 0)[None, :])
-                tl.store(sums + column[None, :] * size + row[:, None], total, mask=mirrored)
+        if num_left <= few:
+            _add_columns(
+                sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
+                few, block,
+            )  # fmt: skip
+        else:
+            _add_columns(
+                sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
+                at_once, chunk,
+            )  # fmt: skip
         tl.debug_barrier()
         # A group whose nearest was joined keeps to it, if all others stay further.
         follows = remains & (left == 0)
@@ -245,11 +293,14 @@ def join_groups_kernel(
         tl.store(groups + tl.cumsum(remains.to(tl.int32), 0) - 1, lane, mask=remains)
         number -= num_left
         tl.debug_barrier()
-        for start in range(0, num_stale, at_once):
-            turn = start + tl.arange(0, at_once)
-            row = tl.load(listed + turn, mask=turn < num_stale, other=0)
-            _store_nearest(
-                sums, count, nearest, least, others_least, single, together, groups, number, row,
-                turn < num_stale, size, weighs, chunk,
+        if num_stale <= few:
+            _renew_nearest(
+                sums, count, nearest, least, others_least, single, together, groups, number,
+                listed, num_stale, size, weighs, few, block,
+            )  # fmt: skip
+        else:
+            _renew_nearest(
+                sums, count, nearest, least, others_least, single, together, groups, number,
+                listed, num_stale, size, weighs, at_once, chunk,
             )  # fmt: skip
         tl.debug_barrier()
