@@ -17,6 +17,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from scissor_vllm.compression.linkage import (
     MAX_WINDOW_TOKENS,
+    AverageLinkage,
     compress_by_linkage,
     cut,
     linkage_tree,
@@ -74,6 +75,7 @@ def test_one_window_is_scipys_average_linkage(clip: np.ndarray, data: st.DataObj
     expected = linkage(distance[np.triu_indices(len(flat), 1)].clip(min=0), "average")
     assume(expected[0, 2] > UNDECIDED)
     tree = linkage_tree(torch.from_numpy(clip))
+    assert tree.height is not None
     heights = tree.height.sort().values[:-1].numpy()
     np.testing.assert_allclose(heights, expected[:, 2], atol=UNDECIDED)
     assume(np.diff(expected[:, 2]).min(initial=np.inf) > 2 * UNDECIDED)
@@ -144,12 +146,17 @@ def test_a_tree_cut_at_any_budget_is_the_method_at_that_budget(
 ) -> None:
     tokens = torch.from_numpy(clip)
     tree = linkage_tree(tokens, ward_exponent=exponent)
+    method = AverageLinkage(ward_exponent=exponent)
+    kept = method.tree(tokens)
+    assert kept.nbytes == method.tree_bytes(clip.shape[0] * clip.shape[1])
     coarser: np.ndarray | None = None
     for k in range(1, clip.shape[0] * clip.shape[1] + 1):
         out = cut(tree, tokens, k)
         again = compress_by_linkage(tokens, k, ward_exponent=exponent)
-        assert torch.equal(out.assignment, again.assignment)
-        assert torch.equal(out.tokens, again.tokens)
+        by_kept_tree = method.cut(kept, tokens, k)
+        for other in (again, by_kept_tree):
+            assert torch.equal(out.assignment, other.assignment)
+            assert torch.equal(out.tokens, other.tokens)
         finer = out.assignment.numpy()
         if coarser is not None and k > tree.num_windows:
             # Each group of the finer cut lies in one of the coarser.
@@ -215,6 +222,8 @@ def test_cuda_makes_the_same_groups_to_the_last_bit(kind: str, exponent: float) 
     on_cpu = linkage_tree(tokens, ward_exponent=exponent)
     on_gpu = linkage_tree(tokens.cuda(), ward_exponent=exponent)
     assert torch.equal(on_gpu.parent.cpu(), on_cpu.parent)
+    assert on_cpu.height is not None
+    assert on_gpu.height is not None
     assert torch.equal(on_gpu.height.cpu(), on_cpu.height)
     for k in (1, 3, 108, 540, 1080):
         expected, found = cut(on_cpu, tokens, k), cut(on_gpu, tokens.cuda(), k)

@@ -59,22 +59,68 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LinkageTree:
-    """The merges of one video's tokens. It takes 16 bytes a token, on the tokens' device."""
+    """The merges of one video's tokens, on the tokens' device."""
 
     parent: torch.Tensor
     """(N,) int64: the group of token i is joined to the group of this lower token. A window's
     first token has itself."""
-    height: torch.Tensor
-    """(N,) float32: the height of that merge, inf for a window's first token."""
     rank: torch.Tensor
     """(N,) int32: the merge's place among all, by height; of equal heights by token."""
     window_tokens: int
     """Tokens of every window but the last, which may have fewer."""
+    height: torch.Tensor | None = None
+    """(N,) float32: the height of that merge, inf for a window's first token. None for a tree that
+    was kept without."""
 
     @property
     def num_windows(self) -> int:
         """Number of windows: the number of groups that all merges leave."""
         return -(-len(self.parent) // self.window_tokens)
+
+
+@dataclass(frozen=True)
+class AverageLinkage:
+    """Average linkage as a method, whose search is the same for all K."""
+
+    window_frames: int = WINDOW_FRAMES
+    """Frames of a window."""
+    ward_exponent: float = 0.0
+    """In [0, 1]; 0 is average linkage."""
+
+    def __call__(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+        """Return tokens merged inside windows, as :func:`compress_by_linkage`."""
+        return compress_by_linkage(
+            tokens,
+            num_retained,
+            window_frames=self.window_frames,
+            ward_exponent=self.ward_exponent,
+        )
+
+    def tree(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`cut` needs of a video's tree, (2, N) int32 on the tokens' device."""
+        tree = linkage_tree(
+            tokens, window_frames=self.window_frames, ward_exponent=self.ward_exponent
+        )
+        return torch.stack([tree.parent.int(), tree.rank])
+
+    def tree_bytes(self, num_tokens: int) -> int:
+        """Return the size of a tree."""
+        return 8 * num_tokens
+
+    def cut(self, tree: torch.Tensor, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+        """Return tokens merged to K rows by their tree, without a search.
+
+        Args:
+            tree: that :meth:`tree` made of these tokens.
+            tokens: (T, P, D) floating; N = T*P.
+            num_retained: K, 1 <= K <= N.
+
+        Raises:
+            TypeError, ValueError: as :func:`cut`.
+        """
+        parent, rank = tree[0].long(), tree[1].contiguous()
+        size = _window_tokens(tokens.shape[0], tokens.shape[1], self.window_frames)
+        return cut(LinkageTree(parent, rank, size), tokens, num_retained)
 
 
 @torch.no_grad()
@@ -134,7 +180,7 @@ def linkage_tree(
     order = torch.sort(height, stable=True).indices
     place = torch.arange(num_tokens, dtype=torch.int32, device=order.device)
     rank = torch.empty_like(place).scatter(0, order, place)
-    return LinkageTree(parent, height, rank, size)
+    return LinkageTree(parent, rank, size, height)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from scissor_vllm.compression import linkage, scc
 from scissor_vllm.compression.ablations import compress_across_frames, compress_in_frames
 from scissor_vllm.compression.baselines import select_longest, select_randomly
-from scissor_vllm.compression.linkage import compress_by_linkage
+from scissor_vllm.compression.linkage import AverageLinkage
 from scissor_vllm.compression.result import Compressor
 from scissor_vllm.compression.rivals import compress_by_kitoke, select_by_floc, select_k_center
 from scissor_vllm.compression.scc import compress_for_serving, represent
@@ -37,14 +37,11 @@ MERGERS: Mapping[str, Compressor] = {
     "scc-no-merge": represent,
     "scc-spatial": compress_in_frames,
     "scc-temporal": compress_across_frames,
-    "average-linkage": compress_by_linkage,
-    "balanced-linkage": partial(compress_by_linkage, ward_exponent=0.15),
+    "average-linkage": AverageLinkage(),
+    "balanced-linkage": AverageLinkage(ward_exponent=0.15),
     "kitoke": compress_by_kitoke,
 }
 """Methods whose rows are means of tokens."""
-
-LINKAGE = ("average-linkage", "balanced-linkage")
-"""Methods that cut a tree of merges, one for all K."""
 
 METHODS: tuple[str, ...] = (*MERGERS, *SELECTORS, *(name + MERGE for name in SELECTORS))
 """The names that :func:`get_compressor` knows."""
@@ -83,8 +80,8 @@ def warm_up_shapes(
         max_tokens: N of the largest video.
         device: that compresses.
     """
-    module = linkage if name in LINKAGE else scc
-    return module.warm_up_shapes(max_tokens, device)
+    is_linkage = isinstance(MERGERS.get(name), AverageLinkage)
+    return (linkage if is_linkage else scc).warm_up_shapes(max_tokens, device)
 
 
 def _imported(name: str, path: str) -> Compressor:

@@ -1,6 +1,6 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
+from scissor_vllm.compression.linkage import AverageLinkage
 from scissor_vllm.compression.methods import warm_up_shapes
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.metrics import (
@@ -173,7 +174,7 @@ class VideoCompression:
         if not is_whole:
             self._note_ratio(video, num_retained)
         compared = tokens if width is None else tokens[..., :width].contiguous()
-        result = self._exactly(compared, num_retained)
+        result = self._exactly(compared, num_retained, video.identity)
         if self._watcher is not None:
             self._watcher(compared, result)
         return tokens, result
@@ -200,7 +201,11 @@ class VideoCompression:
                 return kept
         tokens = self._encoded(video, encode)
         if self._features is not None and video.identity is not None:
-            self._features.put(video.identity, tokens)
+            num_tokens = tokens.shape[0] * tokens.shape[1]
+            method = self._compress
+            has_tree = isinstance(method, AverageLinkage)
+            tree_bytes = method.tree_bytes(num_tokens) if has_tree else 0
+            self._features.put(video.identity, tokens, tree_bytes)
         return tokens
 
     def _encoded(
@@ -223,7 +228,22 @@ class VideoCompression:
         if self._features is not None:
             self._features.clear()
 
-    def _exactly(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+    def _compress_or_cut(
+        self, tokens: torch.Tensor, num_retained: int, identity: Hashable | None
+    ) -> CompressedTokens:
+        """Return K rows, without a search if the video's tree is kept beside its tokens."""
+        method = self._compress
+        if not isinstance(method, AverageLinkage) or self._features is None or identity is None:
+            return method(tokens, num_retained)
+        tree = self._features.get_tree(identity, tokens.device)
+        if tree is None:
+            tree = method.tree(tokens)
+            self._features.put_tree(identity, tree)
+        return method.cut(tree, tokens, num_retained)
+
+    def _exactly(
+        self, tokens: torch.Tensor, num_retained: int, identity: Hashable | None
+    ) -> CompressedTokens:
         """Return K rows, or raise only where unlike rows could follow.
 
         An exception here ends every request's engine, so a failure keeps tokens evenly instead:
@@ -251,7 +271,7 @@ class VideoCompression:
             return CompressedTokens(torch.cat([flat, repeated]), itself)
         try:
             with self.stage("compress", tokens.device):
-                compressed = self._compress(tokens, num_retained)
+                compressed = self._compress_or_cut(tokens, num_retained, identity)
         except ValueError as error:
             logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
             return select_evenly(tokens, num_retained)
