@@ -234,9 +234,12 @@ def test_a_video_asked_again_is_searched_once_if_its_method_has_a_tree(
 ) -> None:
     searches: list[int] = []
     search = linkage.linkage_tree
-    monkeypatch.setattr(
-        linkage, "linkage_tree", lambda *args, **kw: searches.append(1) or search(*args, **kw)
-    )
+
+    def counting(*args: Any, **options: Any) -> linkage.LinkageTree:
+        searches.append(1)
+        return search(*args, **options)
+
+    monkeypatch.setattr(linkage, "linkage_tree", counting)
     compression, encode = make_compression(method, cache_gb=0.01), RecordingTower()
     [video] = make_videos(9)
     whole = compression.compressed(video, 36, encode)[0]

@@ -12,21 +12,22 @@ not say what a language model answers: no language model is asked.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench.real_features.features import LAYERS, SEQUENCES, Sequence, load_features
-from bench.real_features.figures import Figures, measure
+from bench.real_features.figures import Figures
+from bench.real_features.tasks import Row, Task, compressor, dial_name, measure_task
 from scissor_vllm import num_retained_tokens
-from scissor_vllm.compression import METHODS, Compressor, get_compressor
-from scissor_vllm.compression.linkage import compress_by_linkage
+from scissor_vllm.compression import METHODS, Compressor
 from scissor_vllm.loadtest.record import environment, write_json
 
 DEFAULT_METHODS = (
@@ -40,32 +41,15 @@ BASELINE = "scc-windows"
 LOWER_IS_BETTER = ("fvu", "change_by_noise", "change_by_shift")
 COUNTED = ("coverage", "fvu", "coverage_in_window")
 
-Features = Mapping[str, Mapping[int, torch.Tensor]]
-Row = dict[str, Any]
 
-
-def measure_all(
-    methods: Mapping[str, Compressor],
-    sequences: list[Sequence],
-    features: Features,
-    ratios: list[float],
-    layers: list[int],
-) -> list[Row]:
+def measure_all(tasks: list[Task], num_jobs: int) -> list[Row]:
     """Return the figures of every method, ratio, sequence and layer, with these as keys."""
     rows = []
-    for sequence in sequences:
-        source = _of_another_video(sequence, sequences)
-        for layer in layers:
-            frames = features[sequence.name][layer]
-            needles = features[source.name][layer]
-            num_tokens = (len(frames) - 1) * frames.shape[1]
-            for ratio in ratios:
-                kept = num_retained_tokens(num_tokens, ratio)
-                for name, compress in methods.items():
-                    figures = measure(compress, frames, needles, kept, seed=0)
-                    cell = {"method": name, "ratio": ratio, "layer": layer}
-                    rows.append(cell | {"sequence": sequence.name} | asdict(figures))
-        print(f"{sequence.name}: {num_tokens} tokens", file=sys.stderr, flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_jobs, context) as pool:
+        for task, part in zip(tasks, pool.map(measure_task, tasks), strict=True):
+            rows += part
+            print(f"{task.sequence}, layer {task.layer}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -166,6 +150,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dial", nargs="*", type=float, default=[], help="exponents between average and Ward")
     add("--retention-ratio", nargs="+", type=float, default=list(DEFAULT_RATIOS))
     add("--layers", nargs="+", type=int, choices=LAYERS, default=list(LAYERS))
+    add("--jobs", type=int, default=os.cpu_count(), help="processes")
     add("--json", type=Path, help="file for all figures")
     add("--picture", type=Path, help="file for a picture of one sequence at the second ratio")
     add("--drawn", help="name of the sequence that is drawn")
@@ -175,13 +160,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     args = parse(arguments)
-    methods: dict[str, Compressor] = {name: get_compressor(name) for name in args.methods}
-    for exponent in args.dial:
-        name = f"linkage, exponent {exponent:g}"
-        methods[name] = partial(compress_by_linkage, ward_exponent=exponent)
+    methods = (*args.methods, *map(dial_name, args.dial))
     features = load_features(args.folder)
     sequences = [sequence for sequence in SEQUENCES if sequence.split == args.split]
-    rows = measure_all(methods, sequences, features, args.retention_ratio, args.layers)
+    tasks = []
+    for sequence in sequences:
+        other = _of_another_video(sequence, sequences)
+        for layer in args.layers:
+            pair = features[sequence.name][layer], features[other.name][layer]
+            ratios = tuple(args.retention_ratio)
+            tasks.append(Task(sequence.name, layer, *pair, ratios, methods))
+    rows = measure_all(tasks, args.jobs)
     for ratio in args.retention_ratio:
         print(table(rows, ratio), end="\n\n")
     if args.json is not None:
@@ -190,7 +179,13 @@ def main(arguments: list[str] | None = None) -> None:
         drawn = args.drawn or sequences[0].name
         ratio = args.retention_ratio[min(1, len(args.retention_ratio) - 1)]
         title = f"{drawn}, {ratio:g} of the tokens: what each token is replaced by"
-        draw(args.picture, methods, features[drawn][args.layers[-1]], title, ratio)
+        draw(
+            args.picture,
+            {name: compressor(name) for name in methods},
+            features[drawn][args.layers[-1]],
+            title,
+            ratio,
+        )
 
 
 if __name__ == "__main__":

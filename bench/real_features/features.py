@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -30,7 +29,8 @@ NUM_FRAMES = 16
 SIDE = 392
 """Pixels: 28 x 28 patches, mean-pooled 2 x 2 to 14 x 14 = 196 tokens a frame."""
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 _PATCHES, _POOL = 28, 2
 _FRAMES_AT_ONCE = 4
 
@@ -139,6 +139,8 @@ def _find(folder: Path, name: str) -> Path:
 
 def _frames(path: Path, sequence: Sequence) -> NDArray[np.float32]:
     """Return frames (NUM_FRAMES + 1, 3, SIDE, SIDE) as the model takes them."""
+    import cv2
+
     capture = cv2.VideoCapture(str(path))
     images = []
     while True:
@@ -152,7 +154,7 @@ def _frames(path: Path, sequence: Sequence) -> NDArray[np.float32]:
     frames = np.stack(
         [cv2.resize(images[n], (SIDE, SIDE), interpolation=cv2.INTER_AREA) for n in numbers]
     )
-    scaled = (frames.astype(np.float32) / 255 - np.float32(_MEAN)) / np.float32(_STD)
+    scaled = (frames.astype(np.float32) / 255 - _MEAN) / _STD
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 

@@ -201,10 +201,9 @@ class VideoCompression:
                 return kept
         tokens = self._encoded(video, encode)
         if self._features is not None and video.identity is not None:
-            num_tokens = tokens.shape[0] * tokens.shape[1]
-            method = self._compress
-            has_tree = isinstance(method, AverageLinkage)
-            tree_bytes = method.tree_bytes(num_tokens) if has_tree else 0
+            tree_bytes = 0
+            if isinstance(self._compress, AverageLinkage):
+                tree_bytes = self._compress.tree_bytes(tokens.shape[0] * tokens.shape[1])
             self._features.put(video.identity, tokens, tree_bytes)
         return tokens
 
