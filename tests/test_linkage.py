@@ -21,6 +21,7 @@ from scissor_vllm.compression.linkage import (
     compress_by_linkage,
     cut,
     linkage_tree,
+    warm_up_shapes,
 )
 from tests import oracle
 from tests.test_compress import DEGENERATE, GENERIC, clips, laws, make_clip, num_threads
@@ -229,3 +230,61 @@ def test_cuda_makes_the_same_groups_to_the_last_bit(kind: str, exponent: float) 
         expected, found = cut(on_cpu, tokens, k), cut(on_gpu, tokens.cuda(), k)
         assert torch.equal(found.assignment.cpu(), expected.assignment)
         torch.testing.assert_close(found.tokens.cpu(), expected.tokens)
+
+
+@pytest.mark.gpu
+def test_a_served_call_does_not_synchronize_with_the_host() -> None:
+    tokens = torch.from_numpy(make_clip("clustered", 9, 120, 96, seed=4)).bfloat16().cuda()
+    expected = compress_by_linkage(tokens, 108)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = compress_by_linkage(tokens, 108)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out.assignment, expected.assignment)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["alike", "still", "black", "copies", "one-hot"])
+def test_on_cuda_copies_and_ties_are_no_slower_than_twice_random_tokens(kind: str) -> None:
+    shape = (32, 196, 1024)
+    random = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(5))
+    number = torch.arange(32 * 196, device="cuda").view(32, 196) * 7
+    other = {
+        "alike": 1 + 1e-4 * random,
+        "still": random[:1].expand(shape),
+        "black": torch.ones(shape, device="cuda"),
+        "copies": random.flatten(0, 1)[number % 50],
+        "one-hot": torch.eye(1024, device="cuda")[number % 1024],
+    }[kind]
+
+    def fastest(tokens: torch.Tensor) -> float:
+        times = []
+        for _ in range(9):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            compress_by_linkage(tokens, 627)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        return min(times)
+
+    assert fastest(other) < 2 * fastest(random)
+
+
+@pytest.mark.gpu
+def test_after_warm_up_no_shape_waits_for_a_compiler() -> None:
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    for num_frames, per_frame, ratio in warm_up_shapes(8192, device):
+        shape = num_frames, per_frame, 64
+        kept = int(num_frames * per_frame * ratio)
+        compress_by_linkage(torch.randn(shape, dtype=dtype, device=device), kept)
+    torch.cuda.synchronize()
+    for shape in ((3, 7, 64), (15, 169, 64), (1, 1, 64), (5, 1023, 64), (2, 4095, 64)):
+        tokens = torch.randn(shape, dtype=dtype, device=device)
+        begin = time.perf_counter()
+        compress_by_linkage(tokens, max(1, shape[0] * shape[1] // 10))
+        torch.cuda.synchronize()
+        # A compilation takes a second.
+        assert time.perf_counter() - begin < 0.4, shape

@@ -38,7 +38,6 @@ MERGERS: Mapping[str, Compressor] = {
     "scc-spatial": compress_in_frames,
     "scc-temporal": compress_across_frames,
     "average-linkage": AverageLinkage(),
-    "balanced-linkage": AverageLinkage(ward_exponent=0.15),
     "kitoke": compress_by_kitoke,
 }
 """Methods whose rows are means of tokens."""
