@@ -76,12 +76,31 @@ def test_one_window_is_scipys_average_linkage(clip: np.ndarray, data: st.DataObj
     expected = linkage(distance[np.triu_indices(len(flat), 1)].clip(min=0), "average")
     assume(expected[0, 2] > UNDECIDED)
     tree = linkage_tree(torch.from_numpy(clip))
-    assert tree.height is not None
     heights = tree.height.sort().values[:-1].numpy()
     np.testing.assert_allclose(heights, expected[:, 2], atol=UNDECIDED)
     assume(np.diff(expected[:, 2]).min(initial=np.inf) > 2 * UNDECIDED)
     groups = cut(tree, torch.from_numpy(clip), k).assignment.numpy()
     assert partition(groups) == partition(fcluster(expected, k, "maxclust"))
+
+
+@laws(40)
+@given(clip=clips(GENERIC, max_frames=5, max_size=8, min_width=3), data=st.data())
+def test_the_threshold_is_the_mean_cosine_of_the_last_groups_that_were_joined(
+    clip: np.ndarray, data: st.DataObject
+) -> None:
+    num_tokens = clip.shape[0] * clip.shape[1]
+    assume(num_tokens > 1)
+    method, tokens = AverageLinkage(), torch.from_numpy(clip)
+    k = data.draw(st.integers(-(-len(clip) // 4), num_tokens - 1))
+    assume(k < num_tokens)
+    out, finer = method(tokens, k), method(tokens, k + 1)
+    before, after = finer.assignment.numpy(), out.assignment.numpy()
+    [joined] = [row for row in range(k) if len(set(before[after == row])) == 2]
+    a, b = (np.flatnonzero(before == row) for row in sorted(set(before[after == joined])))
+    cosine = oracle.cosines(*[clip.reshape(num_tokens, -1).astype(np.float64)] * 2)
+    expected = min(1.0, cosine[np.ix_(a, b)].mean())
+    assert out.similarity_threshold == pytest.approx(expected, abs=UNDECIDED)
+    assert method(tokens, num_tokens).similarity_threshold is None
 
 
 @laws(40)
@@ -223,8 +242,6 @@ def test_cuda_makes_the_same_groups_to_the_last_bit(kind: str, exponent: float) 
     on_cpu = linkage_tree(tokens, ward_exponent=exponent)
     on_gpu = linkage_tree(tokens.cuda(), ward_exponent=exponent)
     assert torch.equal(on_gpu.parent.cpu(), on_cpu.parent)
-    assert on_cpu.height is not None
-    assert on_gpu.height is not None
     assert torch.equal(on_gpu.height.cpu(), on_cpu.height)
     for k in (1, 3, 108, 540, 1080):
         expected, found = cut(on_cpu, tokens, k), cut(on_gpu, tokens.cuda(), k)

@@ -20,7 +20,7 @@ exact in any order of summation. All arithmetic after that is float32, in one st
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -64,13 +64,12 @@ class LinkageTree:
     parent: torch.Tensor
     """(N,) int64: the group of token i is joined to the group of this lower token. A window's
     first token has itself."""
+    height: torch.Tensor
+    """(N,) float32: the height of that merge, inf for a window's first token."""
     rank: torch.Tensor
     """(N,) int32: the merge's place among all, by height; of equal heights by token."""
     window_tokens: int
     """Tokens of every window but the last, which may have fewer."""
-    height: torch.Tensor | None = None
-    """(N,) float32: the height of that merge, inf for a window's first token. None for a tree that
-    was kept without."""
 
     @property
     def num_windows(self) -> int:
@@ -87,28 +86,29 @@ class AverageLinkage:
     ward_exponent: float = 0.0
     """In [0, 1]; 0 is average linkage."""
 
+    @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
         """Return tokens merged inside windows, as :func:`compress_by_linkage`."""
-        return compress_by_linkage(
-            tokens,
-            num_retained,
-            window_frames=self.window_frames,
-            ward_exponent=self.ward_exponent,
-        )
+        check_num_retained(num_retained, check_tokens(tokens))
+        return self.cut(self.tree(tokens), tokens, num_retained)
 
+    @torch.no_grad()
     def tree(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return what :meth:`cut` needs of a video's tree, (2, N) int32 on the tokens' device."""
+        """Return what :meth:`cut` needs of a video's tree, (3, N) int32 on the tokens' device."""
         tree = linkage_tree(
             tokens, window_frames=self.window_frames, ward_exponent=self.ward_exponent
         )
-        return torch.stack([tree.parent.int(), tree.rank])
+        return torch.stack([tree.parent.int(), tree.rank, tree.height.view(torch.int32)])
 
     def tree_bytes(self, num_tokens: int) -> int:
         """Return the size of a tree."""
-        return 8 * num_tokens
+        return 12 * num_tokens
 
+    @torch.no_grad()
     def cut(self, tree: torch.Tensor, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
         """Return tokens merged to K rows by their tree, without a search.
+
+        The similarity threshold is the mean cosine of the last two groups that were joined.
 
         Args:
             tree: that :meth:`tree` made of these tokens.
@@ -118,9 +118,16 @@ class AverageLinkage:
         Raises:
             TypeError, ValueError: as :func:`cut`.
         """
-        parent, rank = tree[0].long(), tree[1].contiguous()
+        parent, rank, height = tree[0].long(), tree[1].contiguous(), tree[2].view(torch.float32)
         size = _window_tokens(tokens.shape[0], tokens.shape[1], self.window_frames)
-        return cut(LinkageTree(parent, rank, size), tokens, num_retained)
+        result = cut(LinkageTree(parent, height, rank, size), tokens, num_retained)
+        if self.ward_exponent != 0 or num_retained == len(parent):
+            return result
+        is_made = (rank < len(parent) - num_retained) & (height < torch.inf)
+        threshold = 1 - torch.where(is_made, height, 0.0).max().double()
+        if threshold.is_cuda:
+            return replace(result, threshold_on_device=threshold)
+        return replace(result, similarity_threshold=float(threshold))
 
 
 @torch.no_grad()
@@ -180,7 +187,7 @@ def linkage_tree(
     order = torch.sort(height, stable=True).indices
     place = torch.arange(num_tokens, dtype=torch.int32, device=order.device)
     rank = torch.empty_like(place).scatter(0, order, place)
-    return LinkageTree(parent, rank, size, height)
+    return LinkageTree(parent, height, rank, size)
 
 
 @torch.no_grad()
