@@ -70,7 +70,8 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         choices=sorted(METHODS),
         default=None,
-        help="scc: Semantic Connected Components of the whole video, as in the paper; scc-windows: "
+        help="average-linkage: groups of tokens joined by mean cosine, in windows of 4 frames; "
+        "scc: Semantic Connected Components of the whole video, as in the paper; scc-windows: "
         "of 4 frames each; for comparison: selections of tokens, with +merge those with SCC's last "
         f"step, and SCC without one of its steps; one of {', '.join(sorted(METHODS))} "
         f"(default: {DEFAULT_VIDEO_COMPRESSION})",
