@@ -2,9 +2,9 @@
 
     python -m bench.demo_answers [--clips N] [--methods METHOD ...] [--retention-ratio R ...]
 
-Clips are made up, of seeds that training never saw. An answer is right if greedy decoding would give
-exactly it. Tokens, compression and order of rows are those that are served; ``bench.accuracy`` asks
-the same through a server, which takes longer.
+Clips are made up, of seeds that training never saw. An answer is right if greedy decoding would
+give exactly it. Tokens, compression and order of rows are those that are served;
+``bench.accuracy`` asks the same through a server, which takes longer.
 """
 
 from __future__ import annotations
