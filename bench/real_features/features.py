@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import site
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def _frames(path: Path, sequence: Sequence) -> NDArray[np.float32]:
 def _session(model: Path, packages: Path) -> Any:
     """Return ONNX Runtime's session of the model up to the last layer, for SIDE pixels."""
     # The packages are the benchmark's alone; they come last, so that no other is replaced.
-    sys.path.append(str(packages))
+    site.addsitedir(str(packages))
     import onnx
     import onnxruntime
 
