@@ -110,7 +110,7 @@ def test_one_line_tells_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> Non
     apply_retention_options(args)
     monkeypatch.setattr(options, "num_cpus", lambda: 8)
     assert in_force(args) == (
-        "scissor_vllm: retention ratio 0.5 by default and 0.01 at least, method scc-windows, "
+        "scissor_vllm: retention ratio 0.5 by default and 0.01 at least, method average-linkage, "
         "caches of 1 GiB for frames and 0 GiB for features, API servers 1"
     )
     monkeypatch.setattr(options, "num_cpus", lambda: 16)
