@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from scissor_vllm.patch_merging import (
     probe_places,
 )
 from scissor_vllm.worker.merged_encoder import MergedPatches, probe_weights
+from tests.families import Media, Question, ask, build_llava_onevision, largest_difference
 from tests.interpreter import run_interpreted
 
 SIDE = 8
@@ -49,7 +51,7 @@ def test_the_lattice_is_spread_over_the_grid_and_each_place_has_its_nearest() ->
 @pytest.mark.parametrize("joined", [0.0, 0.5, 0.9, 1.0])
 def test_every_place_has_a_computed_row_of_its_own_place(joined: float) -> None:
     anchors = made_up_anchors(9, 1, joined)
-    merged = MergedPatches.of(anchors, torch.device("cpu"))
+    merged = MergedPatches.of(anchors, torch.device("cpu"), torch.float32)
     is_computed = computed_patches(anchors)
     assert len(merged.computed) == is_computed.sum() == sum(merged.num_queries)
     stands = merged.computed[merged.row_of_place].view(9, NUM_PLACES)
@@ -168,7 +170,7 @@ for joined in (0.0, 0.4, 0.9, 1.0):
     with torch.inference_mode(), merging_encoder(tower, alone):
         assert torch.allclose(tower(pixels[4:8]), found[4:8], atol=2e-5)
     # The kernels, interpreted, and the fused layers.
-    patches = MergedPatches.of(anchors, torch.device("cpu"))
+    patches = MergedPatches.of(anchors, torch.device("cpu"), torch.float32)
     rows = torch.randn(len(patches.computed), 96, generator=generator)[:, 32:]
     changes = siglip.row_differences(rows, patches.probes)
     moves = torch.bmm(patches.weights, changes).flatten(0, 1)
@@ -183,3 +185,61 @@ print("the same")
 def test_the_tower_gives_what_a_plain_one_gives_place_by_place() -> None:
     run = run_interpreted(INTERPRETED)
     assert run.stdout.strip().splitlines()[-1:] == ["the same"], run.stderr
+
+
+# Through the engine.
+
+
+@pytest.mark.server
+def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(tmp_path: Path) -> None:
+    build_llava_onevision(tmp_path)
+    ratios = (1.0, 0.5, 0.25, 0.1)
+    # A camera that stands still, and one that moves.
+    still, moving = Media(160, 160, 12, 5, shift=0), Media(160, 160, 12, 6, shift=9)
+    alone = [[Question((media,), ratio)] for media in (still, moving) for ratio in ratios]
+    together = [question for (question,) in alone]
+    options = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+    plain = [answers[0] for answers in ask(tmp_path, alone, **options)]
+    *first, batch, again = ask(
+        tmp_path,
+        [*alone, together, together[::-1]],
+        mm_processor_kwargs={"tower_merging_max_ratio": 0.25},
+        **options,
+    )
+    merging = [answers[0] for answers in first]
+    changed = []
+    for question, one, other in zip(together, plain, merging, strict=True):
+        assert one.num_prompt_tokens == other.num_prompt_tokens, question
+        if largest_difference(one, other) > 1e-4:
+            changed.append((question.media[0], question.ratio))
+    assert changed == [(still, 0.25), (still, 0.1)]
+    for answers in (batch, again[::-1]):
+        for one, other in zip(merging, answers, strict=True):
+            assert largest_difference(one, other) < 1e-4
+
+
+@pytest.mark.server
+def test_features_that_are_kept_know_whether_patches_were_merged(tmp_path: Path) -> None:
+    build_llava_onevision(tmp_path)
+    still = Media(160, 160, 12, 5, shift=0)
+    rounds = [[Question((still,), ratio)] for ratio in (0.5, 0.25, 0.5, 0.1, 0.25)]
+    options = {
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 4096,
+        "enable_prefix_caching": False,
+    }
+    settings = {"tower_merging_max_ratio": 0.25}
+    kept, fresh = (
+        [
+            answers[0]
+            for answers in ask(
+                tmp_path,
+                rounds,
+                mm_processor_kwargs=settings | {"video_feature_cache_gb": size},
+                **options,
+            )
+        ]
+        for size in (0.1, 0)
+    )
+    for one, other in zip(kept, fresh, strict=True):
+        assert largest_difference(one, other) < 1e-4

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
 from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
 
-MIN_MATCHING = 0.4
+MIN_MATCHING = 0.5
 """Least share of a frame's textured patches that match their anchors, or all are computed."""
 
 MIN_TEXTURED = 0.02
@@ -31,7 +31,10 @@ picture is smooth, and is the same wherever the camera points."""
 MAX_COMPUTED = 0.9
 """With a larger share of patches to compute, gathering costs what leaving out saves."""
 
-_POOL = 2
+_CERTAIN = 0.95
+"""If more patches match, or so many do not, texture is not looked at."""
+
+_POOL, _NUM_CHANNELS = 2, 3
 
 
 def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> torch.Tensor | None:
@@ -45,24 +48,23 @@ def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> to
     Returns:
         int16 (T, P), rising along T.
     """
-    patches = _patches(frames.numpy(), patch_size)
-    num_frames, num_places = patches.shape[:2]
-    anchors = np.empty((num_frames, num_places), np.int16)
+    patches = _Patches(frames.shape[1:3], patch_size)
+    anchors = np.empty((len(frames), patches.num_places), np.int16)
     # Sums over a patch's values, in place of means.
-    limit = np.float32(threshold * patches[0, 0].size)
-    current = patches[0].copy()
-    is_textured = np.zeros(num_places, bool)
-    for number, frame in enumerate(patches):
+    limit = np.float32(threshold * patches.num_values)
+    current = np.empty((patches.num_places, patches.num_values), np.float32)
+    difference = np.empty_like(current)
+    for number, pixels in enumerate(frames.numpy()):
+        frame = patches.of(pixels)
         if number % GROUP_FRAMES == 0:
-            is_new = np.ones(num_places, bool)
+            is_new = np.ones(patches.num_places, bool)
         else:
-            is_new = _squared(frame - current) > limit
-            matching = ~is_new[is_textured]
-            if len(matching) > MIN_TEXTURED * num_places and matching.mean() < MIN_MATCHING:
-                is_new[:] = True
+            is_new = _squared(np.subtract(frame, current, out=difference)) > limit
+            is_new |= _has_moved(is_new, patches, current, threshold)
         if is_new.all():
-            is_textured = _moved(frame) > threshold
-        current[is_new] = frame[is_new]
+            current[:] = frame
+        else:
+            current[is_new] = frame[is_new]
         anchors[number] = np.where(is_new, number, anchors[number - 1])
     found = torch.from_numpy(anchors)
     return found if computed_patches(found).float().mean() <= MAX_COMPUTED else None
@@ -114,32 +116,60 @@ def _own_anchors(frames: torch.Tensor, patch_size: int) -> torch.Tensor:
     return numbers.repeat(1, (height // patch_size) * (width // patch_size))
 
 
-def _patches(frames: NDArray[np.uint8], patch_size: int) -> NDArray[np.float32]:
-    """Return pooled patches, (T, P, s, s, 3)."""
-    rows, columns = frames.shape[1] // patch_size, frames.shape[2] // patch_size
-    pool = _POOL if patch_size % _POOL == 0 else 1
-    side = patch_size // pool
-    patches = np.empty((len(frames), rows, columns, side, side, 3), np.float32)
-    size = (columns * side, rows * side)
-    for frame, of_frame in zip(frames, patches, strict=True):
-        shown = frame[: rows * patch_size, : columns * patch_size]
-        pooled = cv2.resize(shown, size, interpolation=cv2.INTER_AREA) if pool > 1 else shown
-        of_frame[:] = pooled.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
-    return patches.reshape(len(frames), rows * columns, side, side, 3)
+def _has_moved(
+    is_new: NDArray[np.bool_],
+    patches: _Patches,
+    anchors: NDArray[np.float32],
+    threshold: float,
+) -> bool:
+    """Return whether the camera has, by which patches differ from their anchors."""
+    num_matching = np.count_nonzero(~is_new)
+    if num_matching > _CERTAIN * len(is_new) or num_matching < (1 - _CERTAIN) * len(is_new):
+        return num_matching < len(is_new) / 2
+    matching = ~is_new[patches.moved(anchors) > threshold]
+    if len(matching) < MIN_TEXTURED * len(is_new):
+        return False
+    return bool(matching.mean() < MIN_MATCHING)
 
 
-def _squared(differences: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return sums of squares, (P,)."""
-    flat = differences.reshape(len(differences), -1)
-    squared: NDArray[np.float32] = np.einsum("pk,pk->p", flat, flat)
+class _Patches:
+    """Makes a frame's pooled patches, in memory that stays in a core's cache."""
+
+    def __init__(self, size: tuple[int, int], patch_size: int) -> None:
+        self._rows, self._columns = (length // patch_size for length in size)
+        self._height, self._width = self._rows * patch_size, self._columns * patch_size
+        self._is_pooled = patch_size % _POOL == 0
+        self._side = patch_size // _POOL if self._is_pooled else patch_size
+        self.num_places = self._rows * self._columns
+        self.num_values = self._side**2 * _NUM_CHANNELS
+        self._patches = np.empty((self.num_places, self.num_values), np.float32)
+
+    def of(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return (P, s*s*3) of (H, W, 3), to be used before the next call."""
+        shown = frame[: self._height, : self._width]
+        size = (self._columns * self._side, self._rows * self._side)
+        if self._is_pooled:
+            shown = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
+        line = self._side * _NUM_CHANNELS
+        grid = shown.reshape(self._rows, self._side, self._columns, line).swapaxes(1, 2)
+        self._patches.reshape(self._rows, self._columns, self._side, line)[:] = grid
+        return self._patches
+
+    def moved(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the mean squared difference to the patches moved by a pooled pixel, across or
+        down, whichever is larger, (P,).
+        """
+        line = self._side * _NUM_CHANNELS
+        lines = patches.reshape(-1, self._side, line)
+        across = lines[:, :, _NUM_CHANNELS:] - lines[:, :, :-_NUM_CHANNELS]
+        down = patches[:, line:] - patches[:, :-line]
+        larger: NDArray[np.float32] = np.maximum(
+            _squared(across.reshape(len(patches), -1)), _squared(down)
+        )
+        return larger / down.shape[1]
+
+
+def _squared(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return sums of squares, (P,), of (P, n)."""
+    squared: NDArray[np.float32] = np.einsum("pk,pk->p", values, values)
     return squared
-
-
-def _moved(patches: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the mean squared difference to the patches moved by a pooled pixel, across or down,
-    whichever is larger, (P,).
-    """
-    across = patches[:, :, 1:] - patches[:, :, :-1]
-    down = patches[:, 1:] - patches[:, :-1]
-    larger: NDArray[np.float32] = np.maximum(_squared(across), _squared(down))
-    return larger / across[0].size

@@ -43,7 +43,8 @@ class MergedPatches:
     probes: torch.Tensor
     """Rows of each frame's lattice, and rows of their anchors, int32 (2, T, L)."""
     weights: torch.Tensor
-    """How much each probe's change counts in the move around each probe, float32 (T, L, L)."""
+    """How much each probe's change counts in the move around each probe, of the tower's dtype
+    (T, L, L)."""
     query_ends: torch.Tensor
     """Where the queries of each frame begin and end among the M, int32 (T + 1,)."""
     key_ends: torch.Tensor
@@ -57,13 +58,14 @@ class MergedPatches:
         return len(self.row_of_place) // len(self.num_queries)
 
     @classmethod
-    def of(cls, anchors: torch.Tensor, device: torch.device) -> MergedPatches:
+    def of(cls, anchors: torch.Tensor, device: torch.device, dtype: torch.dtype) -> MergedPatches:
         """Return them for the frames of a tower call: one copy to the device, and no host
         synchronization.
 
         Args:
             anchors: int64 (T, P) on the CPU, counted from the call's first frame.
             device: of the tower.
+            dtype: of the tower.
         """
         num_frames, num_places = anchors.shape
         frames, places = torch.arange(num_frames)[:, None], torch.arange(num_places)
@@ -89,7 +91,7 @@ class MergedPatches:
             name: flat.view(part.shape)
             for (name, part), flat in zip(parts.items(), split, strict=True)
         }
-        fields["weights"] = fields["weights"].view(torch.float32)
+        fields["weights"] = fields["weights"].view(torch.float32).to(dtype)
         return cls(**fields, num_queries=num_queries.tolist())
 
 
@@ -135,14 +137,17 @@ def merging_encoder(vision_tower: Any, anchors: torch.Tensor) -> Iterator[None]:
     # Imports Triton, for kernels of GPUs.
     from scissor_vllm.worker.siglip import encode_fused, encoding_by, plain_layers
 
-    device = next(vision_tower.parameters()).device
+    weight = next(vision_tower.parameters())
+    device, dtype = weight.device, weight.dtype
     layers = plain_layers(vision_tower) if device.type == "cuda" else None
     run = (
         partial(_encode, list(vision_tower.vision_model.encoder.layers))
         if layers is None
         else partial(encode_fused, layers)
     )
-    with encoding_by(vision_tower, partial(_encode_merged, run, MergedPatches.of(anchors, device))):
+    with encoding_by(
+        vision_tower, partial(_encode_merged, run, MergedPatches.of(anchors, device, dtype))
+    ):
         yield
 
 
@@ -168,15 +173,14 @@ def _encode(layers: list[Any], hidden: torch.Tensor, attend: Attend) -> torch.Te
 def _attend(merged: MergedPatches, attention: Any, normed: torch.Tensor) -> torch.Tensor:
     """Return the attention (M, C) of computed patches, each to all places of its frame."""
     projected, _ = attention.qkv_proj(normed)
-    width = projected.shape[-1] // 3
-    heads = (attention.num_heads_per_partition, attention.head_dim)
-    queries, keys_and_values = projected.split([width, 2 * width], dim=-1)
-    keys, values = placed(keys_and_values, merged).split(width, dim=-1)
+    heads, size = attention.num_heads_per_partition, attention.head_dim
+    queries, keys_and_values = projected.tensor_split([heads * size], dim=1)
+    keys, values = placed(keys_and_values, merged).view(-1, 2, heads, size).unbind(1)
     attended = frames_attention(
         attention.attn,
-        queries.unflatten(-1, heads),
-        keys.unflatten(-1, heads),
-        values.unflatten(-1, heads),
+        queries.view(-1, heads, size),
+        keys,
+        values,
         query_ends=merged.query_ends,
         key_ends=merged.key_ends,
         num_queries=merged.num_queries,
@@ -193,9 +197,9 @@ def placed(rows: torch.Tensor, merged: MergedPatches) -> torch.Tensor:
         from scissor_vllm.worker.siglip import place_rows, row_differences
 
         changes = row_differences(rows, merged.probes)
-        moves = torch.bmm(merged.weights.to(rows.dtype), changes)
+        moves = torch.bmm(merged.weights, changes)
         return place_rows(rows, merged.row_of_place, moves.flatten(0, 1), merged.move_of_place)
     of_frame, of_anchors = rows[merged.probes]
-    moves = torch.bmm(merged.weights.to(rows.dtype), of_frame - of_anchors).flatten(0, 1)
+    moves = torch.bmm(merged.weights, of_frame - of_anchors).flatten(0, 1)
     added = moves[merged.move_of_place.clamp(min=0)]
     return rows[merged.row_of_place] + added * (merged.move_of_place >= 0)[:, None]
