@@ -16,7 +16,7 @@ import torch
 GROUP_FRAMES = 4
 """A patch and its anchor lie in the same group of so many frames, counted from the first."""
 
-PROBE_STEP = 4
+PROBE_STEP = 3
 """Rows and columns of patches between two of the lattice."""
 
 

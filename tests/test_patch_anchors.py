@@ -20,7 +20,7 @@ from scissor_vllm.frontend.patch_anchors import (
     count_patches,
     patch_anchors,
 )
-from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches, probe_places
+from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
 from scissor_vllm.plugin import register
 from scissor_vllm.retention import RetentionReport
 from scissor_vllm.settings import TowerMerging
@@ -132,7 +132,7 @@ def test_what_stands_still_is_computed_once_a_group_through_a_sensors_noise(nois
     anchors = patch_anchors(frames, PATCH, THRESHOLD)
     assert anchors is not None
     share = computed_patches(anchors).float().mean()
-    assert 1 / GROUP_FRAMES < share < 0.45
+    assert 1 / GROUP_FRAMES < share < 0.5
     assert (anchors // GROUP_FRAMES == torch.arange(16)[:, None] // GROUP_FRAMES).all()
     assert (anchors.diff(dim=0) >= 0).all()
     # The square's edges stand for themselves.
@@ -250,7 +250,7 @@ def test_by_default_no_ratio_merges() -> None:
 
 
 def made_up(num_frames: int) -> torch.Tensor:
-    """Every patch joins the first of its group, but for the lattice of no use here."""
+    """Every patch joins the first of its group."""
     frames = torch.arange(num_frames, dtype=torch.int16)[:, None]
     return (frames - frames % GROUP_FRAMES).repeat(1, NUM_PLACES)
 
@@ -300,4 +300,3 @@ def test_anchors_reach_the_tower_of_each_video_of_a_batch() -> None:
     videos = take_video_pixels(fields, torch.float32)
     assert [video.anchors is not None for video in videos] == [True, True]
     assert fields == {}
-    assert len(probe_places(NUM_PLACES)) * 12 < NUM_PLACES
