@@ -179,12 +179,9 @@ def frames_attention(
     frames = zip(
         queries.split(num_queries), keys.split(num_keys), values.split(num_keys), strict=True
     )
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(
-                *(part.transpose(0, 1)[None] for part in frame), scale=attention.scale
-            )[0].transpose(0, 1)
-            for frame in frames
-            if len(frame[0])
-        ]
-    )
+    attended = []
+    for frame in frames:
+        asked, keys, values = (part.transpose(0, 1)[None] for part in frame)
+        answers = F.scaled_dot_product_attention(asked, keys, values, scale=attention.scale)
+        attended.append(answers[0].transpose(0, 1))
+    return torch.cat(attended)

@@ -38,6 +38,7 @@ RATIO = 0.1
 FIXED = ("street", "street-first", "face", "box", "box-last", "cup")
 """Sequences of a camera that stands still."""
 
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _EMBEDDINGS = "/backbone/embeddings/Add_output_0"
 _FRAMES_AT_ONCE = 4
 
@@ -69,7 +70,7 @@ class Tower:
 
     def embed(self, frames: NDArray[np.uint8]) -> torch.Tensor:
         """Return the input of the first block, (T, 1 + P, C), of frames (T, H, W, 3)."""
-        mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+        mean, std = (np.array(values, np.float32) for values in (_MEAN, _STD))
         pixels = ((frames.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
         parts = [
             self._session.run(None, {"input_image": pixels[first : first + _FRAMES_AT_ONCE]})[0]
@@ -93,19 +94,24 @@ class Tower:
         patches = embedded[:, 1:].reshape(-1, width)[merged.computed]
         hidden = torch.cat([patches, embedded[:, 0]])
         for block in self.blocks:
-            normed = F.layer_norm(hidden, (width,), *block["norm1"], eps=EPS)
+            normed = _norm(hidden, block["norm1"])
             queries, rest = torch.addmm(block["qkv"][1], normed, block["qkv"][0]).split(
                 [width, 2 * width], dim=1
             )
             attended = _attend(queries, rest, merged)
             hidden = hidden + torch.addmm(block["out"][1], attended, block["out"][0])
-            normed = F.layer_norm(hidden, (width,), *block["norm2"], eps=EPS)
+            normed = _norm(hidden, block["norm2"])
             widened = F.gelu(torch.addmm(block["fc1"][1], normed, block["fc1"][0]))
             hidden = hidden + torch.addmm(block["fc2"][1], widened, block["fc2"][0])
         side = features.SIDE // PATCH_SIZE // 2
         tokens = placed(hidden[:-num_frames], merged)
         grid = tokens.view(num_frames, side, 2, side, 2, width)
         return grid.mean(dim=(2, 4)).flatten(1, 2)
+
+
+def _norm(hidden: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    weight, bias = weights
+    return F.layer_norm(hidden, (hidden.shape[1],), weight, bias, EPS)
 
 
 def _block(model: Any, number: int) -> Block:

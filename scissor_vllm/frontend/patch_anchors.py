@@ -48,7 +48,7 @@ def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> to
     Returns:
         int16 (T, P), rising along T.
     """
-    patches = _Patches(frames.shape[1:3], patch_size)
+    patches = _Patches(frames.shape[1], frames.shape[2], patch_size)
     anchors = np.empty((len(frames), patches.num_places), np.int16)
     # Sums over a patch's values, in place of means.
     limit = np.float32(threshold * patches.num_values)
@@ -125,7 +125,7 @@ def _has_moved(
     """Return whether the camera has, by which patches differ from their anchors."""
     num_matching = np.count_nonzero(~is_new)
     if num_matching > _CERTAIN * len(is_new) or num_matching < (1 - _CERTAIN) * len(is_new):
-        return num_matching < len(is_new) / 2
+        return bool(num_matching < len(is_new) / 2)
     matching = ~is_new[patches.moved(anchors) > threshold]
     if len(matching) < MIN_TEXTURED * len(is_new):
         return False
@@ -135,8 +135,8 @@ def _has_moved(
 class _Patches:
     """Makes a frame's pooled patches, in memory that stays in a core's cache."""
 
-    def __init__(self, size: tuple[int, int], patch_size: int) -> None:
-        self._rows, self._columns = (length // patch_size for length in size)
+    def __init__(self, height: int, width: int, patch_size: int) -> None:
+        self._rows, self._columns = height // patch_size, width // patch_size
         self._height, self._width = self._rows * patch_size, self._columns * patch_size
         self._is_pooled = patch_size % _POOL == 0
         self._side = patch_size // _POOL if self._is_pooled else patch_size

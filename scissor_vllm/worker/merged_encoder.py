@@ -118,9 +118,9 @@ def probe_weights(has_anchor: torch.Tensor) -> torch.Tensor:
 
 def merges_patches(vision_tower: nn.Module) -> bool:
     """Return whether a tower's encoder is one that this module knows."""
-    encoder = (
-        vision_tower.vision_model.encoder if isinstance(vision_tower, SiglipVisionModel) else None
-    )
+    if not isinstance(vision_tower, SiglipVisionModel):
+        return False
+    encoder = vision_tower.vision_model.encoder
     return type(encoder) is SiglipEncoder and all(
         type(layer) is SiglipEncoderLayer for layer in encoder.layers
     )
