@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(tmp_path: Pat
     still, moving = Media(160, 160, 12, 5, shift=0), Media(160, 160, 12, 6, shift=9)
     alone = [[Question((media,), ratio)] for media in (still, moving) for ratio in ratios]
     together = [question for (question,) in alone]
-    options = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+    options: dict[str, Any] = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
     plain = [answers[0] for answers in ask(tmp_path, alone, **options)]
     *first, batch, again = ask(
         tmp_path,
@@ -223,7 +224,7 @@ def test_features_that_are_kept_know_whether_patches_were_merged(tmp_path: Path)
     build_llava_onevision(tmp_path)
     still = Media(160, 160, 12, 5, shift=0)
     rounds = [[Question((still,), ratio)] for ratio in (0.5, 0.25, 0.5, 0.1, 0.25)]
-    options = {
+    options: dict[str, Any] = {
         "max_model_len": 4096,
         "max_num_batched_tokens": 4096,
         "enable_prefix_caching": False,
