@@ -244,3 +244,34 @@ def test_features_that_are_kept_know_whether_patches_were_merged(tmp_path: Path)
     )
     for one, other in zip(kept, fresh, strict=True):
         assert largest_difference(one, other) < 1e-4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_leaving_patches_out_adds_no_rounding_of_its_own() -> None:
+    from bench.tower import SO400M, draw_anchors, make_tower
+    from scissor_vllm.worker.merged_encoder import merging_encoder
+    from scissor_vllm.worker.siglip import fused_encoder
+
+    device = torch.device("cuda")
+    tower = make_tower(SO400M, device, torch.bfloat16)
+    exact = make_tower(SO400M, device, torch.float32)
+    exact.load_state_dict({name: w.float() for name, w in tower.state_dict().items()})
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (8, 3, SO400M.image_size, SO400M.image_size)
+    pixels = torch.randn(shape, device=device, generator=generator).bfloat16()
+    anchors = draw_anchors(8, 729, 0.5)
+    errors = []
+    with torch.inference_mode():
+        for context in (fused_encoder, lambda model: merging_encoder(model, anchors)):
+            with context(tower):
+                found = tower(pixels).float()
+            # Of the float32 tower the layers are vLLM's own where nothing is left out.
+            if context is fused_encoder:
+                expected = exact(pixels.float())
+            else:
+                with context(exact):
+                    expected = exact(pixels.float())
+            errors.append(float((found - expected).norm() / expected.norm()))
+    whole, merged = errors
+    assert merged < 1.5 * whole
+    assert merged < 0.05
