@@ -59,6 +59,19 @@ def test_cache_sizes_reach_the_engine() -> None:
     assert args.mm_processor_kwargs == {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
 
 
+def test_merging_in_the_tower_reaches_the_engine_and_is_checked() -> None:
+    args = parse("--tower-merging-max-ratio", "0.25", "--tower-merging-threshold", "20")
+    args.model_tag = str(demo_model_path())
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {
+        "tower_merging_max_ratio": 0.25,
+        "tower_merging_threshold": 20.0,
+    }
+    assert in_force(args).endswith("merging in the tower at ratios up to 0.25")
+    with pytest.raises(SystemExit, match=r"below 1, got 1\.0"):
+        apply_retention_options(parse("--tower-merging-max-ratio", "1"))
+
+
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:
     args = parse(*argv)
     args.model_tag = str(model)
@@ -291,7 +304,7 @@ def test_serve_help_shows_our_options_with_one_default_each(
     shown = capsys.readouterr().out
     described = re.findall(r"^  (--[a-z-]+).*\n((?: {10,}.*\n)*)", shown, re.MULTILINE)
     texts = {flag: " ".join(text.split()) for flag, text in described}
-    assert len(texts) == 7
+    assert len(texts) == 9
     assert all(text.count("(default: ") == 1 for text in texts.values())
     assert texts["--min-retention-ratio"] == "a request below this is refused (default: 0.01)"
     assert "--help=all" in shown

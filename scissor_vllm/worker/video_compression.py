@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -155,7 +156,7 @@ class VideoCompression:
         self,
         video: VideoPixels,
         num_retained: int,
-        encode: Callable[[torch.Tensor], torch.Tensor],
+        encode: Callable[..., torch.Tensor],
         width: int | None = None,
     ) -> tuple[torch.Tensor, CompressedTokens]:
         """Return a video's tokens (T, P, D) and what they were compressed to.
@@ -163,12 +164,15 @@ class VideoCompression:
         Args:
             video: T frames.
             num_retained: K.
-            encode: pixels (t, C, H, W) to tokens (t, P, D); called with at most so many frames as
-                the encoder's budget covers.
+            encode: pixels (t, C, H, W), and anchors of their patches if the video has any, to
+                tokens (t, P, D); called with at most so many frames as the encoder's budget covers.
             width: how many of a token's first values are compressed, if there are others behind
                 them.
         """
         is_whole = self.keeps_all([video], [num_retained])
+        if is_whole and video.anchors is not None:
+            # What keeps all of a video is as exact as uncompressed.
+            video = replace(video, anchors=None)
         # Kept for other ratios is what is encoded for these.
         tokens = self._encoded(video, encode) if is_whole else self._tokens(video, encode)
         if not is_whole:
@@ -188,9 +192,7 @@ class VideoCompression:
         finally:
             self._watcher = None
 
-    def _tokens(
-        self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def _tokens(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return (T, P, D), from an earlier question about this video if they are kept."""
         device = video.pixels.device
         if self._features is not None and video.identity is not None:
@@ -207,13 +209,11 @@ class VideoCompression:
             self._features.put(video.identity, tokens, tree_bytes)
         return tokens
 
-    def _encoded(
-        self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def _encoded(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return (T, P, D), from the tower."""
         with self.stage("tower", video.pixels.device):
             calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
-            return video.repeated(torch.cat([encode(pixels) for pixels in calls]))
+            return video.repeated(torch.cat([encode(*call) for call in calls]))
 
     def _note_ratio(self, video: VideoPixels, num_retained: int) -> None:
         if self._features is None or video.identity is None:
