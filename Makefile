@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 # Of `make accuracy`.
 ACCURACY := build/accuracy
-METHODS := scc scc-windows uniform random l2norm evs vidcom2
+METHODS := average-linkage scc scc-windows uniform random l2norm evs vidcom2
 RATIOS := 1.0 0.25 0.1 0.05
 NUM_PER_SKILL := 10
 WANTED := pyproject.toml $(wildcard deploy/cpu/*.py deploy/cpu/*.txt)
@@ -25,7 +25,7 @@ bench: $(INSTALLED_DEV)  ## load the small model's server at three ratios; table
 	  --output build/bench/result.json --overwrite
 	@$(BIN)/scissor-vllm bench plot build/bench/result.json
 
-accuracy: $(INSTALLED_DEV)  ## ask the small model about held-out clips, compressed by seven methods
+accuracy: $(INSTALLED_DEV)  ## ask the small model about held-out clips, compressed by eight methods
 	@$(BIN)/python -m bench.world.heldout $(ACCURACY)/clips --num-per-skill $(NUM_PER_SKILL)
 	@$(BIN)/python -m bench.accuracy methods --methods $(METHODS) --retention-ratio $(RATIOS) \
 	  --questions $(ACCURACY)/clips --output $(ACCURACY)/result.json

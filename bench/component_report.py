@@ -301,7 +301,15 @@ def main(argv: list[str] | None = None) -> None:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=["scc-windows", "scc", "scc-spatial", "scc-temporal", "uniform+merge", "uniform"],
+        default=[
+            "average-linkage",
+            "scc-windows",
+            "scc",
+            "scc-spatial",
+            "scc-temporal",
+            "uniform+merge",
+            "uniform",
+        ],
         help="whose coverage is compared",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

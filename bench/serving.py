@@ -62,6 +62,12 @@ class Sweep:
 
     retention_ratios: list[str]
     concurrencies: list[str]
+    camera: str | None = None
+    """``--camera`` of made clips, whose results then have a file of their own."""
+
+    def output(self, path: Path) -> Path:
+        """Return the file of its results, given the plan's."""
+        return path if self.camera is None else path.with_stem(f"{path.stem}-{self.camera}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
             raise PlanError(f"{where}: serve must be one of {', '.join(COMMANDS)}, got {serve!r}")
         for sweep in entry["sweeps"]:
             keys = {"retention_ratio", "max_concurrency"}
-            _check_keys(f"{where}: sweep", sweep, keys, keys)
+            _check_keys(f"{where}: sweep", sweep, {*keys, "camera"}, keys)
         servers.append(
             Server(
                 entry["label"],
@@ -104,7 +110,11 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
                 {**plan.get("environment", {}), **ENVIRONMENT[serve]},
                 [*plan.get("serve_options", []), *entry.get("options", [])],
                 [
-                    Sweep(_texts(sweep["retention_ratio"]), _texts(sweep["max_concurrency"]))
+                    Sweep(
+                        _texts(sweep["retention_ratio"]),
+                        _texts(sweep["max_concurrency"]),
+                        sweep.get("camera"),
+                    )
                     for sweep in entry["sweeps"]
                 ],
             )
@@ -174,7 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with serving(server, args.model, args.port, log, args.start_timeout) as base_url:
                 for sweep in server.sweeps:
                     command = [*BENCH, *bench_options, "--append", "--label", server.label]
-                    command += ["--base-url", base_url, "--output", str(args.output)]
+                    output = sweep.output(args.output)
+                    command += ["--base-url", base_url, "--output", str(output)]
+                    if sweep.camera is not None:
+                        command += ["--camera", sweep.camera]
                     command += ["--retention-ratio", *sweep.retention_ratios]
                     command += ["--max-concurrency", *sweep.concurrencies]
                     done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, check=False)
@@ -182,8 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             print(error, file=sys.stderr)
             failed = True
-    if args.output.exists():
-        subprocess.run([*BENCH, "table", str(args.output)], cwd=ROOT, check=False)
+    outputs = {sweep.output(args.output) for server in servers for sweep in server.sweeps}
+    for output in sorted(path for path in outputs if path.exists()):
+        print(f"\n{output}")
+        subprocess.run([*BENCH, "table", str(output)], cwd=ROOT, check=False)
     return int(failed)
 
 

@@ -1,10 +1,12 @@
-"""Prints how long SigLIP's encoder takes as vLLM runs it, and with fewer passes over memory.
+"""Prints how long SigLIP's encoder takes as vLLM runs it, with fewer passes over memory, and with
+patches left out.
 
-    python -m bench.tower [--frames 32] [--repeats 20] [--json FILE]
+    python -m bench.tower [--frames 32] [--computed-shares 0.5] [--repeats 20] [--json FILE]
 
 LLaVA-OneVision-7B's tower (SigLIP so400m, 384 pixels) with random weights on a GPU, in bfloat16.
 All take turns, so that a clock that changes is the same for all; times are those of CUDA events.
-Errors are relative to the same weights in float32.
+Errors are relative to the same weights in float32; where patches are left out, to the same patches
+left out. Which are is drawn: time depends on their number alone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from transformers import SiglipVisionConfig
 
 from scissor_vllm.loadtest.record import environment, write_json
+from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
 
 SO400M = SiglipVisionConfig(
     hidden_size=1152,
@@ -77,6 +80,30 @@ def make_tower(
     return tower.eval()
 
 
+def draw_anchors(num_frames: int, num_places: int, share: float, seed: int = 0) -> torch.Tensor:
+    """Return anchors, int64 (T, P), of which about a share of all patches is computed.
+
+    Groups are as long as the share needs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(num_frames, num_places, generator=generator)
+    group = GROUP_FRAMES if share > 1.3 / GROUP_FRAMES else 2 * GROUP_FRAMES
+    frames = torch.arange(num_frames)[:, None]
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        joined = (low + high) / 2
+        anchors = frames.repeat(1, num_places)
+        for number in range(num_frames):
+            if number % group:
+                joins = drawn[number] < joined
+                anchors[number] = torch.where(joins, anchors[number - 1], number)
+        if computed_patches(anchors).float().mean() > share:
+            low = joined
+        else:
+            high = joined
+    return anchors
+
+
 def milliseconds(run: Callable[[], Any]) -> float:
     """Return how long a run took on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -91,9 +118,11 @@ def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--computed-shares", type=float, nargs="*", default=[0.75, 0.5, 0.35, 0.25])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    from scissor_vllm.worker.merged_encoder import merging_encoder
     from scissor_vllm.worker.siglip import fused_encoder
 
     device = torch.device("cuda")
@@ -112,7 +141,14 @@ def main() -> None:
         "vllm": tower,
         "fused": fused,
     }
-    print("frames       " + "        ".join(ways) + "    relative errors")
+    print("frames                     time  of fused, relative error")
+    num_places = (SO400M.image_size // SO400M.patch_size) ** 2
+
+    def merged(model: Any, anchors: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        with merging_encoder(model, anchors):
+            tokens: torch.Tensor = model(pixels)
+            return tokens
+
     for num_frames in args.frames:
         generator = torch.Generator(device).manual_seed(1)
         shape = (num_frames, 3, SO400M.image_size, SO400M.image_size)
@@ -124,12 +160,24 @@ def main() -> None:
                 for name, way in ways.items()
             }
             del expected
-            times: dict[str, list[float]] = {name: [] for name in ways}
+            cases = dict(ways)
+            for share in args.computed_shares:
+                anchors = draw_anchors(num_frames, num_places, share)
+                exact_share = float(computed_patches(anchors).float().mean())
+                name = f"{exact_share:.2f} computed"
+                cases[name] = partial(merged, tower, anchors)
+                few = 2 * GROUP_FRAMES
+                found = merged(tower, anchors[:few], pixels[:few]).float()
+                true = merged(exact, anchors[:few], pixels[:few].float())
+                errors[name] = float((found - true).norm() / true.norm())
+            times: dict[str, list[float]] = {name: [] for name in cases}
             for _ in range(args.repeats):
-                for name, way in ways.items():
+                for name, way in cases.items():
                     times[name].append(milliseconds(partial(way, pixels)))
-        medians = [f"{statistics.median(values):7.2f} ms" for values in times.values()]
-        print(f"{num_frames:6} " + " ".join(medians), {n: f"{e:.2g}" for n, e in errors.items()})
+        for name, values in times.items():
+            median = statistics.median(values)
+            part = median / statistics.median(times["fused"])
+            print(f"{num_frames:6} {name:14} {median:7.2f} ms {part:5.3f} {errors[name]:.2g}")
         case = {"num_frames": num_frames, "milliseconds": times, "relative_errors": errors}
         record["cases"].append(case)
     if args.json:

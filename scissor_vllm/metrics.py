@@ -85,6 +85,11 @@ RETAINED_VIDEO_TOKENS = "scissor_vllm:retained_video_tokens"
 """Counters by ``method``: video tokens before and after compression, of requests that were not
 refused. Uncompressed videos count too. Videos that a client names by ``uuid`` alone do not."""
 
+VIDEO_PATCHES = "scissor_vllm:video_patches"
+COMPUTED_VIDEO_PATCHES = "scissor_vllm:computed_video_patches"
+"""Counters: patches of these requests' videos where the vision tower may leave some out, and those
+of them that it computes for a video that is not cached."""
+
 REQUESTED_RETENTION_RATIO = "scissor_vllm:requested_retention_ratio"
 RETENTION_RATIO = "scissor_vllm:retention_ratio"
 """Histograms of chats with a video: the requested ratio, allowed or not, and the ratio in force of
@@ -108,6 +113,8 @@ METRICS = (
     VIDEO_REQUESTS,
     VIDEO_TOKENS,
     RETAINED_VIDEO_TOKENS,
+    VIDEO_PATCHES,
+    COMPUTED_VIDEO_PATCHES,
     REQUESTED_RETENTION_RATIO,
     RETENTION_RATIO,
     AUTO_CHOICES,
@@ -323,6 +330,13 @@ def begin_auto_choices_at_zero(ratios: Iterable[float]) -> None:
         _auto_choices().labels(retention_ratio=f"{ratio:g}")
 
 
+def count_patches(num_patches: int, num_computed: int) -> None:
+    """Count the patches of a request's videos, and those that the tower computes."""
+    metrics = _requests()
+    metrics.patches.inc(num_patches)
+    metrics.computed_patches.inc(num_computed)
+
+
 def count_refusal(reason: Reason) -> None:
     """Count a request that was refused."""
     _requests().refused.labels(reason=reason.value).inc()
@@ -360,6 +374,8 @@ class _Requests:
     requests: Counter
     tokens: Counter
     retained_tokens: Counter
+    patches: Counter
+    computed_patches: Counter
     requested_ratio: Histogram
     ratio: Histogram
     refused: Counter
@@ -394,6 +410,8 @@ def _requests() -> _Requests:
         retained_tokens=Counter(
             RETAINED_VIDEO_TOKENS, "Video tokens after compression.", ["method"]
         ),
+        patches=Counter(VIDEO_PATCHES, "Patches of videos where the tower may leave some out."),
+        computed_patches=Counter(COMPUTED_VIDEO_PATCHES, "Those of them that it computes."),
         requested_ratio=Histogram(
             REQUESTED_RETENTION_RATIO,
             "Requested retention ratio of chats with a video.",

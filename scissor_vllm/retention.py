@@ -291,12 +291,21 @@ class RetentionReport:
     """Tokens of each video after compression."""
     max_retained: int | None = None
     """Budget in force for all of them, None for none."""
+    num_patches: list[int] = field(default_factory=list)
+    """Patches of each video for which the vision tower may leave some out."""
+    num_computed_patches: list[int] = field(default_factory=list)
+    """Those of them that it computes."""
 
     def add(self, ratio: float, num_tokens: int, num_retained: int) -> None:
         """Record one video."""
         self.retention_ratio = ratio
         self.num_tokens.append(num_tokens)
         self.num_retained.append(num_retained)
+
+    def add_patches(self, num_patches: int, num_computed: int) -> None:
+        """Record one video whose patches may be merged in the vision tower."""
+        self.num_patches.append(num_patches)
+        self.num_computed_patches.append(num_computed)
 
     def look(self, videos: Any) -> None:
         """Receive vLLM's items of the decoded videos. Subclasses may keep them."""
@@ -306,9 +315,13 @@ class RetentionReport:
         if self.retention_ratio is None:
             return None
         budget = {} if self.max_retained is None else {MAX_RETAINED_VIDEO_TOKENS: self.max_retained}
-        return {
+        response: dict[str, float | int] = {
             "retention_ratio": self.retention_ratio,
             "num_video_tokens": sum(self.num_tokens),
             "num_retained_video_tokens": sum(self.num_retained),
             **budget,
         }
+        if self.num_patches:
+            response["num_video_patches"] = sum(self.num_patches)
+            response["num_computed_video_patches"] = sum(self.num_computed_patches)
+        return response

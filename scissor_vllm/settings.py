@@ -84,7 +84,7 @@ VIDEO_FRAME_CACHE_GB = "video_frame_cache_gb"
 VIDEO_FEATURE_CACHE_GB = "video_feature_cache_gb"
 DEFAULT_RETENTION_RATIO = 1.0
 DEFAULT_MIN_RETENTION_RATIO = 0.01
-DEFAULT_VIDEO_COMPRESSION = "scc-windows"
+DEFAULT_VIDEO_COMPRESSION = "average-linkage"
 DEFAULT_MAX_VIDEO_TOKENS = 1 << 15
 MAX_TARGET_TTFT_MS = 600_000
 
@@ -253,6 +253,57 @@ def check_target_ttft_ms(target: object) -> int:
     return target
 
 
+TOWER_MERGING_MAX_RATIO = "tower_merging_max_ratio"
+TOWER_MERGING_THRESHOLD = "tower_merging_threshold"
+DEFAULT_TOWER_MERGING_THRESHOLD = 40.0
+
+
+@dataclass(frozen=True)
+class TowerMerging:
+    """When the vision tower leaves out patches that hardly change, set for the whole server."""
+
+    max_ratio: float = 0.0
+    """Requests of this ratio and below have it; 0 switches it off, and 1.0 itself never has it."""
+    threshold: float = DEFAULT_TOWER_MERGING_THRESHOLD
+    """Mean squared difference, in units of uint8's values, up to which patches are the same."""
+
+    @classmethod
+    def from_mm_processor_kwargs(cls, kwargs: Mapping[str, object] | None) -> TowerMerging:
+        """Return what an engine's ``mm_processor_kwargs`` set.
+
+        Raises:
+            TypeError: a setting is not a number.
+            ValueError: the ratio is not in [0, 1), or the threshold not above 0 and finite.
+        """
+        kwargs = kwargs or {}
+        ratio = _check_number(TOWER_MERGING_MAX_RATIO, kwargs.get(TOWER_MERGING_MAX_RATIO, 0.0))
+        if not 0 <= ratio < 1:
+            raise ValueError(
+                f"{TOWER_MERGING_MAX_RATIO} must be 0 or more and below 1, got {ratio}: 0 switches "
+                "merging off, and uncompressed videos are always encoded whole"
+            )
+        threshold = _check_number(
+            TOWER_MERGING_THRESHOLD,
+            kwargs.get(TOWER_MERGING_THRESHOLD, DEFAULT_TOWER_MERGING_THRESHOLD),
+        )
+        if not (threshold > 0 and math.isfinite(threshold)):
+            raise ValueError(
+                f"{TOWER_MERGING_THRESHOLD} must be above 0, got {threshold}: "
+                f"{TOWER_MERGING_MAX_RATIO} 0 switches merging off"
+            )
+        return cls(ratio, threshold)
+
+    def applies_to(self, retention_ratio: float) -> bool:
+        """Return whether requests of this ratio have it."""
+        return retention_ratio <= self.max_ratio
+
+
+def _check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 _KEY_SIMILARITY = 0.85
 
 REQUEST_KEYS = frozenset({RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS})
@@ -267,6 +318,8 @@ OWN_KEYS = REQUEST_KEYS | frozenset(
         TARGET_TTFT_MS,
         VIDEO_FRAME_CACHE_GB,
         VIDEO_FEATURE_CACHE_GB,
+        TOWER_MERGING_MAX_RATIO,
+        TOWER_MERGING_THRESHOLD,
     }
 )
 """Our keys in ``mm_processor_kwargs``."""

@@ -11,6 +11,12 @@ FRAME_OF = "video_frame_of"
 the CPU. Only where a frame repeats the one before it and the video is compressed: the tower then
 encodes it once. (Uncompressed, the tower must see what it sees in stock vLLM.)"""
 
+PATCH_ANCHORS = "video_patch_anchors"
+"""Field of a video's data: the frame whose patch stands for each patch, at the same place, int16
+(T, P) over the T frames of ``VIDEO_FRAMES`` and the tower's P patches a frame, kept on the CPU. A
+patch that stands for itself names its own frame. Only where the tower computes fewer than all; see
+``scissor_vllm.patch_merging``."""
+
 VIDEO_IDENTITY = "video_identity"
 """Field of a video's data: hash of its fields above, int64 (4,), kept on the CPU. Only where the
 model keeps what its tower makes of them."""

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from vllm.config import ModelConfig
 from vllm.config.multimodal import MultiModalConfig
 from vllm.platforms import current_platform
@@ -216,3 +217,62 @@ def _first_token_logger(record: Callable[[int, int], None]) -> Any:
             pass
 
     return FirstTokens()
+
+
+def frames_attention(
+    attention: Any,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    num_queries: list[int],
+    num_keys: int,
+) -> torch.Tensor:
+    """Return the attention of each frame's queries to that frame's keys.
+
+    vLLM's ``MMEncoderAttention`` takes as many queries as keys. This calls the kernel that the
+    module has chosen where that is flash attention, and torch's otherwise. It can go when the
+    module takes lengths of queries and of keys.
+
+    Args:
+        attention: the ``MMEncoderAttention``.
+        queries: (M, heads, head size), frame after frame.
+        keys: (T*P, heads, head size).
+        values: like the keys.
+        query_ends: where each frame's queries begin and end, int32 (T + 1,), on the device.
+        key_ends: the same for keys.
+        num_queries: of each frame, may be 0.
+        num_keys: P, of every frame.
+
+    Returns:
+        like the queries.
+    """
+    if queries.is_cuda and attention.is_flash_attn_backend:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        version = attention._fa_version
+        out: torch.Tensor = flash_attn_varlen_func(
+            queries,
+            keys,
+            values,
+            cu_seqlens_q=query_ends,
+            cu_seqlens_k=key_ends,
+            max_seqlen_q=max(num_queries),
+            max_seqlen_k=num_keys,
+            dropout_p=0.0,
+            causal=False,
+            softmax_scale=attention.scale,
+            **({} if version is None else {"fa_version": version}),
+        )
+        return out
+    frames = zip(
+        queries.split(num_queries), keys.split(num_keys), values.split(num_keys), strict=True
+    )
+    attended = []
+    for frame in frames:
+        asked, keys, values = (part.transpose(0, 1)[None] for part in frame)
+        answers = F.scaled_dot_product_attention(asked, keys, values, scale=attention.scale)
+        attended.append(answers[0].transpose(0, 1))
+    return torch.cat(attended)

@@ -52,6 +52,8 @@ class Media:
     height: int
     num_frames: int = 0
     seed: int = 0
+    shift: int | None = None
+    """Pixels by which a textured picture moves across with each frame; None for a plain one."""
 
     @property
     def kind(self) -> str:
@@ -62,6 +64,10 @@ class Media:
         rng = np.random.default_rng(self.seed)
         num_frames = max(1, self.num_frames)
         frames = np.full((num_frames, self.height, self.width, 3), rng.integers(0, 255, 3))
+        if self.shift is not None:
+            cells = rng.integers(0, 255, (self.height // 10, self.width // 10, 3))
+            texture = cells.repeat(10, 0).repeat(10, 1)
+            frames[:] = [np.roll(texture, self.shift * number, 1) for number in range(num_frames)]
         for _ in range(6):
             color, size = rng.integers(0, 255, 3), rng.integers(10, 40)
             x, y = rng.integers(0, self.width), rng.integers(0, self.height)

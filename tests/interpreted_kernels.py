@@ -68,9 +68,12 @@ class Kernels:
 
     def __init__(self) -> None:
         from scissor_vllm.compression import cuda
-        from scissor_vllm.compression.cuda import kernels, video, workspace
+        from scissor_vllm.compression.cuda import kernels, linkage, video, workspace
 
         _patch_triton_once()
+        # Small tiles, so that few tokens take several of each.
+        linkage._TILE, linkage._DEPTH = 16, 32
+        linkage._CHUNK, linkage._TILE_ELEMENTS, linkage._MIN_LANES = 8, 64, 16
         workspace.LANES = (8, 16, 64, 128, 1024, 4096)
         video._MAX_PROGRAMS = 2
         scc.LINE_STEPS = 2
@@ -347,6 +350,67 @@ def budgets_of_many_kinds_give_what_the_cpu_gives() -> None:
             # Equal pairs of unlike windows differ in last bits.
             check_budget(tokens, budgets[-1], window=2)
             check_budget(tokens, max(budgets[-1], len(tokens)), window=1)
+
+
+@law
+def average_linkage_joins_what_the_cpu_joins_to_the_last_bit() -> None:
+    noise = make_tokens(21, 0.5, (3, 7))
+    zeroed = (noise * (torch.arange(3) > 0)[:, None, None]).bfloat16()
+    check_linkage(noise, 0.0)
+    check_linkage(zeroed, 0.15)
+    # Copies; and tokens that are all equally far from each other.
+    check_linkage(make_tokens(5, 0.0, (3, 7)), 0.0)
+    check_linkage(torch.eye(15).view(3, 5, 15), 0.0)
+
+
+@slow
+def and_of_stars_and_of_unlike_weights() -> None:
+    noise = make_tokens(30, 1.0, (4, 8), seed=2)
+    star = 1 + noise * torch.linspace(0.01, 1, 32).view(4, 8, 1)
+    for exponent in (0.0, 0.25):
+        check_linkage(noise, exponent)
+        check_linkage(star, exponent)
+
+
+def check_linkage(tokens: torch.Tensor, exponent: float, window_frames: int = 2) -> None:
+    from scissor_vllm.compression import linkage
+    from scissor_vllm.compression.cuda import linkage as cuda_linkage
+
+    rows, size = tokens.flatten(0, 1), tokens.shape[1] * window_frames
+    tree = linkage.linkage_tree(tokens, window_frames=window_frames, ward_exponent=exponent)
+    parent, height = cuda_linkage.join_windows(rows, size, exponent)
+    assert torch.equal(parent, tree.parent), (parent, tree.parent)
+    assert torch.equal(height, tree.height), (height, tree.height)
+
+
+@law
+def a_tree_is_cut_as_on_the_cpu() -> None:
+    from scissor_vllm.compression import linkage
+    from scissor_vllm.compression.cuda import linkage as cuda_linkage
+
+    tokens = make_tokens(21, 0.5, (3, 7))
+    tree = linkage.linkage_tree(tokens, window_frames=2)
+    for num_groups in (2, 5, 21):
+        expected = linkage.cut(tree, tokens, num_groups)
+        root, is_root = cuda_linkage.group_roots(tree.parent, tree.rank, 14, num_groups)
+        assert torch.equal((is_root.cumsum(0) - 1)[root], expected.assignment)
+        rows = cuda_linkage.group_means(tokens.flatten(0, 1), expected.assignment, num_groups)
+        assert torch.equal(rows, expected.tokens)
+
+
+@law
+def tokens_that_are_not_finite_count_as_zeros_in_average_linkage() -> None:
+    from scissor_vllm.compression.cuda import linkage as cuda_linkage
+
+    broken = make_tokens(21, 0.5, (3, 7))
+    broken[1, 2, 3], broken[0, 3] = torch.nan, torch.inf
+    zeroed = broken.clone()
+    zeroed[1, 2], zeroed[0, 3] = 0, 0
+    result = cuda_linkage.join_windows(broken.flatten(0, 1), 14, 0.0)
+    expected = cuda_linkage.join_windows(zeroed.flatten(0, 1), 14, 0.0)
+    assert all(map(torch.equal, result, expected))
+    part = torch.arange(21) // 3
+    assert cuda_linkage.group_means(broken.flatten(0, 1), part, 7).isfinite().all()
 
 
 def every_kernel_was_launched() -> None:

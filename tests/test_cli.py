@@ -119,6 +119,19 @@ def test_bounds_and_goals_that_are_none_end_the_start(
     assert "Traceback" not in words
 
 
+def test_merging_in_the_tower_reaches_the_engine_and_is_checked() -> None:
+    args = parse("--tower-merging-max-ratio", "0.25", "--tower-merging-threshold", "20")
+    args.model_tag = str(demo_model_path())
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {
+        "tower_merging_max_ratio": 0.25,
+        "tower_merging_threshold": 20.0,
+    }
+    assert in_force(args).endswith("merging in the tower at ratios up to 0.25")
+    with pytest.raises(SystemExit, match=r"below 1, got 1\.0"):
+        apply_retention_options(parse("--tower-merging-max-ratio", "1"))
+
+
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:
     args = parse(*argv)
     args.model_tag = str(model)
@@ -171,7 +184,7 @@ def test_one_line_tells_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> Non
     apply_retention_options(args)
     monkeypatch.setattr(options, "num_cpus", lambda: 8)
     assert in_force(args) == (
-        "scissor_vllm: retention ratio 0.5 by default and 0.01 at least, method scc-windows, "
+        "scissor_vllm: retention ratio 0.5 by default and 0.01 at least, method average-linkage, "
         "caches of 1 GiB for frames and 0 GiB for features, API servers 1"
     )
     monkeypatch.setattr(options, "num_cpus", lambda: 16)
@@ -299,7 +312,8 @@ def test_an_unknown_method_is_a_usage_error_that_lists_the_known(
 def test_an_unknown_method_among_the_engines_options_ends_the_start() -> None:
     args = parse()
     args.mm_processor_kwargs = {"video_compression": "scissor"}
-    with pytest.raises(SystemExit, match=r"unknown .* 'scissor': choose one of evs, .*vidcom2"):
+    known = r"unknown .* 'scissor': choose one of average-linkage, .*vidcom2"
+    with pytest.raises(SystemExit, match=known):
         apply_retention_options(args)
 
 
@@ -353,7 +367,7 @@ def test_serve_help_shows_our_options_with_one_default_each(
     shown = capsys.readouterr().out
     described = re.findall(r"^  (--[a-z-]+).*\n((?: {10,}.*\n)*)", shown, re.MULTILINE)
     texts = {flag: " ".join(text.split()) for flag, text in described}
-    assert len(texts) == 10
+    assert len(texts) == 12
     assert all(text.count("(default: ") == 1 for text in texts.values())
     assert texts["--min-retention-ratio"] == "a request below this is refused (default: 0.01)"
     assert "--help=all" in shown

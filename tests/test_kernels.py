@@ -161,9 +161,9 @@ def test_a_graph_gives_what_separate_launches_give() -> None:
         assert torch.equal(on_another_stream.assignment.cpu(), expected.assignment)
 
 
-def median_ms(videos: list[torch.Tensor], repeats: int = 7) -> float:
+def median_ms(method: str, videos: list[torch.Tensor], repeats: int = 7) -> float:
     """Return the milliseconds of a served call, in turns through the videos."""
-    compressor, times = get_compressor("scc-windows"), []
+    compressor, times = get_compressor(method), []
     for turn in range(repeats + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -177,14 +177,15 @@ def median_ms(videos: list[torch.Tensor], repeats: int = 7) -> float:
 
 
 @gpu
-def test_twenty_shapes_in_turn_cost_as_one_and_take_no_more_memory() -> None:
-    from scissor_vllm.compression.scc import warm_up_shapes
+@pytest.mark.parametrize("method", ["scc-windows", "average-linkage"])
+def test_twenty_shapes_in_turn_cost_as_one_and_take_no_more_memory(method: str) -> None:
+    from scissor_vllm.compression.methods import warm_up_shapes
 
     device = torch.device("cuda", torch.cuda.current_device())
-    for num_frames, per_frame, ratio in warm_up_shapes(8192, device):
+    for num_frames, per_frame, ratio in warm_up_shapes(method, 8192, device):
         tokens = torch.randn(num_frames, per_frame, 3584, dtype=torch.bfloat16, device=device)
         kept = max(num_frames, int(num_frames * per_frame * ratio))
-        get_compressor("scc-windows")(tokens, kept)
+        get_compressor(method)(tokens, kept)
     del tokens
     videos = [
         torch.randn(32, per_frame, 3584, dtype=torch.bfloat16, device=device)
@@ -192,8 +193,8 @@ def test_twenty_shapes_in_turn_cost_as_one_and_take_no_more_memory() -> None:
     ][:20]
     torch.cuda.synchronize()
     free, _ = torch.cuda.mem_get_info()
-    largest = median_ms(videos[-1:])
-    in_turn = median_ms(videos)
+    largest = median_ms(method, videos[-1:])
+    in_turn = median_ms(method, videos)
     assert in_turn <= 1.5 * largest, (in_turn, largest)
     torch.cuda.synchronize()
     # What warm-up left in the allocator is enough for all of them.
@@ -237,6 +238,10 @@ def test_no_search_of_a_near_still_clip_leaves_fewer_than_k_parts() -> None:
         (65, 128, "scc"),
         (160, 225, "scc-windows"),
         (8, 4_096, "scc-windows"),
+        (70_000, 1, "average-linkage"),
+        (160, 225, "average-linkage"),
+        (8, 4_096, "average-linkage"),
+        (4, 4_095, "average-linkage"),
         (8, 4_096, "scc"),
         (2, 4_095, "scc"),
     ],

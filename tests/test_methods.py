@@ -31,8 +31,11 @@ from tests.test_compress import (
     num_threads,
 )
 
-SELECTORS = ["uniform", "random", "l2norm", "evs", "vidcom2"]
-MERGERS = ["scc", "scc-no-merge", "scc-spatial", "scc-temporal", "scc-windows"]
+SELECTORS = ["uniform", "random", "l2norm", "floc", "k-center", "evs", "vidcom2"]
+MERGERS = [
+    *("scc", "scc-no-merge", "scc-spatial", "scc-temporal", "scc-windows"),
+    *("average-linkage", "kitoke"),
+]
 WITH_MERGE = [f"{name}+merge" for name in SELECTORS]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -427,7 +430,10 @@ def test_spatial_only_with_fewer_rows_than_frames_joins_consecutive_frames(
 # --- size -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+# These hold the similarities of a window or block of frames, of a bounded number of tokens.
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in ("average-linkage", "floc", "floc+merge")]
+)
 def test_no_tensor_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     tokens = torch.from_numpy(make_clip("clustered", 4, 100, 8, seed=5))
     method = get_compressor(name)

@@ -323,7 +323,7 @@ def test_frames_that_repeat_travel_once_where_the_video_is_compressed(demo: Proc
     (expected,) = demo.run(demo.stock, {"video": [video]})["video"]
     assert len(pixels) == 7
     assert torch.equal(pixels.whole(), expected[STOCK_FIELD].data)
-    encoded = torch.cat(list(pixels.split(2)))
+    encoded = torch.cat([frames for (frames,) in pixels.split(2)])
     assert len(encoded) == 4
     assert torch.equal(pixels.repeated(encoded), pixels.whole())
 
@@ -457,7 +457,7 @@ def test_pixels_are_made_for_one_call_of_the_tower_at_a_time() -> None:
     video = torch.from_numpy(frames(7, 4, 4))
     normalization = torch.tensor([[120.0, 110.0, 100.0], [60.0, 61.0, 62.0]])
     pixels = VideoPixels(video, normalization, torch.float32)
-    parts = list(pixels.split(3))
+    parts = [frames for (frames,) in pixels.split(3)]
     assert list(map(len, parts)) == [3, 3, 1]
     assert torch.equal(torch.cat(parts), pixels.whole())
     assert len(pixels) == 7

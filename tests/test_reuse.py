@@ -195,6 +195,33 @@ def test_tokens_stay_within_their_pages_whatever_comes() -> None:
     assert oracle
 
 
+@pytest.mark.parametrize("size", [0.01, 0.999, 2.3])
+def test_a_tree_is_kept_beside_its_video_and_goes_with_it(size: float) -> None:
+    tree = torch.arange(3000, dtype=torch.int32).view(2, -1)
+    cache, kept = FeatureCache(4 * MIB), tokens(size, seed=1)
+    cache.put_tree(b"a", tree)
+    assert cache.get_tree(b"a", CPU) is None
+    cache.put(b"a", kept, tree_bytes=tree.nbytes)
+    assert cache.get_tree(b"a", CPU) is None
+    for made in (tree, tree + 1):
+        cache.put_tree(b"a", made)
+        found, found_tree = cache.get(b"a", CPU), cache.get_tree(b"a", CPU)
+        assert found is not None
+        assert found_tree is not None
+        assert torch.equal(found, kept)
+        assert torch.equal(found_tree, tree)
+    cache.put(b"b", tokens(3.5, seed=2))
+    assert cache.get_tree(b"a", CPU) is None
+
+
+def test_room_for_a_tree_is_part_of_the_bound() -> None:
+    cache = FeatureCache(2 * MIB)
+    cache.put(b"a", tokens(2, seed=1), tree_bytes=8)
+    assert cache.get(b"a", CPU) is None
+    cache.put(b"a", tokens(2, seed=1))
+    assert cache.get(b"a", CPU) is not None
+
+
 def test_what_is_forgotten_is_not_found_and_leaves_room() -> None:
     cache = FeatureCache(2 * MIB)
     cache.put(b"a", tokens(2, seed=1))

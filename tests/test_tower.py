@@ -12,7 +12,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from scissor_vllm.compression import CompressedTokens
+from scissor_vllm.compression import CompressedTokens, get_compressor, linkage
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.worker import video_compression as tower
 from scissor_vllm.worker.video_compression import VideoCompression
@@ -226,6 +226,31 @@ def test_a_frame_that_repeats_is_encoded_once(method: str) -> None:
         assert tower.calls == [5]
         assert torch.allclose(rows, expected, atol=1e-5)
     assert compression.keeps_all([video], [36])
+
+
+@pytest.mark.parametrize("method", ["average-linkage", "scc"])
+def test_a_video_asked_again_is_searched_once_if_its_method_has_a_tree(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[int] = []
+    search = linkage.linkage_tree
+
+    def counting(*args: Any, **options: Any) -> linkage.LinkageTree:
+        searches.append(1)
+        return search(*args, **options)
+
+    monkeypatch.setattr(linkage, "linkage_tree", counting)
+    compression, encode = make_compression(method, cache_gb=0.01), RecordingTower()
+    [video] = make_videos(9)
+    whole = compression.compressed(video, 36, encode)[0]
+    for kept in (5, 3, 5, 30):
+        [rows] = rows_of(compression, [video], [kept], encode)
+        assert torch.equal(rows, get_compressor(method)(whole, kept).tokens)
+    by_references = 4
+    assert len(searches) == (1 + by_references if method == "average-linkage" else 0)
+    compression.forget_features()
+    rows_of(compression, [video], [5], encode)
+    assert len(searches) == (2 + by_references if method == "average-linkage" else 0)
 
 
 def test_with_an_adapter_in_the_tower_nothing_is_kept() -> None:

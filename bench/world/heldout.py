@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import av
@@ -30,6 +31,10 @@ SEEDS = {
     "heldout": range(2**33, 2**33 + 2**31),
 }
 """The scene seeds that each split may use; no two share one."""
+
+CAMERAS = ("any", "fixed", "moving")
+"""As scenes are drawn; standing still, with a sensor's noise; or panning."""
+_LEAST_NOISE, _LEAST_PAN = 2.0, 1.0
 
 QUESTIONS_FILE = "questions.jsonl"
 _ENCODING = {"crf": "18", "preset": "medium"}
@@ -100,14 +105,33 @@ def _encode(frames: npt.NDArray[np.uint8], path: Path) -> None:
         container.mux(stream.encode())
 
 
-def write_split(folder: Path, split: str, num_per_skill: int) -> None:
+def with_camera(scene: Scene, camera: str) -> Scene:
+    """Return the scene before a background that stands still, or pans; what moves before it, and
+    so every answer, stays.
+    """
+    if camera == "any":
+        return scene
+    if camera == "fixed":
+        places = [replace(place, pan=(0.0, 0.0)) for place in scene.places]
+    else:
+        places = [replace(place, pan=_at_least(place.pan)) for place in scene.places]
+    noise = max(scene.noise, _LEAST_NOISE)
+    return replace(scene, places=tuple(places), noise=noise, is_noise_still=False)
+
+
+def _at_least(pan: tuple[float, float]) -> tuple[float, float]:
+    across, down = pan
+    return (across if abs(across) >= _LEAST_PAN else math.copysign(_LEAST_PAN, across), down)
+
+
+def write_split(folder: Path, split: str, num_per_skill: int, camera: str = "any") -> None:
     """Write the clips that are missing, then questions.jsonl."""
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     items = list(sample_items(split, num_per_skill))
     for item in tqdm(items, desc=split, unit="clip"):
         path = folder / item.video
         if not path.exists():
-            write_clip(sample_scene(item.seed, item.skill), path)
+            write_clip(with_camera(sample_scene(item.seed, item.skill), camera), path)
     lines = "".join(json.dumps(asdict(item)) + "\n" for item in items)
     temporary = folder / f"{QUESTIONS_FILE}.tmp"
     temporary.write_text(lines)
@@ -120,9 +144,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=("heldout", "validation"), default="heldout")
     parser.add_argument("--num-per-skill", type=int, default=100)
+    parser.add_argument(
+        "--camera", choices=CAMERAS, default="any", help="(default: %(default)s, as drawn)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    write_split(args.folder, args.split, args.num_per_skill)
+    write_split(args.folder, args.split, args.num_per_skill, args.camera)
 
 
 if __name__ == "__main__":

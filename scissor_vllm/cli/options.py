@@ -22,16 +22,20 @@ from scissor_vllm.settings import (
     DEFAULT_MAX_VIDEO_TOKENS,
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
+    DEFAULT_TOWER_MERGING_THRESHOLD,
     DEFAULT_VIDEO_COMPRESSION,
     MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
     OWN_KEYS,
     TARGET_TTFT_MS,
+    TOWER_MERGING_MAX_RATIO,
+    TOWER_MERGING_THRESHOLD,
     VIDEO_COMPRESSION,
     VIDEO_FEATURE_CACHE_GB,
     VIDEO_FRAME_CACHE_GB,
     CacheSizes,
     RetentionPolicy,
+    TowerMerging,
     check_cache_gb,
     check_keys,
     check_target_ttft_ms,
@@ -105,7 +109,8 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         choices=sorted(METHODS),
         default=None,
-        help="scc: Semantic Connected Components of the whole video, as in the paper; scc-windows: "
+        help="average-linkage: groups of tokens joined by mean cosine, in windows of 4 frames; "
+        "scc: Semantic Connected Components of the whole video, as in the paper; scc-windows: "
         "of 4 frames each; for comparison: selections of tokens, with +merge those with SCC's last "
         f"step, and SCC without one of its steps; one of {', '.join(sorted(METHODS))} "
         f"(default: {DEFAULT_VIDEO_COMPRESSION})",
@@ -128,6 +133,24 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         "so that one asked about at another ratio below 1.0 is not encoded again; 0, or "
         "--mm-processor-cache-gb 0 alone, keeps none "
         f"(default: {DEFAULT_FEATURE_CACHE_GB:g})",
+    )
+    group.add_argument(
+        "--tower-merging-max-ratio",
+        metavar="RATIO",
+        type=float,
+        default=None,
+        help="requests of this ratio and below have the vision tower compute a patch once for "
+        "frames in which it hardly changes; approximate, LLaVA-OneVision only, and without effect "
+        "where the camera moves (default: 0, off)",
+    )
+    group.add_argument(
+        "--tower-merging-threshold",
+        metavar="DIFFERENCE",
+        type=float,
+        default=None,
+        help="mean squared difference of 8-bit pixels up to which a patch counts as unchanged: "
+        "higher is faster and less exact "
+        f"(default: {DEFAULT_TOWER_MERGING_THRESHOLD:g})",
     )
 
 
@@ -219,12 +242,15 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         VIDEO_COMPRESSION: args.video_compression,
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
+        TOWER_MERGING_MAX_RATIO: args.tower_merging_max_ratio,
+        TOWER_MERGING_THRESHOLD: args.tower_merging_threshold,
     }
     given = {key: value for key, value in settings.items() if value is not None}
     merged = {**(args.mm_processor_kwargs or {}), **given}
     try:
         check_method(RetentionPolicy.from_mm_processor_kwargs(merged).method)
         CacheSizes.of(merged, args.mm_processor_cache_gb)
+        TowerMerging.from_mm_processor_kwargs(merged)
         _check_model(args, merged)
     except (TypeError, ValueError) as error:
         raise refuse(str(error)) from error
@@ -278,6 +304,9 @@ def in_force(args: argparse.Namespace) -> str:
         f"{sizes.frames / 2**30:g} GiB for frames and {sizes.features / 2**30:g} GiB for "
         f"features, API servers {num_servers}"
     )
+    merging = TowerMerging.from_mm_processor_kwargs(kwargs)
+    if merging.max_ratio:
+        line += f", merging in the tower at ratios up to {merging.max_ratio}"
     if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
         line += " (--api-server-count 2 prepares more videos at once, with a cache in each)"
     return line

@@ -4,9 +4,14 @@ import pkgutil
 from collections.abc import Mapping
 from functools import partial
 
+import torch
+
+from scissor_vllm.compression import linkage, scc
 from scissor_vllm.compression.ablations import compress_across_frames, compress_in_frames
 from scissor_vllm.compression.baselines import select_longest, select_randomly
+from scissor_vllm.compression.linkage import AverageLinkage
 from scissor_vllm.compression.result import Compressor
+from scissor_vllm.compression.rivals import compress_by_kitoke, select_by_floc, select_k_center
 from scissor_vllm.compression.scc import compress_for_serving, represent
 from scissor_vllm.compression.selection import merging
 from scissor_vllm.compression.uniform import select_evenly
@@ -15,6 +20,8 @@ SELECTORS: Mapping[str, Compressor | str] = {
     "uniform": select_evenly,
     "random": select_randomly,
     "l2norm": select_longest,
+    "floc": select_by_floc,
+    "k-center": select_k_center,
     "evs": "scissor_vllm.compression.vllm_selectors:select_by_evs",
     "vidcom2": "scissor_vllm.compression.vllm_selectors:select_by_vidcom2",
 }
@@ -30,6 +37,8 @@ MERGERS: Mapping[str, Compressor] = {
     "scc-no-merge": represent,
     "scc-spatial": compress_in_frames,
     "scc-temporal": compress_across_frames,
+    "average-linkage": AverageLinkage(),
+    "kitoke": compress_by_kitoke,
 }
 """Methods whose rows are means of tokens."""
 
@@ -58,6 +67,20 @@ def get_compressor(name: str) -> Compressor:
     if isinstance(selector, str):
         selector = _imported(name, selector)
     return merging(selector) if name.endswith(MERGE) else selector
+
+
+def warm_up_shapes(
+    name: str, max_tokens: int, device: torch.device
+) -> list[tuple[int, int, float]]:
+    """Return shapes and ratios (T, P, K/N) of the calls after which a method prepares no more.
+
+    Args:
+        name: of the method.
+        max_tokens: N of the largest video.
+        device: that compresses.
+    """
+    is_linkage = isinstance(MERGERS.get(name), AverageLinkage)
+    return (linkage if is_linkage else scc).warm_up_shapes(max_tokens, device)
 
 
 def _imported(name: str, path: str) -> Compressor:

@@ -16,7 +16,8 @@ class CompressedTokens:
     """(T*P,) int64, on the input's device: the row that each input token was merged into, -1 for a
     token that a selecting method dropped."""
     similarity_threshold: float | None = None
-    """Cosine above which tokens are connected: the given one, or the one found for the budget."""
+    """Cosine above which tokens are connected: the given one, or the one found for the budget. With
+    average linkage, the mean cosine of the last two groups that were joined."""
     threshold_on_device: torch.Tensor | None = None
     """The threshold without host synchronization: () float64 on the input's device. NaN means none.
     Infinity means a defect, fewer than K parts, which the reader reports."""

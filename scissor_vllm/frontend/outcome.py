@@ -22,6 +22,7 @@ from scissor_vllm.frontend.tracing import NO_SPAN, CompressionSpan
 from scissor_vllm.metrics import (
     Outcome,
     Reason,
+    count_patches,
     count_refusal,
     count_request,
     count_tokens,
@@ -68,6 +69,7 @@ class Chat:
         elif ratio is not None:
             num_tokens, num_retained = self._report.num_tokens, self._report.num_retained
             count_tokens(self._method, ratio, sum(num_tokens), sum(num_retained))
+            count_patches(sum(self._report.num_patches), sum(self._report.num_computed_patches))
         self._span.end(self._method, outcome.value, self._report)
 
     @contextmanager

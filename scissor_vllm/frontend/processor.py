@@ -31,6 +31,7 @@ from vllm.multimodal.processing.processor import PromptUpdateDetails
 from scissor_vllm.frontend.asked import Asked, asked_for
 from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
+from scissor_vllm.frontend.patch_anchors import anchors_of_videos, count_patches
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.metrics import CLOCK, Reason
 from scissor_vllm.retention import (
@@ -45,14 +46,17 @@ from scissor_vllm.retention import (
 )
 from scissor_vllm.settings import (
     OWN_KEYS,
+    TOWER_MERGING_MAX_RATIO,
     CacheSizes,
     RetentionPolicy,
+    TowerMerging,
     without_own_keys,
 )
 from scissor_vllm.video_fields import (
     FRAME_OF,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
+    PATCH_ANCHORS,
     PIXEL_NORMALIZATION,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
@@ -121,6 +125,8 @@ class VideoPlaceholders(PromptUpdateDetails):
     """N."""
     num_retained: int = 0
     """K."""
+    patches: tuple[int, int] | None = None
+    """Where patches may be merged in the tower, all of them and those that it computes."""
 
 
 class RetentionProcessingInfo:
@@ -134,8 +140,14 @@ class RetentionProcessingInfo:
         self.cache_sizes = CacheSizes.of(
             mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb
         )
+        self.tower_merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         FRAMES.resize(self.cache_sizes.frames)
         super().__init__(without_retention_settings(ctx))  # type: ignore[call-arg]
+        if self.tower_merging.max_ratio > 0 and self.get_patch_size() is None:
+            raise ValueError(
+                f"{TOWER_MERGING_MAX_RATIO} cannot be set for this model: patches are merged in "
+                "SigLIP's tower of LLaVA-OneVision only; leave it out"
+            )
 
     @abstractmethod
     def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
@@ -144,6 +156,10 @@ class RetentionProcessingInfo:
     @abstractmethod
     def get_num_fixed_tokens(self) -> int:
         """Return how many placeholders follow a video's tokens and are never compressed."""
+
+    def get_patch_size(self) -> int | None:
+        """Return the side of the tower's patches in pixels, None if none are merged there."""
+        return None
 
 
 class RetentionProcessor(BaseMultiModalProcessor[Any]):
@@ -243,6 +259,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 for content in (update.content for update in updates):
                     if isinstance(content, VideoPlaceholders):
                         inputs.report.add(inputs.ratio, content.num_tokens, content.num_retained)
+                        if content.patches is not None:
+                            inputs.report.add_patches(*content.patches)
         return result
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
@@ -298,11 +316,17 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
         counts = kwargs.get(RETENTION)
         by_budget = isinstance(counts, RetainedCounts) and counts.is_budgeted
+        ratio = kwargs[RETENTION_RATIO]
+        if by_budget:
+            # K, which follows below, and whether the tower merges are what a budget decides.
+            merges = self.info.tower_merging.applies_to(counts.ratio)
+            ratio = "by budget, merging" if merges else "by budget"
         of_video = {
             **plain,
-            RETENTION_RATIO: "by budget" if by_budget else kwargs[RETENTION_RATIO],
+            RETENTION_RATIO: ratio,
             # Two servers with different methods may share a cache that outlives them.
             "video_compression": self.info.retention_policy.method,
+            **self._merging_settings(),
         }
         hashes: dict[str, Any] = {}
         for modality, items in inputs.mm_data_items.items():
@@ -335,6 +359,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             missing[RETENTION] = counts.at([i for i, cached in enumerate(is_cached) if not cached])
         return missing
 
+    def _merging_settings(self) -> dict[str, object]:
+        """Return what else a video's data depends on."""
+        merging = self.info.tower_merging
+        return {} if merging.max_ratio == 0 else {"tower_merging": repr(merging)}
+
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
@@ -348,6 +377,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             VIDEO_FRAMES: MultiModalFieldConfig.batched("video"),
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
             FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            PATCH_ANCHORS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_IDENTITY: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
 
@@ -408,12 +438,27 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 processed[FRAME_OF] = frame_of = [index for _, index in found]
         processed[VIDEO_FRAMES] = frames
         processed[PIXEL_NORMALIZATION] = normalizations
+        anchors = []
+        if self.info.tower_merging.applies_to(ratio):
+            anchors = anchors_of_videos(
+                frames, self.info.get_patch_size(), self.info.tower_merging.threshold
+            )
+        if anchors:
+            processed[PATCH_ANCHORS] = anchors
         # Only what is compressed is looked for again.
         if ratio != 1.0 and self.info.cache_sizes.features > 0:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             processed[VIDEO_IDENTITY] = [
-                identity_of(algorithm, frames=pixels, normalization=scale, frame_of=index)
-                for pixels, scale, index in zip(frames, normalizations, frame_of, strict=True)
+                identity_of(
+                    algorithm,
+                    frames=pixels,
+                    normalization=scale,
+                    frame_of=index,
+                    **({"anchors": anchors[number]} if anchors else {}),
+                )
+                for number, (pixels, scale, index) in enumerate(
+                    zip(frames, normalizations, frame_of, strict=True)
+                )
             ]
 
     def _resized_videos(
@@ -462,17 +507,19 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         )
         if NUM_RETAINED not in next(iter(out_mm_kwargs.get("video", ())), {}):
             return updates
+        ratio = float(hf_processor_mm_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
         return [
-            self._counted(update, out_mm_kwargs)
+            self._counted(update, out_mm_kwargs, ratio)
             if update.modality == "video" and isinstance(update, PromptReplacement)
             else update
             for update in updates
         ]
 
     def _counted(
-        self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems
+        self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems, ratio: float
     ) -> PromptReplacement:
         """Return vLLM's replacement with K placeholders in place of N, and both numbers."""
+        may_merge = self.info.tower_merging.applies_to(ratio)
 
         def replacement(index: int) -> VideoPlaceholders:
             item = out_mm_kwargs["video"][index]
@@ -486,7 +533,13 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             if not isinstance(content, PromptUpdateDetails):
                 content = PromptUpdateDetails.from_seq(content)
             return VideoPlaceholders(
-                content.full, content.is_embed, num_tokens=num_tokens, num_retained=num_retained
+                content.full,
+                content.is_embed,
+                num_tokens=num_tokens,
+                num_retained=num_retained,
+                patches=count_patches(item, self.info.get_patch_size())
+                if may_merge and num_retained != num_tokens
+                else None,
             )
 
         return replace(update, replacement=replacement)

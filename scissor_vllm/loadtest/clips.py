@@ -9,12 +9,17 @@ from __future__ import annotations
 import base64
 import mimetypes
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+CAMERAS = ("any", "fixed", "moving")
+"""How the camera of a made clip moves: some pan and some do not, with one cut; none does, before a
+background with a sensor's noise; or all pan and zoom, with two cuts."""
+
 _FORMAT = 1
 """Version of the drawing; it separates older clips."""
 
@@ -32,16 +37,22 @@ class ClipShape:
     num_frames: int = 64
     fps: int = 16
     seed: int = 0
+    camera: str = "any"
+    """One of CAMERAS."""
 
     @property
     def folder_name(self) -> str:
         """A name that is unique for the shape."""
         size = f"{self.width}x{self.height}-{self.num_frames}-frames-{self.fps}-fps"
-        return f"{size}-seed-{self.seed}-v{_FORMAT}"
+        camera = "" if self.camera == "any" else f"-{self.camera}-camera"
+        return f"{size}-seed-{self.seed}{camera}-v{_FORMAT}"
 
-    def as_dict(self) -> dict[str, int]:
-        """Return the values by name."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, int | str]:
+        """Return the values by name, the camera where it is not any."""
+        values = asdict(self)
+        if self.camera == "any":
+            del values["camera"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -134,22 +145,46 @@ def _make_clip(path: Path, number: int, shape: ClipShape) -> None:
     import numpy as np
 
     rng = np.random.default_rng([shape.seed, number])
-    cut = int(shape.num_frames * rng.uniform(0.3, 0.7))
-    scenes = [_Scene(rng, shape), _Scene(rng, shape)]
+    scene_at = _SCENES[shape.camera](rng, shape)
     unfinished = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")
     with av.open(str(unfinished), "w") as container:
         options = {"crf": "26", "preset": "veryfast"}
         stream: Any = container.add_stream("libx264", rate=shape.fps, options=options)
         stream.width, stream.height, stream.pix_fmt = shape.width, shape.height, "yuv420p"
         for index in range(shape.num_frames):
-            picture = scenes[index >= cut].draw(index)
+            picture = scene_at(index).draw(index)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())
     unfinished.replace(path)
 
 
+def _scenes_of_any(rng: Any, shape: ClipShape) -> Callable[[int], _Scene]:
+    cut = int(shape.num_frames * rng.uniform(0.3, 0.7))
+    scenes = [_Scene(rng, shape), _Scene(rng, shape)]
+    return lambda index: scenes[index >= cut]
+
+
+def _scenes_of_fixed(rng: Any, shape: ClipShape) -> Callable[[int], _Scene]:
+    scene = _NoisyScene(rng, shape)
+    return lambda _: scene
+
+
+def _scenes_of_moving(rng: Any, shape: ClipShape) -> Callable[[int], _Scene]:
+    first, second = (
+        int(shape.num_frames * rng.uniform(*part)) for part in ((0.2, 0.45), (0.55, 0.8))
+    )
+    scenes = [_ZoomedScene(rng, shape) for _ in range(3)]
+    return lambda index: scenes[(index >= first) + (index >= second)]
+
+
+_SCENES = {"any": _scenes_of_any, "fixed": _scenes_of_fixed, "moving": _scenes_of_moving}
+
+
 class _Scene:
     """A drifting background and the shapes that cross it."""
+
+    _moves: bool | None = None
+    """Whether the camera pans; None for some that do."""
 
     def __init__(self, rng: Any, shape: ClipShape) -> None:
         import numpy as np
@@ -160,6 +195,8 @@ class _Scene:
         self._background = _texture(rng, shape.height + margins, shape.width + margins)
         # A still camera, or one that pans to and fro.
         self._pan = rng.uniform(-3, 3, 2) * (rng.uniform() < 0.6)
+        if self._moves is not None:
+            self._pan = rng.choice((-1, 1), 2) * rng.uniform(1, 3, 2) * self._moves
         count = int(rng.integers(2, 6))
         size = np.array([shape.height, shape.width])
         self._places = rng.uniform(0, 1, (count, 2)) * size
@@ -171,11 +208,19 @@ class _Scene:
 
     def draw(self, index: int) -> Any:
         """Return the RGB picture (height, width, 3), uint8, of a frame."""
+        return self._with_shapes(index, self._backdrop(index))
+
+    def _backdrop(self, index: int) -> Any:
+        """Return the background of a frame, to be written on."""
         import numpy as np
 
         panned = (self._margin + self._pan * index) % (4 * self._margin)
         top, left = np.minimum(panned, 4 * self._margin - panned).astype(int)
-        picture = self._background[top : top + self._height, left : left + self._width].copy()
+        return self._background[top : top + self._height, left : left + self._width].copy()
+
+    def _with_shapes(self, index: int, picture: Any) -> Any:
+        import numpy as np
+
         size = np.array([self._height, self._width])
         for place, speed, radius, color, is_round in zip(
             self._places, self._speeds, self._radii, self._colors, self._round, strict=True
@@ -185,6 +230,47 @@ class _Scene:
             inside = rows**2 + columns**2 < radius**2 if is_round else np.maximum(rows, columns)
             picture[inside if is_round else inside < radius] = color
         return picture
+
+
+class _NoisyScene(_Scene):
+    """A still background, and a sensor's noise over all."""
+
+    _moves = False
+
+    def __init__(self, rng: Any, shape: ClipShape) -> None:
+        super().__init__(rng, shape)
+        self._noise = rng.normal(scale=4, size=(8, shape.height, shape.width, 1))
+        self._shifts = rng.integers(0, shape.width, shape.num_frames)
+
+    def draw(self, index: int) -> Any:
+        import numpy as np
+
+        # No two frames have the same noise, and few are drawn.
+        noise = np.roll(self._noise[index % len(self._noise)], self._shifts[index], 1)
+        return (super().draw(index) + noise).clip(0, 255).astype(np.uint8)
+
+
+class _ZoomedScene(_Scene):
+    """A background that the camera pans over and zooms into, or out of."""
+
+    _moves = True
+
+    def __init__(self, rng: Any, shape: ClipShape) -> None:
+        super().__init__(rng, shape)
+        self._zoom = float(rng.choice((-1, 1)) * rng.uniform(0.003, 0.01))
+        self._num_frames = shape.num_frames
+
+    def _backdrop(self, index: int) -> Any:
+        import cv2
+
+        picture = super()._backdrop(index)
+        # From 1 on, so that the picture is large enough.
+        farthest = -min(0.0, self._zoom) * self._num_frames
+        scale = 1 / (1 + farthest + self._zoom * index)
+        height, width = round(self._height * scale), round(self._width * scale)
+        top, left = (self._height - height) // 2, (self._width - width) // 2
+        crop = picture[top : top + height, left : left + width]
+        return cv2.resize(crop, (self._width, self._height), interpolation=cv2.INTER_LINEAR)
 
 
 def _texture(rng: Any, height: int, width: int) -> Any:

@@ -64,7 +64,9 @@ def run(argv: Sequence[str]) -> int:
     planned = cells(args.retention_ratio, concurrencies, args.request_rate or [None])
     label = args.label or (STOCK if args.retention_ratio == [()] else "scissor-vllm")
     file = open_results(args.output, environment(), append=args.append, overwrite=args.overwrite)
-    shape = videos.ClipShape(args.width, args.height, args.num_frames, args.fps, args.seed)
+    shape = videos.ClipShape(
+        args.width, args.height, args.num_frames, args.fps, args.seed, args.camera
+    )
     if args.videos:
         chosen = videos.load_clips(args.videos)
     else:
@@ -134,7 +136,9 @@ def clips(argv: Sequence[str]) -> int:
     _add_clip_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    shape = videos.ClipShape(args.width, args.height, args.num_frames, args.fps, args.seed)
+    shape = videos.ClipShape(
+        args.width, args.height, args.num_frames, args.fps, args.seed, args.camera
+    )
     made = videos.make_clips(args.folder, args.num_clips, shape)
     size = sum(clip.path.stat().st_size for clip in made)
     print(f"{made[0].path.parent}: {len(made)} clips, {size / 1e6:.1f} MB")
@@ -212,6 +216,13 @@ def _add_clip_options(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(
             flag, type=_positive, default=getattr(shape, name), help="(default: %(default)s)"
         )
+    parser.add_argument(
+        "--camera",
+        choices=videos.CAMERAS,
+        default=shape.camera,
+        help="any: pans in some clips; fixed: stands still before a noisy, textured background; "
+        "moving: pans, zooms and cuts (default: %(default)s)",
+    )
 
 
 def _positive(text: str) -> int:

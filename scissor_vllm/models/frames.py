@@ -21,6 +21,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import WeightsMapper
 
 from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
+from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import FRAME_OF, NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_FRAMES
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels, batched_pixels, take_video_pixels
@@ -52,6 +53,11 @@ class FramesProcessingInfo(RetentionProcessingInfo):
     def get_num_fixed_tokens(self) -> int:
         """Return 0: nothing stands behind a video."""
         return 0
+
+    def get_patch_size(self) -> int | None:
+        """Return the side of a patch of SigLIP's tower, in pixels; others merge none."""
+        vision = self.get_hf_config().vision_config  # type: ignore[attr-defined]
+        return int(vision.patch_size) if vision.model_type == "siglip_vision_model" else None
 
 
 class FramesProcessor(RetentionProcessor):
@@ -88,6 +94,17 @@ class FramesModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_dtype = model_config.dtype
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
+        mm_config = model_config.get_multimodal_config()
+        merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
+        self._merges_patches = merging.max_ratio > 0
+        if self._merges_patches:
+            from scissor_vllm.worker.merged_encoder import merges_patches
+
+            if not merges_patches(self.vision_tower):
+                raise ValueError(
+                    f"{TOWER_MERGING_MAX_RATIO} needs the layers of vLLM's SigLIP tower, got "
+                    f"{type(self.vision_tower).__name__}: leave it out"
+                )
 
     @property
     def tokens_per_frame(self) -> int:
@@ -121,8 +138,19 @@ class FramesModel:
         tokens: torch.Tensor = self._video_pixels_to_features(self.vision_tower, pixels)  # type: ignore[attr-defined]
         return tokens
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the same but for rounding, and faster on a GPU."""
+    def _encode(self, pixels: torch.Tensor, anchors: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the same but for rounding, and faster on a GPU.
+
+        Args:
+            pixels: of frames.
+            anchors: int64 (t, P), which frame's patch stands for each, counted from the first; None
+                if all are to be computed.
+        """
+        if anchors is not None:
+            from scissor_vllm.worker.merged_encoder import merging_encoder
+
+            with merging_encoder(self.vision_tower, anchors):
+                return self._features(pixels)
         if not pixels.is_cuda or len(pixels) < FUSED_FRAMES:
             return self._features(pixels)
         from scissor_vllm.worker.siglip import fused_encoder
@@ -136,8 +164,7 @@ class FramesModel:
         """
         behind = self._rows_behind()
         if self.video_compression.warm_up(behind.shape[1], behind.dtype, behind.device):
-            side = self.config.vision_config.image_size
-            self._encode(behind.new_zeros(FUSED_FRAMES, 3, side, side))
+            self._warm_up_tower(behind)
         stock = super().embed_multimodal  # type: ignore[misc]
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
@@ -157,6 +184,16 @@ class FramesModel:
         return tuple(
             self._rows(video, count, behind) for video, count in zip(videos, counts, strict=True)
         )
+
+    def _warm_up_tower(self, like: torch.Tensor) -> None:
+        """Encode made-up frames, so that no request waits for kernels to be compiled."""
+        vision = self.config.vision_config
+        pixels = like.new_zeros(FUSED_FRAMES, 3, vision.image_size, vision.image_size)
+        self._encode(pixels)
+        if self._merges_patches:
+            num_patches = (vision.image_size // vision.patch_size) ** 2
+            frames = torch.arange(FUSED_FRAMES)[:, None]
+            self._encode(pixels, (frames - frames % 2).expand(-1, num_patches))
 
     def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
         """Return a video's rows and what stands behind it."""

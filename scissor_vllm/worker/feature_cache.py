@@ -1,4 +1,4 @@
-"""Caches the vision tower's output, so that a video is encoded once for all ratios.
+"""Caches the vision tower's output and its tree, so that a video is encoded and searched once.
 
 The key is a cryptographic hash of the content, never a name from a client. It is an LRU cache,
 bounded in bytes.
@@ -30,6 +30,10 @@ class _Features:
     pages: list[int]
     shape: torch.Size
     dtype: torch.dtype
+    begin_of_tree: int
+    """Bytes before the place of the video's tree."""
+    trees: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
+    """Shape and dtype of the tree that is kept, if one is."""
     num_retained: set[int] = field(default_factory=set)
     """Numbers of kept tokens requested since it was cached."""
 
@@ -64,7 +68,7 @@ class FeatureCache:
         """Make an empty cache.
 
         Args:
-            max_bytes: of tokens.
+            max_bytes: of tokens and trees.
             pin_memory: whether a GPU copies to and from it.
             sharing: with other workers, None for none.
         """
@@ -111,16 +115,17 @@ class FeatureCache:
         if features is None:
             return None
         self._videos.move_to_end(key)
-        tokens = torch.empty(features.shape, dtype=features.dtype, device=device)
-        if self._sharing.is_owner:
-            with self._in_order(device):
-                for page, part in self._parts(features.pages, tokens):
-                    part.copy_(page, non_blocking=True)
-        return self._sharing.share(tokens)
+        return self._read(features.pages, features.shape, features.dtype, 0, device)
 
-    def put(self, key: Hashable, tokens: torch.Tensor) -> None:
-        """Keep a copy of a video's tokens, unless they are larger than the whole cache."""
-        num_pages = -(-tokens.nbytes // _PAGE_BYTES)
+    def put(self, key: Hashable, tokens: torch.Tensor, tree_bytes: int = 0) -> None:
+        """Keep a copy of a video's tokens, unless they are larger than the whole cache.
+
+        Args:
+            key: of the video.
+            tokens: of any shape and dtype.
+            tree_bytes: room for :meth:`put_tree`.
+        """
+        num_pages = -(-(tokens.nbytes + tree_bytes) // _PAGE_BYTES)
         if key in self._videos or num_pages > self._max_pages:
             return
         self._grow(num_pages)
@@ -130,12 +135,24 @@ class FeatureCache:
             _, dropped = self._videos.popitem(last=False)
             self._free.extend(dropped.pages)
         pages = [self._free.pop() for _ in range(num_pages)]
-        self._videos[key] = _Features(pages, tokens.shape, tokens.dtype)
-        if not self._sharing.is_owner:
+        self._videos[key] = _Features(pages, tokens.shape, tokens.dtype, tokens.nbytes)
+        self._write(pages, tokens, 0)
+
+    def put_tree(self, key: Hashable, tree: torch.Tensor) -> None:
+        """Keep a copy of a kept video's tree, which has the room that its tokens came with."""
+        features = self._videos.get(key)
+        if features is None or features.trees:
             return
-        with self._in_order(tokens.device):
-            for page, part in self._parts(pages, tokens.contiguous()):
-                page.copy_(part, non_blocking=True)
+        features.trees.append((tree.shape, tree.dtype))
+        self._write(features.pages, tree, features.begin_of_tree)
+
+    def get_tree(self, key: Hashable, device: torch.device) -> torch.Tensor | None:
+        """Return a video's tree on the device; None if there is none."""
+        features = self._videos.get(key)
+        if features is None or not features.trees:
+            return None
+        shape, dtype = features.trees[0]
+        return self._read(features.pages, shape, dtype, features.begin_of_tree, device)
 
     def is_for_another_ratio(self, key: Hashable, num_retained: int) -> bool:
         """Return whether a kept video was compressed before, but never to K; note that it is."""
@@ -151,13 +168,35 @@ class FeatureCache:
             self._free.extend(features.pages)
         self._videos.clear()
 
+    def _read(
+        self, pages: list[int], shape: torch.Size, dtype: torch.dtype, begin: int,
+        device: torch.device,
+    ) -> torch.Tensor:  # fmt: skip
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        if self._sharing.is_owner:
+            with self._in_order(device):
+                for kept, part in self._parts(pages, tensor, begin):
+                    part.copy_(kept, non_blocking=True)
+        return self._sharing.share(tensor)
+
+    def _write(self, pages: list[int], tensor: torch.Tensor, begin: int) -> None:
+        if not self._sharing.is_owner:
+            return
+        with self._in_order(tensor.device):
+            for kept, part in self._parts(pages, tensor.contiguous(), begin):
+                kept.copy_(part, non_blocking=True)
+
     def _parts(
-        self, pages: list[int], tokens: torch.Tensor
+        self, pages: list[int], tensor: torch.Tensor, begin: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield each page, as much of it as is used, with its part of the tokens."""
-        parts = tokens.view(-1).view(torch.uint8).split(_PAGE_BYTES)
-        for page, part in zip(pages, parts, strict=True):
-            yield self._pages[page][: len(part)], part
+        """Yield parts of pages, from so many bytes on, and the parts of a tensor that lie there."""
+        flat = tensor.view(-1).view(torch.uint8)
+        done = 0
+        while done < len(flat):
+            number, at = divmod(begin + done, _PAGE_BYTES)
+            count = min(_PAGE_BYTES - at, len(flat) - done)
+            yield self._pages[pages[number]][at : at + count], flat[done : done + count]
+            done += count
 
     @contextmanager
     def _in_order(self, device: torch.device) -> Iterator[None]:

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
 
-from scissor_vllm.worker.siglip_kernels import add_norm
+from scissor_vllm.worker.siglip_kernels import add_norm, place_row, subtract_rows
 
 _MAX_WIDTH = 1 << 14
 """Largest width: a kernel holds a row in registers."""
@@ -42,6 +42,18 @@ def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
         return
     with encoding_by(vision_tower, partial(_encode, layers)):
         yield True
+
+
+def _encode(layers: list[Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Return what the layers make of (B, P, C)."""
+    # Sums are written in place, and not into what the caller holds.
+    hidden = inputs_embeds.clone(memory_format=torch.contiguous_format)
+    return encode_fused(layers, hidden, _attend_in_frames)
+
+
+def _attend_in_frames(attention: Any, normed: torch.Tensor) -> torch.Tensor:
+    attended: torch.Tensor = attention(normed)[0]
+    return attended
 
 
 def plain_layers(vision_tower: nn.Module) -> list[Any] | None:
@@ -94,13 +106,24 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def _encode(layers: list[Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """Return the layers' output for (B, P, C)."""
-    # Sums are written in place, so the caller's tensor is copied.
-    hidden = inputs_embeds.clone(memory_format=torch.contiguous_format)
+def encode_fused(
+    layers: list[Any],
+    hidden: torch.Tensor,
+    attend: Callable[[Any, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return what plain layers make of tokens.
+
+    Args:
+        layers: as :func:`plain_layers` gives them.
+        hidden: (..., C), contiguous; written to.
+        attend: a layer's attention, of its module and normed tokens.
+
+    Returns:
+        like ``hidden``.
+    """
     normed = layers[0].layer_norm1(hidden)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        attended, _ = layer.self_attn(normed)
+        attended = attend(layer.self_attn, normed)
         normed = add_and_norm(hidden, attended, layer.layer_norm2)
         widened = linear_gelu(normed, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
         narrowed, _ = layer.mlp.fc2(widened)
@@ -149,3 +172,59 @@ def add_and_norm(hidden: torch.Tensor, added: torch.Tensor, norm: LayerNorm) -> 
         hidden, added, normed, norm.weight, norm.bias, norm.eps, width, block, num_warps=4
     )
     return normed
+
+
+def row_differences(rows: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Return the differences of pairs of rows.
+
+    Args:
+        rows: (M, D), each contiguous.
+        pairs: row numbers of minuends and of subtrahends, int32 (2, T, L).
+
+    Returns:
+        (T, L, D), of the rows' dtype.
+    """
+    _, num_frames, num_pairs = pairs.shape
+    differences = rows.new_empty(num_frames, num_pairs, rows.shape[1])
+    width = rows.shape[1]
+    subtract_rows[(num_frames * num_pairs,)](
+        rows,
+        pairs,
+        differences,
+        rows.stride(0),
+        num_frames * num_pairs,
+        width,
+        triton.next_power_of_2(width),
+        num_warps=4,
+    )
+    return differences
+
+
+def place_rows(
+    rows: torch.Tensor, row_of_place: torch.Tensor, moves: torch.Tensor, move_of_place: torch.Tensor
+) -> torch.Tensor:
+    """Return the row of each place, with the place's move added.
+
+    Args:
+        rows: (M, D), each contiguous.
+        row_of_place: int32 (N,).
+        moves: (L, D), contiguous.
+        move_of_place: int32 (N,), -1 for none.
+
+    Returns:
+        (N, D), contiguous, of the rows' dtype.
+    """
+    width = rows.shape[1]
+    at_places = rows.new_empty(len(row_of_place), width)
+    place_row[(len(row_of_place),)](
+        rows,
+        row_of_place,
+        moves,
+        move_of_place,
+        at_places,
+        rows.stride(0),
+        width,
+        triton.next_power_of_2(width),
+        num_warps=4,
+    )
+    return at_places

@@ -1,7 +1,8 @@
 """The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -16,7 +17,8 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
-from scissor_vllm.compression.scc import warm_up_shapes
+from scissor_vllm.compression.linkage import AverageLinkage
+from scissor_vllm.compression.methods import warm_up_shapes
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.metrics import (
     CLOCK,
@@ -134,7 +136,7 @@ class VideoCompression:
             return False
         self._is_warm = True
         generator = torch.Generator(device).manual_seed(0)
-        for num_frames, per_frame, ratio in warm_up_shapes(self._max_tokens, device):
+        for num_frames, per_frame, ratio in warm_up_shapes(self.method, self._max_tokens, device):
             shape = (num_frames, per_frame, width)
             tokens = torch.randn(shape, dtype=dtype, device=device, generator=generator)
             self._compress(tokens, max(num_frames, int(num_frames * per_frame * ratio)))
@@ -154,7 +156,7 @@ class VideoCompression:
         self,
         video: VideoPixels,
         num_retained: int,
-        encode: Callable[[torch.Tensor], torch.Tensor],
+        encode: Callable[..., torch.Tensor],
         width: int | None = None,
     ) -> tuple[torch.Tensor, CompressedTokens]:
         """Return a video's tokens (T, P, D) and what they were compressed to.
@@ -162,18 +164,21 @@ class VideoCompression:
         Args:
             video: T frames.
             num_retained: K.
-            encode: pixels (t, C, H, W) to tokens (t, P, D); called with at most so many frames as
-                the encoder's budget covers.
+            encode: pixels (t, C, H, W), and anchors of their patches if the video has any, to
+                tokens (t, P, D); called with at most so many frames as the encoder's budget covers.
             width: how many of a token's first values are compressed, if there are others behind
                 them.
         """
         is_whole = self.keeps_all([video], [num_retained])
+        if is_whole and video.anchors is not None:
+            # What keeps all of a video is as exact as uncompressed.
+            video = replace(video, anchors=None)
         # Kept for other ratios is what is encoded for these.
         tokens = self._encoded(video, encode) if is_whole else self._tokens(video, encode)
         if not is_whole:
             self._note_ratio(video, num_retained)
         compared = tokens if width is None else tokens[..., :width].contiguous()
-        result = self._exactly(compared, num_retained)
+        result = self._exactly(compared, num_retained, video.identity)
         if self._watcher is not None:
             self._watcher(compared, result)
         return tokens, result
@@ -187,9 +192,7 @@ class VideoCompression:
         finally:
             self._watcher = None
 
-    def _tokens(
-        self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def _tokens(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return (T, P, D), from an earlier question about this video if they are kept."""
         device = video.pixels.device
         if self._features is not None and video.identity is not None:
@@ -200,16 +203,17 @@ class VideoCompression:
                 return kept
         tokens = self._encoded(video, encode)
         if self._features is not None and video.identity is not None:
-            self._features.put(video.identity, tokens)
+            tree_bytes = 0
+            if isinstance(self._compress, AverageLinkage):
+                tree_bytes = self._compress.tree_bytes(tokens.shape[0] * tokens.shape[1])
+            self._features.put(video.identity, tokens, tree_bytes)
         return tokens
 
-    def _encoded(
-        self, video: VideoPixels, encode: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def _encoded(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return (T, P, D), from the tower."""
         with self.stage("tower", video.pixels.device):
             calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
-            return video.repeated(torch.cat([encode(pixels) for pixels in calls]))
+            return video.repeated(torch.cat([encode(*call) for call in calls]))
 
     def _note_ratio(self, video: VideoPixels, num_retained: int) -> None:
         if self._features is None or video.identity is None:
@@ -223,7 +227,22 @@ class VideoCompression:
         if self._features is not None:
             self._features.clear()
 
-    def _exactly(self, tokens: torch.Tensor, num_retained: int) -> CompressedTokens:
+    def _compress_or_cut(
+        self, tokens: torch.Tensor, num_retained: int, identity: Hashable | None
+    ) -> CompressedTokens:
+        """Return K rows, without a search if the video's tree is kept beside its tokens."""
+        method = self._compress
+        if not isinstance(method, AverageLinkage) or self._features is None or identity is None:
+            return method(tokens, num_retained)
+        tree = self._features.get_tree(identity, tokens.device)
+        if tree is None:
+            tree = method.tree(tokens)
+            self._features.put_tree(identity, tree)
+        return method.cut(tree, tokens, num_retained)
+
+    def _exactly(
+        self, tokens: torch.Tensor, num_retained: int, identity: Hashable | None
+    ) -> CompressedTokens:
         """Return K rows, or raise only where unlike rows could follow.
 
         An exception here ends every request's engine, so a failure keeps tokens evenly instead:
@@ -251,7 +270,7 @@ class VideoCompression:
             return CompressedTokens(torch.cat([flat, repeated]), itself)
         try:
             with self.stage("compress", tokens.device):
-                compressed = self._compress(tokens, num_retained)
+                compressed = self._compress_or_cut(tokens, num_retained, identity)
         except ValueError as error:
             logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
             return select_evenly(tokens, num_retained)

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from scissor_vllm.normalization import normalized
-from scissor_vllm.video_fields import FRAME_OF, PIXEL_NORMALIZATION, VIDEO_FRAMES, VIDEO_IDENTITY
+from scissor_vllm.patch_merging import GROUP_FRAMES
+from scissor_vllm.video_fields import (
+    FRAME_OF,
+    PATCH_ANCHORS,
+    PIXEL_NORMALIZATION,
+    VIDEO_FRAMES,
+    VIDEO_IDENTITY,
+)
 
 
 @dataclass(frozen=True)
@@ -29,17 +36,34 @@ class VideoPixels:
     """``FRAME_OF``, None if every frame is there."""
     tokens_per_frame: int | None = None
     """P, where it differs by video; None for the model's own."""
+    anchors: torch.Tensor | None = None
+    """``PATCH_ANCHORS``, None if every patch is to be computed."""
 
     def __len__(self) -> int:
         return len(self.pixels if self.frame_of is None else self.frame_of)
 
-    def split(self, num_frames: int) -> Iterator[torch.Tensor]:
-        """Yield pixels of at most so many frames, (t, C, H, W), made when they are asked for.
+    def split(self, num_frames: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield what the tower is called with: pixels of at most so many frames, (t, C, H, W), made
+        when they are asked for, and their anchors (t, P) if patches stand for others there.
 
         A frame that repeats the one before it is not among them, see ``repeated``.
         """
-        for block in self.pixels.split(num_frames):
-            yield self._for_tower(block)
+        if self.anchors is None:
+            for block in self.pixels.split(num_frames):
+                yield (self._for_tower(block),)
+            return
+        if num_frames > GROUP_FRAMES:
+            # So that no group lies in two calls.
+            num_frames -= num_frames % GROUP_FRAMES
+        first = 0
+        for block, named in zip(
+            self.pixels.split(num_frames), self.anchors.split(num_frames), strict=True
+        ):
+            # An anchor before the call gives way to the call's first frame, where it stood too.
+            anchors = (named.to(torch.int64) - first).clamp(min=0)
+            merges = bool((anchors != torch.arange(len(block))[:, None]).any())
+            yield (self._for_tower(block), anchors) if merges else (self._for_tower(block),)
+            first += len(block)
 
     def repeated(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows (T, ...) from those of the frames that ``split`` gave."""
@@ -70,14 +94,15 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
 
     Args:
         fields: what vLLM calls ``embed_multimodal`` with: frames (B, T, H, W, C), or a list if
-            lengths differ, their normalization (B, 2, C), and if any their identities (B, 4) and
-            what repeats, (B, T) or a list.
+            lengths differ, their normalization (B, 2, C), and if any their identities (B, 4), what
+            repeats, (B, T) or a list, and anchors of patches, (B, T, P) or a list.
         dtype: the model's.
     """
     frames = fields.pop(VIDEO_FRAMES, None)
     normalization = fields.pop(PIXEL_NORMALIZATION, None)
     identities = fields.pop(VIDEO_IDENTITY, None)
     repeats = fields.pop(FRAME_OF, None)
+    anchors = fields.pop(PATCH_ANCHORS, None)
     if frames is None:
         return []
     if identities is None:
@@ -86,7 +111,11 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
         names = [identity.numpy().tobytes() for identity in identities]
     if repeats is None:
         repeats = [None] * len(frames)
+    if anchors is None:
+        anchors = [None] * len(frames)
     return [
-        VideoPixels(pixels, scale, dtype, name, frame_of)
-        for pixels, scale, name, frame_of in zip(frames, normalization, names, repeats, strict=True)
+        VideoPixels(pixels, scale, dtype, name, frame_of, anchors=stand)
+        for pixels, scale, name, frame_of, stand in zip(
+            frames, normalization, names, repeats, anchors, strict=True
+        )
     ]

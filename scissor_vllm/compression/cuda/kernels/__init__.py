@@ -1,4 +1,4 @@
-"""Triton kernels of SCC. Each file is one idea; they follow each other like this:
+"""Triton kernels. Each file is one idea. Those of SCC follow each other like this:
 
     tokens (T, P, D)
       │ frames         usable rows · cosines inside frames · Prim's order of each frame
@@ -17,6 +17,17 @@
     components
       │ parts          numbered in the paper's order, tokens grouped by part
       │ merge          means of parts · nearest part of each token · merged rows
+      ▼
+    K rows and the assignment (N,)
+
+Average linkage has its own:
+
+    tokens (N, D)
+      │ distances      unit vectors as integers · distances inside windows
+      │ linkage        copies joined · nearest group of each · all rounds, a program for each window
+      ▼
+    tree (parent, height), sorted by height
+      │ tree           the groups that N - K merges leave · means of their rows
       ▼
     K rows and the assignment (N,)
 

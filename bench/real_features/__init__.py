@@ -1,0 +1,1 @@
+"""Compression of real vision features of real videos: what reconstruction alone can tell."""

@@ -1,0 +1,175 @@
+"""Decides from pixels which patches of a video need not be encoded again.
+
+A patch takes the values of its anchor if its pixels hardly differ from the anchor's: from those of
+the patch that was computed, not of the frame before, so that slow changes do not add up. Noise of
+a sensor or of a codec is averaged over 2 x 2 pixels first.
+
+A frame in which the camera moved is encoded whole. What tells it are its textured patches, those
+that would differ from themselves moved by two pixels: smooth ones, such as a sky, match by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
+from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
+
+MIN_MATCHING = 0.5
+"""Least share of a frame's textured patches that match their anchors, or all are computed."""
+
+MIN_TEXTURED = 0.02
+"""Least share of patches that must be textured to tell whether the camera moves. With fewer, the
+picture is smooth, and is the same wherever the camera points."""
+
+MAX_COMPUTED = 0.9
+"""With a larger share of patches to compute, gathering costs what leaving out saves."""
+
+_CERTAIN = 0.95
+"""If more patches match, or so many do not, texture is not looked at."""
+
+_POOL, _NUM_CHANNELS = 2, 3
+
+
+def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> torch.Tensor | None:
+    """Return ``PATCH_ANCHORS`` of a video, None if the tower is to compute nearly all patches.
+
+    Args:
+        frames: uint8 (T, H, W, 3) on the CPU.
+        patch_size: of the tower, in pixels; what is left at the right and at the bottom counts not.
+        threshold: mean squared difference, in units of uint8's values, up to which patches match.
+
+    Returns:
+        int16 (T, P), rising along T.
+    """
+    patches = _Patches(frames.shape[1], frames.shape[2], patch_size)
+    anchors = np.empty((len(frames), patches.num_places), np.int16)
+    # Sums over a patch's values, in place of means.
+    limit = np.float32(threshold * patches.num_values)
+    current = np.empty((patches.num_places, patches.num_values), np.float32)
+    difference = np.empty_like(current)
+    for number, pixels in enumerate(frames.numpy()):
+        frame = patches.of(pixels)
+        if number % GROUP_FRAMES == 0:
+            is_new = np.ones(patches.num_places, bool)
+        else:
+            is_new = _squared(np.subtract(frame, current, out=difference)) > limit
+            is_new |= _has_moved(is_new, patches, current, threshold)
+        if is_new.all():
+            current[:] = frame
+        else:
+            current[is_new] = frame[is_new]
+        anchors[number] = np.where(is_new, number, anchors[number - 1])
+    found = torch.from_numpy(anchors)
+    return found if computed_patches(found).float().mean() <= MAX_COMPUTED else None
+
+
+def anchors_of_videos(
+    videos: list[torch.Tensor], patch_size: int, threshold: float
+) -> list[torch.Tensor]:
+    """Return ``PATCH_ANCHORS`` of each video, [] if the tower is to compute nearly all patches.
+
+    Args:
+        videos: uint8 (T, H, W, 3) each.
+        patch_size: as :func:`patch_anchors` takes it.
+        threshold: likewise.
+    """
+    found = [patch_anchors(frames, patch_size, threshold) for frames in videos]
+    if all(anchors is None for anchors in found):
+        return []
+    return [
+        _own_anchors(frames, patch_size) if anchors is None else anchors
+        for frames, anchors in zip(videos, found, strict=True)
+    ]
+
+
+def count_patches(item: Mapping[str, Any], patch_size: int) -> tuple[int, int] | None:
+    """Return how many patches a video has, and how many of them the tower computes.
+
+    Args:
+        item: the video's fields.
+        patch_size: of the tower.
+
+    Returns:
+        None for a video that went stock's way.
+    """
+    if VIDEO_FRAMES not in item:
+        return None
+    num_different, height, width, _ = item[VIDEO_FRAMES].data.shape
+    num_frames = len(item[FRAME_OF].data) if FRAME_OF in item else num_different
+    num_places = (height // patch_size) * (width // patch_size)
+    num_computed = num_different * num_places
+    if PATCH_ANCHORS in item:
+        num_computed = int(computed_patches(item[PATCH_ANCHORS].data).sum())
+    return num_frames * num_places, num_computed
+
+
+def _own_anchors(frames: torch.Tensor, patch_size: int) -> torch.Tensor:
+    num_frames, height, width, _ = frames.shape
+    numbers = torch.arange(num_frames, dtype=torch.int16)[:, None]
+    return numbers.repeat(1, (height // patch_size) * (width // patch_size))
+
+
+def _has_moved(
+    is_new: NDArray[np.bool_],
+    patches: _Patches,
+    anchors: NDArray[np.float32],
+    threshold: float,
+) -> bool:
+    """Return whether the camera has, by which patches differ from their anchors."""
+    num_matching = np.count_nonzero(~is_new)
+    if num_matching > _CERTAIN * len(is_new) or num_matching < (1 - _CERTAIN) * len(is_new):
+        return bool(num_matching < len(is_new) / 2)
+    matching = ~is_new[patches.moved(anchors) > threshold]
+    if len(matching) < MIN_TEXTURED * len(is_new):
+        return False
+    return bool(matching.mean() < MIN_MATCHING)
+
+
+class _Patches:
+    """Makes a frame's pooled patches, in memory that stays in a core's cache."""
+
+    def __init__(self, height: int, width: int, patch_size: int) -> None:
+        self._rows, self._columns = height // patch_size, width // patch_size
+        self._height, self._width = self._rows * patch_size, self._columns * patch_size
+        self._is_pooled = patch_size % _POOL == 0
+        self._side = patch_size // _POOL if self._is_pooled else patch_size
+        self.num_places = self._rows * self._columns
+        self.num_values = self._side**2 * _NUM_CHANNELS
+        self._patches = np.empty((self.num_places, self.num_values), np.float32)
+
+    def of(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return (P, s*s*3) of (H, W, 3), to be used before the next call."""
+        shown = frame[: self._height, : self._width]
+        size = (self._columns * self._side, self._rows * self._side)
+        if self._is_pooled:
+            shown = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
+        line = self._side * _NUM_CHANNELS
+        grid = shown.reshape(self._rows, self._side, self._columns, line).swapaxes(1, 2)
+        self._patches.reshape(self._rows, self._columns, self._side, line)[:] = grid
+        return self._patches
+
+    def moved(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the mean squared difference to the patches moved by a pooled pixel, across or
+        down, whichever is larger, (P,).
+        """
+        line = self._side * _NUM_CHANNELS
+        lines = patches.reshape(-1, self._side, line)
+        across = lines[:, :, _NUM_CHANNELS:] - lines[:, :, :-_NUM_CHANNELS]
+        down = patches[:, line:] - patches[:, :-line]
+        larger: NDArray[np.float32] = np.maximum(
+            _squared(across.reshape(len(patches), -1)), _squared(down)
+        )
+        return larger / down.shape[1]
+
+
+def _squared(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return sums of squares, (P,), of (P, n)."""
+    squared: NDArray[np.float32] = np.einsum("pk,pk->p", values, values)
+    return squared

@@ -1,0 +1,205 @@
+"""SigLIP's encoder for videos whose patches take the values of others: fewer tokens, the same grid.
+
+The M patches that ``scissor_vllm.patch_merging`` has computed pass through the layers. A frame's
+attention has a query for each of its patches among the M, and a key and a value for every place:
+those of the patch that stands there, moved by what changed around it. At the end each place takes
+its values in the same way. With nothing merged, this is the encoder that vLLM runs, but for
+rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
+
+from scissor_vllm.patch_merging import computed_patches, nearest_probes, probe_places
+from scissor_vllm.vllm_compat import frames_attention
+
+_DECAY = 8 / 9
+"""Of a probe's weight with its squared distance on the lattice."""
+
+Attend = Callable[[Any, torch.Tensor], torch.Tensor]
+"""A layer's attention: of ``SiglipAttention`` and normed tokens."""
+
+
+@dataclass(frozen=True)
+class MergedPatches:
+    """Which of the patches of T frames with P places are computed, and where their values go."""
+
+    computed: torch.Tensor
+    """Numbers of the M computed patches among the T*P, rising, int32 (M,)."""
+    row_of_place: torch.Tensor
+    """Row among the M that stands at each place, int32 (T*P,)."""
+    move_of_place: torch.Tensor
+    """Number among T*L of the move that is added there, -1 for none, int32 (T*P,)."""
+    probes: torch.Tensor
+    """Rows of each frame's lattice, and rows of their anchors, int32 (2, T, L)."""
+    weights: torch.Tensor
+    """How much each probe's change counts in the move around each probe, of the tower's dtype
+    (T, L, L)."""
+    query_ends: torch.Tensor
+    """Where the queries of each frame begin and end among the M, int32 (T + 1,)."""
+    key_ends: torch.Tensor
+    """Where its keys begin and end among the T*P, int32 (T + 1,)."""
+    num_queries: list[int]
+    """Of each frame."""
+
+    @property
+    def num_places(self) -> int:
+        """P."""
+        return len(self.row_of_place) // len(self.num_queries)
+
+    @classmethod
+    def of(cls, anchors: torch.Tensor, device: torch.device, dtype: torch.dtype) -> MergedPatches:
+        """Return them for the frames of a tower call: one copy to the device, and no host
+        synchronization.
+
+        Args:
+            anchors: int64 (T, P) on the CPU, counted from the call's first frame.
+            device: of the tower.
+            dtype: of the tower.
+        """
+        num_frames, num_places = anchors.shape
+        frames, places = torch.arange(num_frames)[:, None], torch.arange(num_places)
+        is_computed = computed_patches(anchors)
+        num_queries = is_computed.sum(dim=1)
+        row = (is_computed.flatten().cumsum(0) - 1).view(num_frames, num_places)
+        lattice = probe_places(num_places)
+        move = frames * len(lattice) + nearest_probes(num_places)
+        parts = {
+            "computed": is_computed.flatten().nonzero().flatten(),
+            "row_of_place": row[torch.where(is_computed, frames, anchors), places].flatten(),
+            "move_of_place": torch.where(is_computed, -1, move).flatten(),
+            "probes": torch.stack([row[:, lattice], row[anchors[:, lattice], lattice]]),
+            "weights": probe_weights((anchors != frames)[:, lattice]).view(torch.int32),
+            "query_ends": nn.functional.pad(num_queries.cumsum(0), (1, 0)),
+            "key_ends": torch.arange(num_frames + 1) * num_places,
+        }
+        packed = torch.cat([part.flatten().to(torch.int32) for part in parts.values()])
+        if device.type == "cuda":
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        split = packed.split([part.numel() for part in parts.values()])
+        fields = {
+            name: flat.view(part.shape)
+            for (name, part), flat in zip(parts.items(), split, strict=True)
+        }
+        fields["weights"] = fields["weights"].view(torch.float32).to(dtype)
+        return cls(**fields, num_queries=num_queries.tolist())
+
+
+def probe_weights(has_anchor: torch.Tensor) -> torch.Tensor:
+    """Return how much each probe's change counts in the move around each probe.
+
+    It counts as near as it is: the probe itself and its eight neighbours on the lattice. Where none
+    of these has an anchor, all of the frame count alike.
+
+    Args:
+        has_anchor: which of a frame's probes take no anchor's values only as they are probes, bool
+            (T, L).
+
+    Returns:
+        float32 (T, L, L), rows that sum to 1, or to 0 in a frame with no such probe.
+    """
+    line = torch.arange(math.isqrt(has_anchor.shape[1]))
+    near = torch.exp(-_DECAY * (line[:, None] - line).square()) * (line[:, None] - line).abs().le(1)
+    weights = torch.kron(near, near) * has_anchor[:, None]
+    alone = weights.sum(dim=2, keepdim=True) == 0
+    weights = torch.where(alone, has_anchor[:, None].float(), weights)
+    return weights / weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def merges_patches(vision_tower: nn.Module) -> bool:
+    """Return whether a tower's encoder is one that this module knows."""
+    if not isinstance(vision_tower, SiglipVisionModel):
+        return False
+    encoder = vision_tower.vision_model.encoder
+    return type(encoder) is SiglipEncoder and all(
+        type(layer) is SiglipEncoderLayer for layer in encoder.layers
+    )
+
+
+@contextmanager
+def merging_encoder(vision_tower: Any, anchors: torch.Tensor) -> Iterator[None]:
+    """Have a vision tower leave out the patches that take an anchor's values meanwhile.
+
+    Args:
+        vision_tower: one that :func:`merges_patches`.
+        anchors: of the frames that it will be called with, see :meth:`MergedPatches.of`.
+    """
+    # Imports Triton, for kernels of GPUs.
+    from scissor_vllm.worker.siglip import encode_fused, encoding_by, plain_layers
+
+    weight = next(vision_tower.parameters())
+    device, dtype = weight.device, weight.dtype
+    layers = plain_layers(vision_tower) if device.type == "cuda" else None
+    run = (
+        partial(_encode, list(vision_tower.vision_model.encoder.layers))
+        if layers is None
+        else partial(encode_fused, layers)
+    )
+    with encoding_by(
+        vision_tower, partial(_encode_merged, run, MergedPatches.of(anchors, device, dtype))
+    ):
+        yield
+
+
+def _encode_merged(
+    run: Callable[[torch.Tensor, Attend], torch.Tensor],
+    merged: MergedPatches,
+    inputs_embeds: torch.Tensor,
+) -> torch.Tensor:
+    """Return what layers make of (T, P, C)."""
+    hidden = inputs_embeds.flatten(0, 1).index_select(0, merged.computed)
+    encoded = run(hidden, partial(_attend, merged))
+    return placed(encoded, merged).view(inputs_embeds.shape)
+
+
+def _encode(layers: list[Any], hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+    """Return what layers of any kind make of (M, C)."""
+    for layer in layers:
+        hidden = hidden + attend(layer.self_attn, layer.layer_norm1(hidden))
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return hidden
+
+
+def _attend(merged: MergedPatches, attention: Any, normed: torch.Tensor) -> torch.Tensor:
+    """Return the attention (M, C) of computed patches, each to all places of its frame."""
+    projected, _ = attention.qkv_proj(normed)
+    heads, size = attention.num_heads_per_partition, attention.head_dim
+    queries, keys_and_values = projected.tensor_split([heads * size], dim=1)
+    keys, values = placed(keys_and_values, merged).view(-1, 2, heads, size).unbind(1)
+    attended = frames_attention(
+        attention.attn,
+        queries.view(-1, heads, size),
+        keys,
+        values,
+        query_ends=merged.query_ends,
+        key_ends=merged.key_ends,
+        num_queries=merged.num_queries,
+        num_keys=merged.num_places,
+    )
+    out: torch.Tensor
+    out, _ = attention.out_proj(attended.flatten(-2))
+    return out
+
+
+def placed(rows: torch.Tensor, merged: MergedPatches) -> torch.Tensor:
+    """Return what stands at each place, (T*P, D), from computed rows (M, D), each contiguous."""
+    if rows.is_cuda:
+        from scissor_vllm.worker.siglip import place_rows, row_differences
+
+        changes = row_differences(rows, merged.probes)
+        moves = torch.bmm(merged.weights, changes)
+        return place_rows(rows, merged.row_of_place, moves.flatten(0, 1), merged.move_of_place)
+    of_frame, of_anchors = rows[merged.probes]
+    moves = torch.bmm(merged.weights, of_frame - of_anchors).flatten(0, 1)
+    added = moves[merged.move_of_place.clamp(min=0)]
+    return rows[merged.row_of_place] + added * (merged.move_of_place >= 0)[:, None]
