@@ -34,6 +34,9 @@ RAW = "https://raw.githubusercontent.com/scissor-vllm/scissor-vllm/main/"
 DEFAULTS = {
     "--default-retention-ratio": DEFAULT_RETENTION_RATIO,
     "--min-retention-ratio": DEFAULT_MIN_RETENTION_RATIO,
+    "--auto-retention-ratio": "none",
+    "--target-ttft-ms": "none",
+    "--default-max-retained-video-tokens": "none",
     "--max-video-tokens": DEFAULT_MAX_VIDEO_TOKENS,
     "--video-compression": f"`{DEFAULT_VIDEO_COMPRESSION}`",
     "--video-frame-cache-gb": f"{DEFAULT_FRAME_CACHE_GB:g}",
