@@ -10,16 +10,16 @@ def add_norm(hidden, added, normed, weight, bias, eps, width: tl.constexpr, bloc
     columns = tl.arange(0, block)
     inside = columns < width
     places = tl.program_id(0).to(tl.int64) * width + columns
-    hidden_row = tl.load(hidden + places, mask=inside, added_row=0.0).to(tl.float32)
-    added_row = tl.load(added + places, mask=inside, added_row=0.0).to(tl.float32)
+    hidden_row = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
+    added_row = tl.load(added + places, mask=inside, other=0.0).to(tl.float32)
     rounded = (hidden_row + added_row).to(hidden.dtype.element_ty)
     tl.store(hidden + places, rounded, mask=inside)
     total = rounded.to(tl.float32)
     mean = tl.sum(total, 0) / width
     centred = tl.where(inside, total - mean, 0.0)
     deviation = tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-    gain = tl.load(weight + columns, mask=inside, added_row=0.0).to(tl.float32)
-    shift = tl.load(bias + columns, mask=inside, added_row=0.0).to(tl.float32)
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     result = centred / deviation * gain + shift
     tl.store(normed + places, result.to(hidden.dtype.element_ty), mask=inside)
 
