@@ -696,12 +696,14 @@ class Family:
     def chunked(self) -> list[list[Answer]]:
         """What ours answers in small steps, with a prefix cache if it has one: all together, again
         in another order, those of several videos again alone, and ``other`` behind its like.
+        Without a cache: all together.
         """
         all_of_them = [*self.single, *self.several]
         like = replace(self.other, text=Question.text)
+        again = [all_of_them[::-1], self.several, [like], [self.other]]
         return ask(
             self.folder,
-            [all_of_them, all_of_them[::-1], self.several, [like], [self.other]],
+            [all_of_them, *again] if self.caches_prefixes else [all_of_them],
             max_model_len=4096,
             enable_prefix_caching=self.caches_prefixes,
             max_num_seqs=16,

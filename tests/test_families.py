@@ -60,18 +60,23 @@ def test_chunked_prefill_and_mixed_ratios_at_once_answer_as_one_step_alone(
         assert largest_difference(answer, family.whole[question]) < family.tolerance, question
 
 
+NO_STATES = "vLLM's Mamba2 kernel for CPUs returns no states to cache"
+
+
 def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(family: Family) -> None:
+    if not family.caches_prefixes:
+        pytest.skip(NO_STATES)
     again = [*family.single, *family.several][::-1]
     for questions, answers in ((again, family.chunked[1]), (family.several, family.chunked[2])):
         for question, answer in zip(questions, answers, strict=True):
             assert largest_difference(answer, family.whole[question]) < family.tolerance, question
         num_cached = sum(answer.num_cached_tokens for answer in answers)
-        assert not questions or (num_cached > 0) == family.caches_prefixes
+        assert not questions or num_cached > 0
 
 
 def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family) -> None:
     if not family.caches_prefixes:
-        pytest.skip("vLLM's Mamba2 kernel for CPUs returns no states to cache")
+        pytest.skip(NO_STATES)
     (answer,) = family.chunked[4]
     assert 64 < answer.num_cached_tokens < answer.num_prompt_tokens - NUM_BEHIND
     assert largest_difference(answer, family.whole[family.other]) < family.tolerance

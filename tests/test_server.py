@@ -37,7 +37,10 @@ def test_ratio_one_answers_as_vllm_without_the_plugin(
     clips: dict[str, Path],
     ratio: float,
 ) -> None:
-    for name, parts in stock_questions(clips).items():
+    questions = stock_questions(clips)
+    # The integer is the same ratio: one question shows it.
+    for name in questions if isinstance(ratio, float) else ["tall"]:
+        parts = questions[name]
         # A salt of its own: a prompt that is found in the prefix cache is computed in other shapes,
         # which round otherwise.
         salt = {"cache_salt": f"{name} {ratio!r}"}
