@@ -24,7 +24,7 @@ IN_FLIGHT = "in_flight"
 RETRY_AFTER_SECONDS = 5
 HEALTH_PATHS = ("/health", "/ping")
 _MARGIN_SECONDS = 2.0
-"""Of the timeout, left for the server to close its connections."""
+"""Of the timeout, at most half of it: left for the server to close its connections."""
 _BODY = json.dumps(
     {
         "error": {
@@ -74,13 +74,13 @@ class InFlight:
         deadline = time.monotonic() + timeout
         with self._changed:
             self.is_draining = True
+            wait = timeout - min(_MARGIN_SECONDS, timeout / 2)
             if self._tasks and timeout > 0:
                 logger.info(
                     "scissor_vllm: %d requests in flight, waiting up to %g s for their answers",
                     len(self._tasks),
-                    timeout,
+                    wait,
                 )
-            wait = max(0.0, timeout - _MARGIN_SECONDS)
             if not self._changed.wait_for(lambda: not self._tasks, wait) and timeout > 0:
                 logger.warning(
                     "scissor_vllm: %d requests were not answered within %g s and are cut: raise "
