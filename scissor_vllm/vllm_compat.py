@@ -6,6 +6,7 @@ Each entry states its reason and the condition for its removal.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
@@ -15,6 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from vllm.config import ModelConfig
 from vllm.config.multimodal import MultiModalConfig
 from vllm.platforms import current_platform
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def cli_env_setup() -> None:
@@ -145,8 +148,10 @@ def wait_before_shutdown(engine_client: Any, in_flight: Any) -> None:
     @wraps(shutdown)
     def drain_and_shutdown(timeout: float | None = None) -> None:
         left = in_flight.drain(0 if _is_on_event_loop() else timeout or 0)
-        shutdown(timeout=left if timeout else timeout)
-        in_flight.cut()
+        try:
+            shutdown(timeout=left if timeout else timeout)
+        finally:
+            in_flight.cut()
 
     engine_client.shutdown = drain_and_shutdown
 
@@ -173,7 +178,7 @@ def pending_prompts(engine_client: Any) -> tuple[int, int]:
     return len(lengths), sum(lengths)
 
 
-def watch_first_tokens(engine_client: Any, record: Callable[[int, int], None]) -> None:
+def watch_first_tokens(engine_client: Any, record: Callable[[int, int, float], None]) -> None:
     """Have each step of an engine tell how many prompts got their first token in it.
 
     Beside vLLM's own loggers of statistics. Its entry point ``vllm.stat_logger_plugins`` makes one
@@ -182,7 +187,8 @@ def watch_first_tokens(engine_client: Any, record: Callable[[int, int], None]) -
 
     Args:
         engine_client: an API server's.
-        record: takes their number and how many tokens they have together.
+        record: takes their number, how many tokens they have together, and the seconds since the
+            first of them arrived. What it raises is logged.
 
     Raises:
         ValueError: the operator switched statistics off.
@@ -195,7 +201,7 @@ def watch_first_tokens(engine_client: Any, record: Callable[[int, int], None]) -
     manager.stat_loggers.append(_first_token_logger(record))
 
 
-def _first_token_logger(record: Callable[[int, int], None]) -> Any:
+def _first_token_logger(record: Callable[[int, int, float], None]) -> Any:
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
     class FirstTokens(AggregateStatLoggerBase):
@@ -209,9 +215,14 @@ def _first_token_logger(record: Callable[[int, int], None]) -> Any:
             mm_cache_stats: Any = None,
             engine_idx: int = 0,
         ) -> None:
-            if iteration_stats is not None and iteration_stats.time_to_first_tokens_iter:
-                num_prompts = len(iteration_stats.time_to_first_tokens_iter)
-                record(num_prompts, iteration_stats.num_prompt_tokens)
+            if iteration_stats is None or not iteration_stats.time_to_first_tokens_iter:
+                return
+            latencies = iteration_stats.time_to_first_tokens_iter
+            try:
+                record(len(latencies), iteration_stats.num_prompt_tokens, max(latencies))
+            except Exception:
+                # It would end the task that hands the engine's outputs to the requests.
+                logger.exception("scissor_vllm: first tokens were not counted for auto ratios")
 
         def log_engine_initialized(self) -> None:
             pass

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from bench.numbered_clips import make_clip
-from scissor_vllm.frontend.auto_ratio import AutoRatio, CostModel, auto_steps
+from scissor_vllm.frontend.auto_ratio import AutoRatio, CostModel, _Rate, auto_steps
 from scissor_vllm.frontend.shared_load import Load, SharedLoad
 from scissor_vllm.retention import num_retained_tokens
 from tests.serving import Server
@@ -109,7 +109,7 @@ class Simulation:
             else:
                 owner, kept, ratio, arrival = queue.pop(0)
                 self.pending[owner].remove(kept)
-                self.servers[owner].record_first_tokens(1, kept)
+                self.servers[owner].record_first_tokens(1, kept, self.now - arrival)
                 served.append(Served(arrival, ratio, self.now - arrival))
                 busy = False
                 if queue:
@@ -255,6 +255,19 @@ def test_a_video_that_is_named_alone_gets_the_ratio_of_all() -> None:
     assert engine.auto.choose([None], 0.01) == 1.0
 
 
+def test_an_idle_time_before_a_prompt_is_not_the_engines_work() -> None:
+    engine = Engine()
+    for num_tokens, seconds in ((1000, 0.15), (4000, 0.45)) * 20:
+        engine.answer(num_tokens, seconds)
+    lengths = (1000, 4000, 5000, 10000, 20000)
+    before = [engine.auto.preview([length], 0.01) for length in lengths]
+    assert before[0] == 1.0 > before[-1]
+    engine.now += 300
+    # A prompt without a video: no ratio was chosen for it.
+    engine.auto.record_first_tokens(1, 50, 0.05)
+    assert [engine.auto.preview([length], 0.01) for length in lengths] == before
+
+
 def test_a_preview_changes_nothing() -> None:
     engine, other = Engine(), Engine()
     for one in (engine, other):
@@ -310,6 +323,14 @@ def test_costs_are_never_negative_and_of_one_length_exact() -> None:
     assert costs.per_token > 0
 
 
+def test_requests_that_came_while_nobody_looked_count_as_spread_over_that_time() -> None:
+    rate = _Rate(0.0)
+    rate.observe(1000.0, 1000)
+    assert rate.per_second == pytest.approx(1.0, rel=0.05)
+    rate.observe(1000.0, 1001)
+    assert rate.per_second == pytest.approx(1.05, rel=0.05)
+
+
 def test_requests_on_their_way_to_the_engine_count() -> None:
     engine = Engine()
     engine.answer(1000, 0.2, times=20)
@@ -332,6 +353,9 @@ def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
     (whole, *_) = tmp_path.iterdir()
     (tmp_path / "scissor-load-999999999-x").write_bytes(whole.read_bytes())
     (tmp_path / "counter_1.db").write_bytes(b"of prometheus_client")
+    (tmp_path / "scissor-load-").write_bytes(whole.read_bytes())
+    (tmp_path / "scissor-load-copy-x").write_bytes(whole.read_bytes())
+    (tmp_path / "scissor-load-1-gone").symlink_to(tmp_path / "gone")
     now = 102.0
     assert one.publish(Load(1, 2, 30, 400, 5, 99.0)) == both._replace(updated=now)
     # What has come stays counted.
@@ -339,6 +363,18 @@ def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
         alone = Load(1, 2, 30, 400, 5, 2.0)
         assert one.publish(alone) == alone._replace(num_arrived=11, updated=now)
     assert SharedLoad(None).publish(alone) == alone
+
+
+def test_what_another_server_told_a_moment_after_the_look_holds(tmp_path: Path) -> None:
+    now, later = 100.0, 100.5
+    one = SharedLoad(tmp_path, "one", clock=lambda: now)
+    other = SharedLoad(tmp_path, "other", clock=lambda: later)
+    other.publish(Load(num_pending=2))
+    assert one.publish(Load(num_pending=1)).num_pending == 3
+    # Before a reboot.
+    later = 102.0
+    other.publish(Load(num_pending=2))
+    assert one.publish(Load(num_pending=1)).num_pending == 1
 
 
 # Over HTTP.

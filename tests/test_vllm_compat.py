@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from scissor_vllm.vllm_compat import (
     _with_positions,
     ask_where_rows_carry_positions,
     skip_plain_rows,
+    watch_first_tokens,
 )
 
 MODEL = Namespace(row_width=8)
@@ -84,3 +86,32 @@ def test_v2_leaves_steps_alone_whose_rows_carry_no_positions() -> None:
     plain = [PLAIN, PLAIN]
     assert Pruner().recompute(plain, None, None) is plain
     assert Pruner().recompute([PLAIN, CARRYING], None, None) == "recomputed"
+
+
+def first_tokens(record: Any, latencies: list[float]) -> None:
+    """Have an engine's step tell of first tokens."""
+    client = Namespace(logger_manager=Namespace(stat_loggers=[]))
+    watch_first_tokens(client, record)
+    (watcher,) = client.logger_manager.stat_loggers
+    watcher.record(None, None)
+    step = Namespace(time_to_first_tokens_iter=latencies, num_prompt_tokens=70)
+    watcher.record(None, step)
+
+
+def test_a_step_tells_its_first_tokens_and_the_longest_wait_for_one() -> None:
+    told: list[tuple[int, int, float]] = []
+    first_tokens(lambda *step: told.append(step), [])
+    assert told == []
+    first_tokens(lambda *step: told.append(step), [0.2, 0.5, 0.1])
+    assert told == [(3, 70, 0.5)]
+
+
+def test_an_error_in_the_count_of_first_tokens_does_not_end_the_servers_outputs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("the folder is gone")
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    first_tokens(fail, [0.2])
+    assert "the folder is gone" in caplog.text

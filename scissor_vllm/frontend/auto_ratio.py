@@ -134,8 +134,13 @@ class _Rate:
 
     def observe(self, now: float, num_arrived: float) -> None:
         """Look at how many have come so far."""
-        faded = self._count * math.exp((self._last - now) / RATE_SECONDS)
-        self._count = faded + max(0.0, num_arrived - self._num_seen)
+        elapsed = now - self._last
+        arrived = max(0.0, num_arrived - self._num_seen)
+        # They came one by one since the last look, and fade like those before.
+        weight = 1.0
+        if elapsed > 0:
+            weight = -math.expm1(-elapsed / RATE_SECONDS) * RATE_SECONDS / elapsed
+        self._count = self._count * math.exp(-elapsed / RATE_SECONDS) + arrived * weight
         self._last, self._num_seen = now, num_arrived
         # The first requests of a server are no rate yet.
         known = 1 - math.exp((self._begin - now) / RATE_SECONDS)
@@ -218,15 +223,23 @@ class AutoRatio:
             known = [tokens for tokens in num_tokens if tokens is not None]
             return self._highest_in_time(known, elapsed, self._load_of_all())
 
-    def record_first_tokens(self, num_prompts: int, num_tokens: int) -> None:
-        """Learn that prompts with so many tokens together got their first tokens, just now."""
+    def record_first_tokens(
+        self, num_prompts: int, num_tokens: int, longest: float = math.inf
+    ) -> None:
+        """Learn that prompts with so many tokens together got their first tokens, just now.
+
+        Args:
+            num_prompts: in this step of the engine.
+            num_tokens: of these prompts.
+            longest: seconds since the first of them arrived. The engine may have been idle before.
+        """
         if not num_prompts:
             return
         with self._lock:
             now = self._clock()
             for _ in range(min(num_prompts, len(self._prepared))):
                 self._prepared.popleft()
-            busy_since = self._shared.publish(self._own).busy_since
+            busy_since = max(self._shared.publish(self._own).busy_since, now - longest)
             self._load_of_all(busy_since=now)
             if now > busy_since:
                 self._costs.observe(now - busy_since, num_prompts, num_tokens)

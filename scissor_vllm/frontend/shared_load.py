@@ -11,6 +11,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ _LOOK_SECONDS = 1.0
 """Between two looks for servers that came or went."""
 _FRESH_SECONDS = 30.0
 """A server that told nothing for so long has no prompts in the engine, or its clients hung up."""
+_AHEAD_SECONDS = 1.0
+"""By which the time of what another server told may be after the look at it."""
 
 
 class Load(NamedTuple):
@@ -93,10 +96,11 @@ class SharedLoad:
     def _look(self) -> None:
         assert self._folder is not None
         names = {path.name for path in self._folder.glob(f"{_PREFIX}*")} - {self._name}
-        running = {name for name in names if _runs(int(name.split("-")[2]))}
+        running = {name for name in names if _is_of_a_running_process(name)}
         self._others = {n: shared for n, shared in self._others.items() if n in running}
         for name in running - self._others.keys():
-            with (self._folder / name).open("rb") as file:
+            # A file may vanish meanwhile.
+            with suppress(OSError), (self._folder / name).open("rb") as file:
                 if os.fstat(file.fileno()).st_size == _FORMAT.size:
                     self._others[name] = mmap.mmap(
                         file.fileno(), _FORMAT.size, access=mmap.ACCESS_READ
@@ -105,15 +109,17 @@ class SharedLoad:
 
 def _at(load: Load, now: float) -> Load:
     """Return a load as it is now: what was told long ago, or before a reboot, holds no more."""
-    if now - _FRESH_SECONDS <= load.updated <= now:
+    # Another server may tell it after this one took the time.
+    if now - _FRESH_SECONDS <= load.updated <= now + _AHEAD_SECONDS:
         return load
     return Load(num_arrived=load.num_arrived)
 
 
-def _runs(process: int) -> bool:
+def _is_of_a_running_process(name: str) -> bool:
+    """Return whether a file is that of a server that runs: others may have the prefix."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        os.kill(int(name.removeprefix(_PREFIX).split("-")[0]), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:
         return True
