@@ -129,8 +129,8 @@ def _as_json(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-_MAX_BUDGET = 2**53 - 1
-"""The largest integer that every JSON reader keeps exact."""
+MAX_BUDGET = 2**53 - 1
+"""The largest budget: the largest integer that every JSON reader keeps exact."""
 
 
 def check_token_budget(budget: object) -> int:
@@ -150,9 +150,9 @@ def check_token_budget(budget: object) -> int:
             f"{MAX_RETAINED_VIDEO_TOKENS} must be at least 1, got {_as_json(budget)}: it is the "
             f"most tokens that all videos keep together; send {RETENTION_RATIO} to keep a fraction"
         )
-    if budget > _MAX_BUDGET:
+    if budget > MAX_BUDGET:
         raise ValueError(
-            f"{MAX_RETAINED_VIDEO_TOKENS} must be at most {_MAX_BUDGET}, got {_as_json(budget)}: "
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be at most {MAX_BUDGET}, got {_as_json(budget)}: "
             "leave it out for no limit"
         )
     return budget

@@ -31,8 +31,8 @@ BUILDERS: dict[str, Callable[[Path], Any] | None] = {
 class Processor:
     """A family's processor, with a cache of its own if that is wanted."""
 
-    def __init__(self, model: Path, has_cache: bool) -> None:
-        config = ModelConfig(model=str(model), dtype="float32")
+    def __init__(self, model: Path, has_cache: bool, **settings: Any) -> None:
+        config = ModelConfig(model=str(model), dtype="float32", mm_processor_kwargs=settings)
         self.cache = MultiModalProcessorOnlyCache(config) if has_cache else None
         self.processor = MULTIMODAL_REGISTRY.create_processor(config)
 
@@ -108,6 +108,45 @@ def test_videos_keep_their_shares_whichever_are_in_the_cache(processor: Processo
         assert report.num_tokens == num_tokens
         assert (report.max_retained, report.retention_ratio) == (budget, expected.ratio)
         assert whole_length - length == sum(num_tokens) - budget
+
+
+def test_memory_is_profiled_with_whole_videos_whatever_the_default_budget(model: Path) -> None:
+    plain, budgeted = (
+        Processor(model, False, **settings).processor.get_dummy_mm_inputs({"video": 1})
+        for settings in ({}, {"max_retained_video_tokens": 1})
+    )
+    assert budgeted["mm_placeholders"] == plain["mm_placeholders"]
+    (item,) = budgeted["mm_kwargs"]["video"]
+    assert int(item[NUM_RETAINED].data) == int(item[NUM_VIDEO_TOKENS].data) > 1
+
+
+def test_a_video_that_is_named_alone_has_the_ratio_where_the_budget_is_the_default(
+    model: Path,
+) -> None:
+    def run(processor: Processor, video: Any, **options: Any) -> tuple[Any, RetentionReport]:
+        inner = processor.processor
+        prompt = inner.info.get_tokenizer().encode(inner.dummy_inputs.get_dummy_text({"video": 1}))
+        report = RetentionReport()
+        inputs = ProcessorInputs(
+            prompt,
+            inner.info.parse_mm_data({"video": [video]}),
+            mm_uuid_items={"video": ["a-clip"]},
+            hf_processor_mm_kwargs=options,
+            media_io_kwargs={RETENTION: {RETENTION_REPORT: report}},
+            cache=processor.cache,
+        )
+        return inner.apply(inputs, TimingContext(enabled=False)), report
+
+    processor = Processor(model, True, max_retained_video_tokens=10**6)
+    sent, report = run(processor, Processor._video(12), retention_ratio=0.5)
+    assert report.max_retained == 10**6
+    named, report = run(processor, None, retention_ratio=0.5)
+    assert named["mm_placeholders"] == sent["mm_placeholders"]
+    # The budget is not in force.
+    assert report.max_retained is None
+    assert report.retention_ratio == 0.5
+    with pytest.raises(VLLMValidationError, match="video 0 is named by its uuid alone"):
+        run(processor, None, max_retained_video_tokens=10**6)
 
 
 def test_an_identity_tells_how_many_tokens_are_kept(processor: Processor) -> None:

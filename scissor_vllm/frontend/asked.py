@@ -27,6 +27,8 @@ class Asked:
     """The ratio, or what chooses it by N of the videos."""
     budget: int | None
     """Most tokens that the videos keep together, None for no limit."""
+    is_default_budget: bool
+    """Whether the request names no budget."""
 
 
 def asked_for(
@@ -69,7 +71,7 @@ def asked_for(
         raise VLLMValidationError(str(error), parameter=MAX_RETAINED_VIDEO_TOKENS) from error
     if is_embedded:
         _check_embedded(requested)
-    return Asked(ratio, budget)
+    return Asked(ratio, budget, requested[MAX_RETAINED_VIDEO_TOKENS] is None)
 
 
 def _ratio(policy: RetentionPolicy, requested: object, choose: Chooser | None) -> float | Chooser:

@@ -35,11 +35,13 @@ from scissor_vllm.frontend.patch_anchors import anchors_of_videos, count_patches
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.metrics import CLOCK, Reason
 from scissor_vllm.retention import (
+    MAX_BUDGET,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION,
     RETENTION_RATIO,
     RETENTION_REPORT,
     BudgetTooSmallError,
+    Chooser,
     RetainedCounts,
     RetentionReport,
     count_retained,
@@ -205,7 +207,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _set_counts(self, request: _Request, videos: VideoProcessorItems, asked: Asked) -> None:
         """Put K of each video, and what was asked for, among a request's options."""
         options = dict(request.hf_processor_mm_kwargs)
-        counts = self._count_retained(videos, options, asked)
+        num_tokens = self._get_num_video_tokens(videos, options)
+        if asked.is_default_budget and None in num_tokens:
+            # It is shared out by lengths, and one is not known.
+            request.budget = None
+        counts = self._count_retained(num_tokens, asked.ratio, request.budget)
         options[RETENTION] = counts
         # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
         if counts.ratio != 1.0:
@@ -213,22 +219,18 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         request.hf_processor_mm_kwargs, request.ratio = options, counts.ratio
 
     def _count_retained(
-        self,
-        videos: VideoProcessorItems,
-        options: Mapping[str, object],
-        asked: Asked,
+        self, num_tokens: list[int | None], ratio: float | Chooser, budget: int | None
     ) -> RetainedCounts:
-        """Return K of each video.
+        """Return K of each video by N.
 
         Raises:
             RefusedRequestError: the budget is too small for them, or a video too long to be
                 compressed.
         """
-        num_tokens = self._get_num_video_tokens(videos, options)
         policy = self.info.retention_policy
-        ratio = asked.ratio if isinstance(asked.ratio, float) else asked.ratio(num_tokens)
+        ratio = ratio if isinstance(ratio, float) else ratio(num_tokens)
         try:
-            counts = count_retained(num_tokens, ratio, asked.budget, policy.min_ratio)
+            counts = count_retained(num_tokens, ratio, budget, policy.min_ratio)
         except BudgetTooSmallError as error:
             raise RefusedRequestError(
                 str(error),
@@ -266,7 +268,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """Return vLLM's worst case for memory profiling, uncompressed whatever the default."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
-        inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, RETENTION_RATIO: 1.0}
+        inputs.hf_processor_mm_kwargs = {
+            **inputs.hf_processor_mm_kwargs,
+            RETENTION_RATIO: 1.0,
+            MAX_RETAINED_VIDEO_TOKENS: MAX_BUDGET,
+        }
         return inputs
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from vllm.renderers import ChatParams
 
 from scissor_vllm.retention import (
     AUTO,
+    MAX_BUDGET,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION,
     RETENTION_RATIO,
@@ -38,7 +39,7 @@ _BUDGET_DESCRIPTION = (
     "retention ratio the smaller of both holds. Leave it out for the server's default."
 )
 _BUDGET_SCHEMA = {
-    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**53 - 1}, {"type": "null"}],
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_BUDGET}, {"type": "null"}],
     "title": "Max Retained Video Tokens",
 }
 
