@@ -812,6 +812,16 @@ def test_the_dashboard_is_of_the_chosen_data_source_model_and_instance() -> None
                     assert 'model_name=~"$model"' in labels, target["expr"]
 
 
+def test_no_panel_of_the_dashboard_lies_over_another() -> None:
+    cells: dict[tuple[int, int], str] = {}
+    for panel in dashboard()["panels"]:
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24, panel["title"]
+        for x in range(at["x"], at["x"] + at["w"]):
+            for y in range(at["y"], at["y"] + at["h"]):
+                assert cells.setdefault((x, y), panel["title"]) == panel["title"]
+
+
 def exported_metrics() -> set[str]:
     """Return the names of the metrics that a server exports, ours and vLLM's."""
     from vllm.v1.metrics import loggers, perf, stats
