@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
@@ -25,13 +26,15 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+from vllm.multimodal.parse import VideoProcessorItems
 
 from scissor_vllm.frontend import chat
 from scissor_vllm.frontend.endpoint import RetentionEndpoint
-from scissor_vllm.frontend.estimate import EstimateRequest
+from scissor_vllm.frontend.estimate import EstimateReport, EstimateRequest, estimate
 from scissor_vllm.frontend.guard import misspelt_field
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.retention import RetentionReport
+from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 
 CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
 ESTIMATE = "/v1/scissor/estimate"
@@ -413,7 +416,7 @@ def test_the_list_of_models_tells_what_a_request_may_ask_of_videos(
     cards = client.get("/v1/models").json()["data"]
     assert [card["id"] for card in cards] == ["m", "adapter"]
     expected = {
-        "method": "scc-windows",
+        "method": DEFAULT_VIDEO_COMPRESSION,
         "default_retention_ratio": 0.5,
         "min_retention_ratio": 0.1,
         "default_max_retained_video_tokens": 700,
@@ -433,6 +436,38 @@ def test_an_estimate_says_what_vllm_says_is_wrong(app: FastAPI, client: TestClie
     assert ask(client, VIDEO, ESTIMATE).status_code == 404
     init(app, compresses=False)
     assert "count this model's tokens with /tokenize" in error_of(ask(client, VIDEO, ESTIMATE))
+
+
+def test_an_estimate_counts_no_frames_of_a_video_that_is_named_alone() -> None:
+    report = EstimateReport()
+    frames = np.zeros((3, 4, 4, 3), dtype=np.uint8)
+    named: Any = None
+    report.look(VideoProcessorItems([named, (frames, {"fps": 2.0}), frames]))
+    assert report.num_frames == [None, 3, 3]
+
+
+def test_an_estimate_ends_when_its_client_hangs_up(app: FastAPI) -> None:
+    async def run() -> None:
+        ended = asyncio.Event()
+
+        async def create_tokenize(request: Any, raw_request: Any) -> Any:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        async def receive() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        handler: Any = Namespace(create_tokenize=create_tokenize)
+        app.state.serving_tokenization = handler
+        raw_request: Any = Request({"type": "http", "app": app}, receive)
+        request = EstimateRequest.model_validate({"model": "m", "messages": VIDEO})
+        await asyncio.wait_for(estimate(request, raw_request), 5)
+        await asyncio.wait_for(ended.wait(), 5)
+
+    init(app)
+    asyncio.run(run())
 
 
 # What the operator set.

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from scissor_vllm.frontend.auto_ratio import chooser
 from scissor_vllm.frontend.checks import check_request
@@ -28,7 +29,9 @@ ESTIMATE_PATH = "/v1/scissor/estimate"
 class VideoEstimate(BaseModel):
     """What would be kept of a video."""
 
-    num_frames: int = Field(description="Frames that are read of it.")
+    num_frames: int | None = Field(
+        description="Frames that are read of it; null where it is named by its uuid alone."
+    )
     num_video_tokens: int = Field(description="Tokens before compression.")
     num_retained_video_tokens: int = Field(description="Tokens after compression.")
 
@@ -51,14 +54,14 @@ class Estimate(BaseModel):
 class EstimateReport(RetentionReport):
     """Counts a request's frames too."""
 
-    num_frames: list[int] = field(default_factory=list)
-    """Of each video."""
+    num_frames: list[int | None] = field(default_factory=list)
+    """Of each video, None for one that is named by its id in the cache."""
 
     def look(self, videos: Any) -> None:
         """Count them."""
         for video in videos.get_all():
             frames = video[0] if isinstance(video, tuple) else video
-            self.num_frames.append(len(frames))
+            self.num_frames.append(None if frames is None else len(frames))
 
 
 class EstimateRequest(RetentionTokenizeChatRequest):
@@ -87,6 +90,7 @@ def attach_estimate(app: FastAPI, tokenize_route: APIRoute) -> None:
     app.include_router(router)
 
 
+@with_cancellation
 async def estimate(request: EstimateRequest, raw_request: Request) -> Response:
     """Return what a chat's videos would keep, in tokens, without inference."""
     state = raw_request.app.state
