@@ -193,7 +193,7 @@ def observed_server(servers: OneServer, collector: Collector, metrics_folder: Pa
     """Return a server as ``page_server`` is, with this directory for metrics."""
     return servers.get(
         *(*SCISSOR, "demo", "--web-page", f"--api-key={PAGE_KEY}", "--min-retention-ratio=0.02"),
-        *("--auto-retention-ratio=0.05:1.0", "--target-ttft-ms=1000"),
+        *("--auto-retention-ratio=0.05:1.0", "--target-ttft-ms=1"),
         *("--api-server-count=2", f"--otlp-traces-endpoint={collector.url}"),
         environment={
             "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),

@@ -386,7 +386,7 @@ def test_a_server_tells_what_it_chose(page_server: Server, tmp_path: Path) -> No
     assert card.video_compression["auto"] == {
         "min_retention_ratio": 0.05,
         "max_retention_ratio": 1.0,
-        "target_ttft_ms": 1000,
+        "target_ttft_ms": 1,
     }
     steps = auto_steps(0.05, 1.0)
 
@@ -395,11 +395,16 @@ def test_a_server_tells_what_it_chose(page_server: Server, tmp_path: Path) -> No
         return {s: page_server.counter(name, retention_ratio=f"{s:g}") for s in steps}
 
     before = choices()
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda n: page_server.ask(clip, f"{n}?", ratio="auto"), range(32)))
+
+    def ask(number: int) -> Any:
+        return page_server.ask(clip, f"{number}?", ratio="auto", max_tokens=2)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(48)))
     chosen = [answer.video_compression["retention_ratio"] for answer in answers]
     after = choices()
     assert {s: after[s] - before[s] for s in steps} == {s: chosen.count(s) for s in steps}
+    # Once a server knows what a prompt takes, any backlog is too long for a goal of 1 ms.
     assert min(chosen) < 1.0
     for answer, ratio in zip(answers, chosen, strict=True):
         compression = answer.video_compression
