@@ -231,6 +231,30 @@ def test_what_is_forgotten_is_not_found_and_leaves_room() -> None:
     assert cache.get(b"b", CPU) is not None
 
 
+def test_a_video_whose_copy_failed_is_not_found_and_leaves_its_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = FeatureCache(max_bytes=2 * 1024**2)
+    video, tree = tokens(1.5, seed=1), torch.arange(9)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("a launch failed")
+
+    for _ in range(3):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a launch"):
+            patched.setattr(cache, "_write", fail)
+            cache.put(b"a", video, tree_bytes=tree.nbytes)
+        assert cache.get(b"a", CPU) is None
+    cache.put(b"a", video, tree_bytes=tree.nbytes)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a launch"):
+        patched.setattr(cache, "_write", fail)
+        cache.put_tree(b"a", tree)
+    assert cache.get_tree(b"a", CPU) is None
+    cache.put_tree(b"a", tree)
+    kept = cache.get(b"a", CPU), cache.get_tree(b"a", CPU)
+    assert all(map(torch.equal, kept, (video, tree)))
+
+
 def test_keeping_a_video_again_takes_no_second_place() -> None:
     cache = FeatureCache(3 * MIB)
     cache.put(b"a", tokens(1, seed=1))
