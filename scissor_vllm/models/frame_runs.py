@@ -26,11 +26,16 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import representative_members
+from scissor_vllm.frontend.asked import Asked
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.metrics import Reason
-from scissor_vllm.retention import RETENTION_RATIO
+from scissor_vllm.retention import (
+    MAX_RETAINED_VIDEO_TOKENS,
+    RETENTION_RATIO,
+    RetainedCounts,
+)
 from scissor_vllm.settings import without_own_keys
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_IDENTITY, VIDEO_TEXT
 from scissor_vllm.worker.positions import text_and_pads
@@ -53,6 +58,14 @@ def with_text(text: torch.Tensor, num_tokens: int, pad: int) -> list[int]:
     return [int(token) for token in tokens.tolist()]
 
 
+def on_device(text: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return ``VIDEO_TEXT`` on a device; the host does not wait for a copy to a GPU."""
+    if device.type == "cuda":
+        # A copy from pageable memory waits for all that the device has to do.
+        text = text.pin_memory()
+    return text.to(device, non_blocking=True)
+
+
 class FrameRunsProcessor(RetentionProcessor):
     """Mixin of a family's processor, placed before vLLM's class."""
 
@@ -64,17 +77,30 @@ class FrameRunsProcessor(RetentionProcessor):
         """Return why a request's videos cannot be compressed, None if they can."""
         return None
 
-    def _get_num_video_tokens(
-        self, videos: VideoProcessorItems, kwargs: Mapping[str, object]
-    ) -> list[int | None]:
-        reason = self._why_not_compressed(kwargs)
-        if reason is not None and RETENTION_RATIO in kwargs:
+    def _count_retained(
+        self, videos: VideoProcessorItems, options: Mapping[str, object], asked: Asked
+    ) -> RetainedCounts:
+        reason = self._why_not_compressed(options)
+        if reason is None:
+            return super()._count_retained(videos, options, asked)
+        # A server that chooses the ratio chooses the one that there is.
+        if isinstance(asked.ratio, float) and asked.ratio != 1.0:
             raise RefusedRequestError(
-                f"{RETENTION_RATIO} must be 1.0 or absent, got {kwargs[RETENTION_RATIO]}: {reason}",
+                f"{RETENTION_RATIO} must be 1.0 or absent, got {asked.ratio}: {reason}",
                 parameter=RETENTION_RATIO,
                 reason=Reason.UNSUPPORTED_MODEL,
             )
-        return super()._get_num_video_tokens(videos, kwargs)
+        whole = super()._count_retained(videos, options, replace(asked, ratio=1.0, budget=None))
+        known = [count for count in whole.num_tokens if count is not None]
+        is_known = len(known) == len(whole.num_tokens)
+        if asked.budget is None or (is_known and sum(known) <= asked.budget):
+            return whole
+        rule = f"at least {sum(known)} or absent" if is_known else "absent"
+        raise RefusedRequestError(
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be {rule}, got {asked.budget}: {reason}",
+            parameter=MAX_RETAINED_VIDEO_TOKENS,
+            reason=Reason.UNSUPPORTED_MODEL,
+        )
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -185,7 +211,7 @@ class FrameRunsModel:
         Returns:
             (K + n, D) and (K + n,) int64 ascending.
         """
-        ids, num_before = text.to(rows.device)
+        ids, num_before = on_device(text, rows.device)
         if len(ids) == 0:
             return rows, members
         places = num_before + torch.arange(len(ids), device=rows.device)
