@@ -12,7 +12,9 @@ from vllm.config.multimodal import MultiModalConfig
 from scissor_vllm.vllm_compat import (
     _with_positions,
     ask_where_rows_carry_positions,
+    forget_with_encoder_cache,
     skip_plain_rows,
+    tell_model_of_reset,
 )
 
 MODEL = Namespace(row_width=8)
@@ -84,3 +86,37 @@ def test_v2_leaves_steps_alone_whose_rows_carry_no_positions() -> None:
     plain = [PLAIN, PLAIN]
     assert Pruner().recompute(plain, None, None) is plain
     assert Pruner().recompute([PLAIN, CARRYING], None, None) == "recomputed"
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_model_forgets_what_it_encoded_after_the_runner_did(forgets: bool) -> None:
+    calls = []
+
+    class Runner:
+        def get_model(self) -> Any:
+            model = Namespace()
+            if forgets:
+                model.forget_encoded = lambda: calls.append("model")
+            return model
+
+        def reset_encoder_cache(self) -> None:
+            calls.append("runner")
+
+    tell_model_of_reset(Runner)
+    tell_model_of_reset(Runner)
+    Runner().reset_encoder_cache()
+    assert calls == ["runner", "model"][: 1 + forgets]
+
+
+def test_vllms_runner_has_the_reset_and_tells_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    monkeypatch.setattr(GPUModelRunner, "reset_encoder_cache", GPUModelRunner.reset_encoder_cache)
+    forget_with_encoder_cache()
+    runner, forgotten = CPUModelRunner.__new__(CPUModelRunner), []
+    runner.encoder_cache = {"a": PLAIN}
+    runner.late_interaction_runner = Namespace(clear=lambda: None)
+    runner.model = Namespace(forget_encoded=lambda: forgotten.append(len(runner.encoder_cache)))
+    runner.reset_encoder_cache()
+    assert forgotten == [0]

@@ -38,6 +38,7 @@ from scissor_vllm.retention import (
 )
 from scissor_vllm.settings import without_own_keys
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_IDENTITY, VIDEO_TEXT
+from scissor_vllm.vllm_compat import forget_with_encoder_cache
 from scissor_vllm.worker.positions import text_and_pads
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels
@@ -182,6 +183,10 @@ class FrameRunsModel:
                 "send a retention_ratio, or start vLLM with VLLM_PLUGINS= to prune"
             )
 
+    def forget_encoded(self) -> None:
+        """Drop what was made of weights that have changed, see ``forget_with_encoder_cache``."""
+        self.video_compression.forget_features()
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""
         self.video_compression.forget_features()
@@ -238,6 +243,7 @@ class SequentialFrameRunsModel(FrameRunsModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self._check_no_pruning(vllm_config)
+        forget_with_encoder_cache()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
 
