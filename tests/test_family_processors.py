@@ -242,7 +242,9 @@ def test_a_video_with_its_audio_is_refused_below_one(
     for name in ("nemotron", "nemotron_omni"):
         with pytest.raises(VLLMValidationError, match=r"must be 1\.0 or absent, got 0\.5.*audio"):
             all_processors[name].ask(WIDE, ratio=0.5, use_audio_in_video=True)
-        with pytest.raises(VLLMValidationError, match=r"must be at least \d+ or absent, got 1: .*au"):
+        with pytest.raises(
+            VLLMValidationError, match=r"must be at least \d+ or absent, got 1: .*au"
+        ):
             all_processors[name].ask(
                 WIDE, ratio=1.0, max_retained_video_tokens=1, use_audio_in_video=True
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_a_kept_trees_ranks_are_aligned_as_kernels_are_compiled_for(
 ) -> None:
     seen = []
 
-    def cut(tree: linkage_module.LinkageTree, *args: object) -> CompressedTokens:
+    def cut(tree: linkage_module.LinkageTree, *args: Any) -> CompressedTokens:
         seen.append(tree.rank)
         return plain_cut(tree, *args)
 
