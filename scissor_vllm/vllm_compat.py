@@ -127,6 +127,42 @@ def ask_where_rows_carry_positions(runner: Any) -> None:
     runner.is_multimodal_pruning_enabled = property(is_enabled, enable)
 
 
+def forget_with_encoder_cache() -> None:
+    """Have both model runners tell a model's ``forget_encoded`` when they drop what it encoded.
+
+    vLLM resets its encoder cache after every update of weights. Not all of them, such as weight
+    transfers, go through ``load_weights``, and a model has no part in the reset. A model calls this
+    in its constructor. Remove it when vLLM tells the model of an update.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    tell_model_of_reset(GPUModelRunner)
+    if not current_platform.is_cpu():
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+
+        tell_model_of_reset(GPUModelRunnerV2)
+
+
+def tell_model_of_reset(runner: Any) -> None:
+    """Make a runner call its model's ``forget_encoded``, if it has one, after a reset.
+
+    Args:
+        runner: a class ``GPUModelRunner``; the CPU's is V1's subclass.
+    """
+    reset = runner.reset_encoder_cache
+    if hasattr(reset, "__wrapped__"):
+        return
+
+    @wraps(reset)
+    def reset_and_forget(self: Any) -> None:
+        reset(self)
+        forget = getattr(self.get_model(), "forget_encoded", None)
+        if forget is not None:
+            forget()
+
+    runner.reset_encoder_cache = reset_and_forget
+
+
 def carry_positions(model: Any, rows: Iterable[torch.Tensor]) -> bool:
     """Return whether any encoder output is wider than a row, so carries positions."""
     return any(output.shape[-1] != model.row_width for output in rows)

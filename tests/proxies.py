@@ -64,7 +64,10 @@ def stand_in() -> Iterator[StandIn]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            size = self._read_body()
+            if size is None:
+                self.close_connection = True
+                return
             known.asked.append(self.path)
             known.connections.append(self.client_address[1])
             known.keys.append(self.headers.get("Authorization"))
@@ -77,6 +80,22 @@ def stand_in() -> Iterator[StandIn]:
             self.wfile.write(body)
 
         do_POST = do_GET  # noqa: N815
+
+        def _read_body(self) -> int | None:
+            """Return the size of the body, None if the proxy broke it off."""
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                length = int(self.headers.get("Content-Length", 0))
+                return length if len(self.rfile.read(length)) == length else None
+            size = 0
+            while line := self.rfile.readline():
+                length = int(line, 16)
+                # A line ends each part.
+                if len(self.rfile.read(length + 2)) < length + 2:
+                    return None
+                if length == 0:
+                    return size
+                size += length
+            return None
 
         def log_message(self, *_: object) -> None:
             pass

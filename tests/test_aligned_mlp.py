@@ -59,6 +59,21 @@ try:
 except KeyError:
     assert torch.equal(encode(), stock)
 
+with torch.inference_mode():  # As while memory is profiled.
+    aligned = AlignedMLPs(tower)
+copies = [each.weight.data_ptr() for each in aligned._narrowings.values()]
+narrowing = tower.blocks[0].mlp.down_proj
+narrowing.weight.data *= -2
+narrowing.bias = nn.Parameter(narrowing.bias.detach() + 1, requires_grad=False)
+changed = encode()
+assert not torch.allclose(changed, stock, atol=1e-2)
+with aligned.in_use():
+    assert not torch.allclose(encode(), changed, atol=1e-2)
+aligned.refresh()
+with aligned.in_use():
+    assert torch.allclose(encode(), changed, atol=1e-5), (encode() - changed).abs().max()
+assert copies == [each.weight.data_ptr() for each in aligned._narrowings.values()]
+
 assert len(AlignedMLPs(make(32))) == 0  # Rows of 128 bytes.
 assert len(AlignedMLPs(nn.Linear(2, 2))) == 0
 

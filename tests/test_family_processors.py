@@ -139,7 +139,7 @@ def _same(left: Any, right: Any) -> bool:
     width=st.integers(28, 400),
     height=st.integers(28, 400),
     num_frames=st.integers(2, 20),
-    ratio=st.one_of(st.sampled_from([0.999, 0.5, 1e-6]), st.floats(1e-3, 1.0)),
+    ratio=st.one_of(st.sampled_from([0.999, 0.5, 0.01]), st.floats(0.01, 1.0)),
 )
 def test_any_ratio_of_any_video_is_k_placeholders_among_all_of_its_text(
     processors: Processors, width: int, height: int, num_frames: int, ratio: float
@@ -242,6 +242,12 @@ def test_a_video_with_its_audio_is_refused_below_one(
     for name in ("nemotron", "nemotron_omni"):
         with pytest.raises(VLLMValidationError, match=r"must be 1\.0 or absent, got 0\.5.*audio"):
             all_processors[name].ask(WIDE, ratio=0.5, use_audio_in_video=True)
+        with pytest.raises(
+            VLLMValidationError, match=r"must be at least \d+ or absent, got 1: .*au"
+        ):
+            all_processors[name].ask(
+                WIDE, ratio=1.0, max_retained_video_tokens=1, use_audio_in_video=True
+            )
 
 
 def test_gemma_that_attends_both_ways_within_a_frame_is_refused_below_one(
@@ -260,6 +266,13 @@ def test_gemma_that_attends_both_ways_within_a_frame_is_refused_below_one(
     assert whole["prompt_token_ids"] == stock["prompt_token_ids"]
     with pytest.raises(VLLMValidationError, match=r"got 0\.5: this checkpoint attends both ways"):
         both_ways.ask(TALL, ratio=0.5)
+    (num_tokens,) = (tokens.count(both_ways.pad) for tokens in both_ways.placeholders(stock))
+    budgeted = both_ways.ask(TALL, ratio=1.0, max_retained_video_tokens=num_tokens)
+    assert budgeted["prompt_token_ids"] == stock["prompt_token_ids"]
+    with pytest.raises(
+        VLLMValidationError, match=rf"must be at least {num_tokens} or absent, got 5: this checkp"
+    ):
+        both_ways.ask(TALL, ratio=1.0, max_retained_video_tokens=5)
 
 
 def test_text_within_a_video_goes_to_the_worker_with_a_compressed_video_alone(

@@ -10,9 +10,16 @@ import torch
 from vllm.config.multimodal import MultiModalConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from scissor_vllm.models import MODELS
-from scissor_vllm.models.frame_runs import FrameRunsModel, text_within, with_text
+from scissor_vllm.models import MODELS, gemma4
+from scissor_vllm.models.frame_runs import (
+    FrameRunsModel,
+    FramesOfVideo,
+    SequentialFrameRunsModel,
+    text_within,
+    with_text,
+)
 from scissor_vllm.models.glm4v import Glm4vVideos
+from scissor_vllm.worker.feature_cache import Sharing
 
 PAD = 7
 VIDEOS = [
@@ -99,3 +106,43 @@ def test_a_server_that_prunes_as_well_does_not_start(architecture: str) -> None:
     )
     with pytest.raises(ValueError, match="--video-pruning-rate and scissor_vllm exclude"):
         model(vllm_config=config)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_model_forgets_its_features_when_the_encoder_cache_is_reset(architecture: str) -> None:
+    model = resolve_obj_by_qualname(MODELS[architecture].replace(":", "."))
+    forgotten: list[str] = []
+    alone = model.__new__(model)
+    torch.nn.Module.__init__(alone)
+    alone.video_compression = SimpleNamespace(forget_features=lambda: forgotten.append("features"))
+    alone._aligned_mlps = SimpleNamespace(refresh=lambda: forgotten.append("copies"))
+    alone.forget_encoded()
+    copies = architecture == "Qwen2_5_VLForConditionalGeneration"
+    assert forgotten == ["features", *["copies"] * copies]
+
+
+class FirstWorkers(Sharing):
+    """Gives the first worker's tokens, which are zeros."""
+
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tokens)
+
+
+@pytest.mark.parametrize("sharing", [FirstWorkers(), None])
+@pytest.mark.parametrize("num_retained", [5, 6])
+def test_gemmas_workers_compress_the_same_tokens(
+    num_retained: int, sharing: Sharing | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+
+    def rows(self: Any, video: FramesOfVideo, *others: object) -> None:
+        encoded.append(video.encode(video.pixels))
+
+    monkeypatch.setattr(SequentialFrameRunsModel, "_rows", rows)
+    monkeypatch.setattr(gemma4, "make_sharing", lambda: sharing)
+    model = gemma4.Gemma4ForConditionalGeneration
+    ones = torch.ones(3, 2, 4)
+    video = FramesOfVideo(torch.arange(3), 2, lambda pixels: ones)
+    model._rows(model.__new__(model), video, num_retained, torch.empty(2, 0), None)
+    is_shared = sharing is not None and num_retained < 6
+    assert torch.equal(encoded[0], torch.zeros_like(ones) if is_shared else ones)

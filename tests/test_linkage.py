@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from scissor_vllm import CompressedTokens
+from scissor_vllm.compression import linkage as linkage_module
 from scissor_vllm.compression.linkage import (
     MAX_WINDOW_TOKENS,
     AverageLinkage,
@@ -182,6 +185,35 @@ def test_a_tree_cut_at_any_budget_is_the_method_at_that_budget(
             # Each group of the finer cut lies in one of the coarser.
             assert len(set(zip(finer, coarser, strict=True))) == k
         coarser = finer
+
+
+@pytest.mark.parametrize("num_frames", [3, 5, 6, 8])
+def test_a_kept_trees_ranks_are_aligned_as_kernels_are_compiled_for(
+    num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def cut(tree: linkage_module.LinkageTree, *args: Any) -> CompressedTokens:
+        seen.append(tree.rank)
+        return plain_cut(tree, *args)
+
+    plain_cut = linkage_module.cut
+    monkeypatch.setattr(linkage_module, "cut", cut)
+    tokens = torch.randn(num_frames, 1, 8)
+    method = AverageLinkage()
+    method.cut(method.tree(tokens), tokens, 2)
+    assert [rank.data_ptr() % 16 for rank in seen] == [0]
+
+
+def test_windows_that_a_gpu_joins_at_once_are_bounded_and_aligned() -> None:
+    part_tokens = pytest.importorskip("scissor_vllm.compression.cuda.linkage").part_tokens
+    for size in range(1, MAX_WINDOW_TOKENS + 1):
+        num_windows, rest = divmod(part_tokens(size), size)
+        assert rest == 0
+        assert num_windows % 4 == 0
+        assert 4 <= num_windows <= 1 << 14
+        assert num_windows * size <= 1 << 16
+        assert num_windows * size**2 * 4 <= 1 << 28
 
 
 def test_copies_are_joined_before_all_others() -> None:

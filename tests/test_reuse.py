@@ -231,6 +231,37 @@ def test_what_is_forgotten_is_not_found_and_leaves_room() -> None:
     assert cache.get(b"b", CPU) is not None
 
 
+def test_a_video_whose_copy_failed_is_not_found_and_leaves_its_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = FeatureCache(max_bytes=2 * 1024**2)
+    video, tree = tokens(1.5, seed=1), torch.arange(9)
+
+    copies = 0
+
+    def fail_first(*args: Any) -> None:
+        nonlocal copies
+        copies += 1
+        if copies in {1, 2, 4}:
+            raise RuntimeError("a launch failed")
+        write(*args)
+
+    write = cache._write
+    monkeypatch.setattr(cache, "_write", fail_first)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a launch"):
+            cache.put(b"a", video, tree_bytes=tree.nbytes)
+        assert cache.get(b"a", CPU) is None
+    cache.put(b"a", video, tree_bytes=tree.nbytes)
+    with pytest.raises(RuntimeError, match="a launch"):
+        cache.put_tree(b"a", tree)
+    assert cache.get_tree(b"a", CPU) is None
+    cache.put_tree(b"a", tree)
+    for kept, given in [(cache.get(b"a", CPU), video), (cache.get_tree(b"a", CPU), tree)]:
+        assert kept is not None
+        assert torch.equal(kept, given)
+
+
 def test_keeping_a_video_again_takes_no_second_place() -> None:
     cache = FeatureCache(3 * MIB)
     cache.put(b"a", tokens(1, seed=1))

@@ -129,4 +129,4 @@ def test_the_plans_are_read_and_name_stock_first(path: Path) -> None:
     assert servers[0].command == serving.COMMANDS["vllm"]
     # Without it vLLM would load our plugin, since it is installed.
     assert servers[0].environment["VLLM_PLUGINS"] == ""
-    assert "scc-windows" in [server.label for server in servers]
+    assert serving.COMMANDS["scissor-vllm"] in [server.command for server in servers]

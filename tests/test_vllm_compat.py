@@ -13,7 +13,9 @@ from vllm.config.multimodal import MultiModalConfig
 from scissor_vllm.vllm_compat import (
     _with_positions,
     ask_where_rows_carry_positions,
+    forget_with_encoder_cache,
     skip_plain_rows,
+    tell_model_of_reset,
     watch_first_tokens,
 )
 
@@ -115,3 +117,37 @@ def test_an_error_in_the_count_of_first_tokens_does_not_end_the_servers_outputs(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     first_tokens(fail, [0.2])
     assert "the folder is gone" in caplog.text
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_model_forgets_what_it_encoded_after_the_runner_did(forgets: bool) -> None:
+    calls = []
+
+    class Runner:
+        def get_model(self) -> Any:
+            model = Namespace()
+            if forgets:
+                model.forget_encoded = lambda: calls.append("model")
+            return model
+
+        def reset_encoder_cache(self) -> None:
+            calls.append("runner")
+
+    tell_model_of_reset(Runner)
+    tell_model_of_reset(Runner)
+    Runner().reset_encoder_cache()
+    assert calls == ["runner", "model"][: 1 + forgets]
+
+
+def test_vllms_runner_has_the_reset_and_tells_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    monkeypatch.setattr(GPUModelRunner, "reset_encoder_cache", GPUModelRunner.reset_encoder_cache)
+    forget_with_encoder_cache()
+    runner, forgotten = CPUModelRunner.__new__(CPUModelRunner), []
+    runner.encoder_cache = {"a": PLAIN}
+    runner.late_interaction_runner = Namespace(clear=lambda: None)
+    runner.model = Namespace(forget_encoded=lambda: forgotten.append(len(runner.encoder_cache)))
+    runner.reset_encoder_cache()
+    assert forgotten == [0]

@@ -118,7 +118,8 @@ class AverageLinkage:
         Raises:
             TypeError, ValueError: as :func:`cut`.
         """
-        parent, rank, height = tree[0].long(), tree[1].contiguous(), tree[2].view(torch.float32)
+        # A row of the tree lies at any multiple of 4 bytes. Kernels are compiled for aligned ranks.
+        parent, rank, height = tree[0].long(), tree[1].clone(), tree[2].view(torch.float32)
         size = _window_tokens(tokens.shape[0], tokens.shape[1], self.window_frames)
         result = cut(LinkageTree(parent, height, rank, size), tokens, num_retained)
         if self.ward_exponent != 0 or num_retained == len(parent):

@@ -26,13 +26,19 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import representative_members
+from scissor_vllm.frontend.asked import Asked
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.metrics import Reason
-from scissor_vllm.retention import RETENTION_RATIO
+from scissor_vllm.retention import (
+    MAX_RETAINED_VIDEO_TOKENS,
+    RETENTION_RATIO,
+    RetainedCounts,
+)
 from scissor_vllm.settings import without_own_keys
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_IDENTITY, VIDEO_TEXT
+from scissor_vllm.vllm_compat import forget_with_encoder_cache
 from scissor_vllm.worker.positions import text_and_pads
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels
@@ -53,6 +59,14 @@ def with_text(text: torch.Tensor, num_tokens: int, pad: int) -> list[int]:
     return [int(token) for token in tokens.tolist()]
 
 
+def on_device(text: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return ``VIDEO_TEXT`` on a device; the host does not wait for a copy to a GPU."""
+    if device.type == "cuda":
+        # A copy from pageable memory waits for all that the device has to do.
+        text = text.pin_memory()
+    return text.to(device, non_blocking=True)
+
+
 class FrameRunsProcessor(RetentionProcessor):
     """Mixin of a family's processor, placed before vLLM's class."""
 
@@ -64,17 +78,30 @@ class FrameRunsProcessor(RetentionProcessor):
         """Return why a request's videos cannot be compressed, None if they can."""
         return None
 
-    def _get_num_video_tokens(
-        self, videos: VideoProcessorItems, kwargs: Mapping[str, object]
-    ) -> list[int | None]:
-        reason = self._why_not_compressed(kwargs)
-        if reason is not None and RETENTION_RATIO in kwargs:
+    def _count_retained(
+        self, videos: VideoProcessorItems, options: Mapping[str, object], asked: Asked
+    ) -> RetainedCounts:
+        reason = self._why_not_compressed(options)
+        if reason is None:
+            return super()._count_retained(videos, options, asked)
+        # A server that chooses the ratio chooses the one that there is.
+        if isinstance(asked.ratio, float) and asked.ratio != 1.0:
             raise RefusedRequestError(
-                f"{RETENTION_RATIO} must be 1.0 or absent, got {kwargs[RETENTION_RATIO]}: {reason}",
+                f"{RETENTION_RATIO} must be 1.0 or absent, got {asked.ratio}: {reason}",
                 parameter=RETENTION_RATIO,
                 reason=Reason.UNSUPPORTED_MODEL,
             )
-        return super()._get_num_video_tokens(videos, kwargs)
+        whole = super()._count_retained(videos, options, replace(asked, ratio=1.0, budget=None))
+        known = [count for count in whole.num_tokens if count is not None]
+        is_known = len(known) == len(whole.num_tokens)
+        if asked.budget is None or (is_known and sum(known) <= asked.budget):
+            return whole
+        rule = f"at least {sum(known)} or absent" if is_known else "absent"
+        raise RefusedRequestError(
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be {rule}, got {asked.budget}: {reason}",
+            parameter=MAX_RETAINED_VIDEO_TOKENS,
+            reason=Reason.UNSUPPORTED_MODEL,
+        )
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -156,6 +183,10 @@ class FrameRunsModel:
                 "send a retention_ratio, or start vLLM with VLLM_PLUGINS= to prune"
             )
 
+    def forget_encoded(self) -> None:
+        """Drop what was made of weights that have changed, see ``forget_with_encoder_cache``."""
+        self.video_compression.forget_features()
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""
         self.video_compression.forget_features()
@@ -185,7 +216,7 @@ class FrameRunsModel:
         Returns:
             (K + n, D) and (K + n,) int64 ascending.
         """
-        ids, num_before = text.to(rows.device)
+        ids, num_before = on_device(text, rows.device)
         if len(ids) == 0:
             return rows, members
         places = num_before + torch.arange(len(ids), device=rows.device)
@@ -212,6 +243,7 @@ class SequentialFrameRunsModel(FrameRunsModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self._check_no_pruning(vllm_config)
+        forget_with_encoder_cache()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
 

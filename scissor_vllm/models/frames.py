@@ -23,6 +23,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import FRAME_OF, NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_FRAMES
+from scissor_vllm.vllm_compat import forget_with_encoder_cache
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels, batched_pixels, take_video_pixels
 
@@ -91,6 +92,7 @@ class FramesModel:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
+        forget_with_encoder_cache()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_dtype = model_config.dtype
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
@@ -110,6 +112,10 @@ class FramesModel:
     def tokens_per_frame(self) -> int:
         """P."""
         raise NotImplementedError
+
+    def forget_encoded(self) -> None:
+        """Drop what was made of weights that have changed, see ``forget_with_encoder_cache``."""
+        self.video_compression.forget_features()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""

@@ -7,6 +7,8 @@
   do not tell them for a compressed video. Ratios below 1.0 are refused.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,10 @@ from scissor_vllm.models.frame_runs import (
     FramesOfVideo,
     SequentialFrameRunsModel,
     SequentialFrameRunsProcessor,
+    on_device,
 )
+from scissor_vllm.worker.feature_cache import Sharing
+from scissor_vllm.worker.video_compression import make_sharing
 
 _PIXELS, _PLACES = "pixel_values_videos", "pixel_position_ids_videos"
 
@@ -83,6 +88,20 @@ class Gemma4ForConditionalGeneration(
             for (pixels, places), total in zip(videos, num_tokens, strict=True)
         ]
 
+    def _rows(
+        self,
+        video: FramesOfVideo,
+        num_retained: int,
+        text: torch.Tensor,
+        identity: torch.Tensor | None,
+    ) -> torch.Tensor:
+        sharing = make_sharing()
+        if sharing is not None and num_retained != len(video.pixels) * video.tokens_per_frame:
+            # vLLM encodes as many frames at once as a worker has memory for. Workers that differ
+            # would round differently, and so could group a video's tokens differently.
+            video = replace(video, encode=partial(_shared, sharing, video.encode))
+        return super()._rows(video, num_retained, text, identity)
+
     def _encode(
         self, pixels: torch.Tensor, places: torch.Tensor, frames: torch.Tensor
     ) -> torch.Tensor:
@@ -100,7 +119,7 @@ class Gemma4ForConditionalGeneration(
         laid_out, numbers = super()._among_text(rows, members, text)
         if self.per_layer_embeddings is None:
             return laid_out, numbers
-        ids, num_before = text.to(rows.device)
+        ids, num_before = on_device(text, rows.device)
         places = num_before + torch.arange(len(ids), device=rows.device)
         of_row = torch.zeros(len(laid_out), dtype=torch.int32, device=rows.device)
         of_row[torch.searchsorted(numbers, places)] = ids.to(torch.int32)
@@ -131,6 +150,13 @@ class Gemma4ForConditionalGeneration(
         kept = self.per_layer_embeddings[: len(looked_up)]
         kept.copy_(per_layer.reshape(kept.shape))
         return embedded
+
+
+def _shared(
+    sharing: Sharing, encode: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor
+) -> torch.Tensor:
+    """Return what the first of the workers that share a model encodes, in all of them."""
+    return sharing.share(encode(pixels).contiguous())
 
 
 def _carried_ids(rows: torch.Tensor, width: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ from scissor_vllm.video_fields import (
     VIDEO_IDENTITY,
     VIDEO_TEXT,
 )
-from scissor_vllm.vllm_compat import ask_model_for_positions
+from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encoder_cache
 from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.positions import VideoPlace, video_alone, with_positions
 from scissor_vllm.worker.video_compression import VideoCompression
@@ -147,6 +147,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         # Before the layers are made: some size their table of rotations by the answer, since
         # positions go on behind a whole video, however few tokens it has.
         ask_model_for_positions(model_config)
+        forget_with_encoder_cache()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         # vLLM's own pruning.
         self.is_multimodal_pruning_enabled = False

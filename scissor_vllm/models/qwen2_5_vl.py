@@ -39,6 +39,12 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801
 
     _aligned_mlps: Any = None
 
+    def forget_encoded(self) -> None:
+        """Do as others do, and copy the weights again."""
+        super().forget_encoded()
+        if self._aligned_mlps is not None:
+            self._aligned_mlps.refresh()
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load as vLLM does, also while serving."""
         self._aligned_mlps = None

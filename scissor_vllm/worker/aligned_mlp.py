@@ -40,20 +40,30 @@ class AlignedMLPs:
     """A tower's MLPs with aligned copies of their weights."""
 
     def __init__(self, tower: nn.Module) -> None:
-        self._forwards = {mlp: _forward(mlp) for mlp in _misaligned_mlps(tower)}
+        self._narrowings = {mlp: _aligned_narrowing(mlp) for mlp in _misaligned_mlps(tower)}
 
     def __len__(self) -> int:
-        return len(self._forwards)
+        return len(self._narrowings)
+
+    # The copies are made in this mode while memory is profiled.
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        """Copy the weights again, into the same memory: they have changed."""
+        for mlp, narrowing in self._narrowings.items():
+            weight = mlp.down_proj.weight
+            padded = narrowing._parameters["weight"]
+            padded[:, : weight.shape[1]].copy_(weight)
+            narrowing._parameters = {**mlp.down_proj._parameters, "weight": padded}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Have the tower encode by them meanwhile."""
-        for mlp, forward in self._forwards.items():
-            mlp.forward = forward
+        for mlp, narrowing in self._narrowings.items():
+            mlp.forward = _forward(mlp, narrowing)
         try:
             yield
         finally:
-            for mlp in self._forwards:
+            for mlp in self._narrowings:
                 del mlp.forward
 
 
@@ -83,19 +93,25 @@ def _padding(weight: torch.Tensor) -> int:
     return -weight.shape[1] % (ALIGNMENT_BYTES // weight.element_size())
 
 
-def _forward(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what does the same as an MLP, by an aligned copy of its second matrix."""
-    padding = _padding(mlp.down_proj.weight)
-    padded = F.pad(mlp.down_proj.weight.detach(), (0, padding))
-    narrow = copy.copy(mlp.down_proj)
-    narrow._parameters = {
+def _aligned_narrowing(mlp: Any) -> Any:
+    """Return an MLP's second layer with an aligned copy of its matrix."""
+    weight = mlp.down_proj.weight
+    padded = F.pad(weight.detach(), (0, _padding(weight)))
+    narrowing = copy.copy(mlp.down_proj)
+    narrowing._parameters = {
         **mlp.down_proj._parameters,
         "weight": nn.Parameter(padded, requires_grad=False),
     }
+    return narrowing
+
+
+def _forward(mlp: Any, narrowing: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what does the same as an MLP, by its aligned second layer."""
+    padding = _padding(mlp.down_proj.weight)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         gate_up, _ = mlp.gate_up_proj(x)
-        narrowed: torch.Tensor = narrow(silu_and_mul(gate_up, padding))[0]
+        narrowed: torch.Tensor = narrowing(silu_and_mul(gate_up, padding))[0]
         return narrowed
 
     return forward

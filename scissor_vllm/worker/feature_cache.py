@@ -135,16 +135,20 @@ class FeatureCache:
             _, dropped = self._videos.popitem(last=False)
             self._free.extend(dropped.pages)
         pages = [self._free.pop() for _ in range(num_pages)]
+        try:
+            self._write(pages, tokens, 0)
+        except BaseException:
+            self._free.extend(pages)
+            raise
         self._videos[key] = _Features(pages, tokens.shape, tokens.dtype, tokens.nbytes)
-        self._write(pages, tokens, 0)
 
     def put_tree(self, key: Hashable, tree: torch.Tensor) -> None:
         """Keep a copy of a kept video's tree, which has the room that its tokens came with."""
         features = self._videos.get(key)
         if features is None or features.trees:
             return
-        features.trees.append((tree.shape, tree.dtype))
         self._write(features.pages, tree, features.begin_of_tree)
+        features.trees.append((tree.shape, tree.dtype))
 
     def get_tree(self, key: Hashable, device: torch.device) -> torch.Tensor | None:
         """Return a video's tree on the device; None if there is none."""

@@ -11,6 +11,10 @@ from scissor_vllm.compression.cuda.kernels import linkage as kernels
 from scissor_vllm.compression.linkage import MAX_WINDOW_TOKENS, WINDOW_FRAMES, pair_weights
 from scissor_vllm.compression.similarity import BLOCK_ELEMENTS
 
+_PART_TOKENS = 1 << 16
+"""Most tokens whose unit vectors are held at once."""
+_PART_WINDOWS = 1 << 14
+"""Most windows of a part; a launch's second and third dimensions end at 65535."""
 _UNITS_BLOCK = 1024
 _MIN_LANES = 1024
 """Lanes of a program that holds a window's tokens. Few widths, because kernels are compiled for
@@ -30,7 +34,8 @@ def join_windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return parent (N,) int64 and height (N,) float32 of a video's tokens, see ``LinkageTree``.
 
-    Rows that are not finite count as zeros. Similarities take at most 256 MiB at a time.
+    Rows that are not finite count as zeros. Similarities take at most 256 MiB at a time,
+    and unit vectors are those of at most 65536 tokens.
 
     Args:
         rows: (N, D) floating, on a CUDA device.
@@ -41,13 +46,21 @@ def join_windows(
     num_tokens = len(rows)
     parent = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
     height = torch.empty(num_tokens, dtype=torch.float32, device=rows.device)
-    # A multiple of 4 windows, so that all parts have the alignment that kernels are compiled for.
-    step = BLOCK_ELEMENTS // size**2 // 4 * 4 * size
+    step = part_tokens(size)
     for start in range(0, num_tokens, step):
         part = slice(start, start + step)
         _join(rows[part], size, ward_exponent, parent[part], height[part])
         parent[part] += start
     return parent, height
+
+
+def part_tokens(size: int) -> int:
+    """Return how many tokens of windows of a size are joined at once.
+
+    They are a multiple of 4 windows, so all parts have the alignment that kernels are compiled for.
+    """
+    num_windows = min(BLOCK_ELEMENTS // size**2, _PART_TOKENS // size, _PART_WINDOWS)
+    return num_windows // 4 * 4 * size
 
 
 def _join(
