@@ -211,7 +211,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if asked.is_default_budget and None in num_tokens:
             # It is shared out by lengths, and one is not known.
             request.budget = None
-        counts = self._count_retained(num_tokens, asked.ratio, request.budget)
+        counts = self._count_retained(options, num_tokens, asked.ratio, request.budget)
         options[RETENTION] = counts
         # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
         if counts.ratio != 1.0:
@@ -219,7 +219,11 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         request.hf_processor_mm_kwargs, request.ratio = options, counts.ratio
 
     def _count_retained(
-        self, num_tokens: list[int | None], ratio: float | Chooser, budget: int | None
+        self,
+        options: Mapping[str, object],
+        num_tokens: list[int | None],
+        ratio: float | Chooser,
+        budget: int | None,
     ) -> RetainedCounts:
         """Return K of each video by N.
 

@@ -21,12 +21,11 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.compression.members import representative_members
-from scissor_vllm.frontend.asked import Asked
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.frontend.refusal import RefusedRequestError
@@ -34,6 +33,7 @@ from scissor_vllm.metrics import Reason
 from scissor_vllm.retention import (
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION_RATIO,
+    Chooser,
     RetainedCounts,
 )
 from scissor_vllm.settings import without_own_keys
@@ -79,26 +79,29 @@ class FrameRunsProcessor(RetentionProcessor):
         return None
 
     def _count_retained(
-        self, videos: VideoProcessorItems, options: Mapping[str, object], asked: Asked
+        self,
+        options: Mapping[str, object],
+        num_tokens: list[int | None],
+        ratio: float | Chooser,
+        budget: int | None,
     ) -> RetainedCounts:
         reason = self._why_not_compressed(options)
         if reason is None:
-            return super()._count_retained(videos, options, asked)
+            return super()._count_retained(options, num_tokens, ratio, budget)
         # A server that chooses the ratio chooses the one that there is.
-        if isinstance(asked.ratio, float) and asked.ratio != 1.0:
+        if isinstance(ratio, float) and ratio != 1.0:
             raise RefusedRequestError(
-                f"{RETENTION_RATIO} must be 1.0 or absent, got {asked.ratio}: {reason}",
+                f"{RETENTION_RATIO} must be 1.0 or absent, got {ratio}: {reason}",
                 parameter=RETENTION_RATIO,
                 reason=Reason.UNSUPPORTED_MODEL,
             )
-        whole = super()._count_retained(videos, options, replace(asked, ratio=1.0, budget=None))
-        known = [count for count in whole.num_tokens if count is not None]
-        is_known = len(known) == len(whole.num_tokens)
-        if asked.budget is None or (is_known and sum(known) <= asked.budget):
-            return whole
+        known = [count for count in num_tokens if count is not None]
+        is_known = len(known) == len(num_tokens)
+        if budget is None or (is_known and sum(known) <= budget):
+            return super()._count_retained(options, num_tokens, 1.0, None)
         rule = f"at least {sum(known)} or absent" if is_known else "absent"
         raise RefusedRequestError(
-            f"{MAX_RETAINED_VIDEO_TOKENS} must be {rule}, got {asked.budget}: {reason}",
+            f"{MAX_RETAINED_VIDEO_TOKENS} must be {rule}, got {budget}: {reason}",
             parameter=MAX_RETAINED_VIDEO_TOKENS,
             reason=Reason.UNSUPPORTED_MODEL,
         )
