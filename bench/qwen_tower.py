@@ -4,7 +4,7 @@
 
 The tower has random weights on a GPU, in bfloat16, and encodes 32 frames of 756x420 pixels. Both
 take turns; times are those of CUDA events. Outside of a server vLLM runs its slower norms and
-activations, so the gain of the whole tower is larger in a server.
+activations, so the share that is gained differs there.
 """
 
 from __future__ import annotations
