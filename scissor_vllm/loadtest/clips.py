@@ -10,10 +10,14 @@ import base64
 import mimetypes
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from scissor_vllm.cpus import num_cpus
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 CAMERAS = ("any", "fixed", "moving")
@@ -135,8 +139,15 @@ def make_clips(folder: Path, num_clips: int, shape: ClipShape) -> list[Clip]:
                 "name their folder with --videos"
             ) from error
         folder.mkdir(parents=True, exist_ok=True)
-        for number, path in tqdm(missing, desc="making clips", unit="clip"):
-            _make_clip(path, number, shape)
+        progress = tqdm(total=len(missing), desc="making clips", unit="clip")
+        with (
+            progress,
+            ProcessPoolExecutor(min(num_cpus(), len(missing)), get_context("spawn")) as pool,
+        ):
+            made = [pool.submit(_make_clip, path, number, shape) for number, path in missing]
+            for future in as_completed(made):
+                future.result()
+                progress.update()
     return [Clip(path, shape.num_frames / shape.fps) for path in paths]
 
 
