@@ -15,8 +15,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend.patch_anchors import (
     MAX_COMPUTED,
-    MIN_MATCHING,
+    MIN_STILL,
+    MIN_TEXTURE,
     MIN_TEXTURED,
+    NOISE_QUANTILE,
+    TEXTURE_TO_NOISE,
     count_patches,
     patch_anchors,
 )
@@ -95,14 +98,17 @@ def oracle(frames: Frames) -> npt.NDArray[np.int64]:
         if frame % GROUP_FRAMES == 0:
             anchors[frame] = frame
             continue
-        matches, textured = np.zeros((2, NUM_PLACES), bool)
+        change, moved = np.zeros((2, NUM_PLACES))
         for place in range(NUM_PLACES):
             anchor = patch(anchors[frame - 1, place], place)
-            matches[place] = ((patch(frame, place) - anchor) ** 2).mean() <= THRESHOLD
-            moves = np.diff(anchor, axis=0), np.diff(anchor, axis=1)
-            textured[place] = max((move**2).mean() for move in moves) > THRESHOLD
+            change[place] = ((patch(frame, place) - anchor) ** 2).mean()
+            moved[place] = max((np.diff(anchor, axis=axis) ** 2).mean() for axis in (0, 1))
+        matches = change <= THRESHOLD
+        noise = np.quantile(change, NOISE_QUANTILE)
+        textured = moved > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
         told = textured.mean() >= MIN_TEXTURED
-        if told and matches[textured].mean() < MIN_MATCHING:
+        stands = not told or (change < moved / 2)[textured].mean() >= MIN_STILL
+        if matches.mean() < MIN_STILL or (matches.mean() <= 0.95 and not stands):
             matches[:] = False
         anchors[frame] = np.where(matches, anchors[frame - 1], frame)
     return anchors
@@ -138,6 +144,16 @@ def test_what_stands_still_is_computed_once_a_group_through_a_sensors_noise(nois
     # The square's edges stand for themselves.
     moving = (anchors == torch.arange(16)[:, None]).view(16, 22, 22)[1:4, 8:11, 1:4]
     assert moving.float().mean() > 0.4
+
+
+@pytest.mark.parametrize("threshold", [20.0, 40.0, 80.0])
+def test_a_background_of_little_contrast_stands_still_at_any_threshold(threshold: float) -> None:
+    frames = (110 + 0.1 * (fixed_camera(8, noise=0).astype(float) - 110)).astype(np.uint8)
+    for number, frame in enumerate(frames):
+        frame[20:100, 9 * number : 9 * number + 60] = texture(number, 80, 60)
+    anchors = patch_anchors(torch.from_numpy(frames), PATCH, threshold)
+    assert anchors is not None
+    assert computed_patches(anchors).float().mean() < 0.6
 
 
 def test_slow_changes_do_not_add_up() -> None:

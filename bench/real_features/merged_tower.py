@@ -225,7 +225,7 @@ def _replaced(compressed: CompressedTokens, tokens: torch.Tensor) -> torch.Tenso
 def _settings(group: int, matching: float) -> Iterator[None]:
     with (
         patch.object(frontend, "GROUP_FRAMES", group),
-        patch.object(frontend, "MIN_MATCHING", matching),
+        patch.object(frontend, "MIN_STILL", matching),
     ):
         yield
 
@@ -241,7 +241,7 @@ def main() -> None:
         "--threshold", type=float, nargs="+", default=[DEFAULT_TOWER_MERGING_THRESHOLD]
     )
     parser.add_argument("--group", type=int, nargs="+", default=[patch_merging.GROUP_FRAMES])
-    parser.add_argument("--min-matching", type=float, nargs="+", default=[frontend.MIN_MATCHING])
+    parser.add_argument("--min-still", type=float, nargs="+", default=[frontend.MIN_STILL])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     features.load_features(args.folder)
@@ -266,7 +266,7 @@ def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dic
     known: dict[bytes, dict[str, float]] = {}
     for threshold in args.threshold:
         for group in args.group:
-            for matching in args.min_matching:
+            for matching in args.min_still:
                 with _settings(group, matching):
                     anchors = frontend.patch_anchors(
                         torch.from_numpy(frames), PATCH_SIZE, threshold
@@ -284,7 +284,7 @@ def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dic
                     "camera": "fixed" if sequence.name in FIXED else "moving",
                     "threshold": threshold,
                     "group_frames": group,
-                    "min_matching": matching,
+                    "min_still": matching,
                     "share": share,
                     **known[key],
                 }

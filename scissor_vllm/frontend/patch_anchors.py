@@ -5,7 +5,9 @@ the patch that was computed, not of the frame before, so that slow changes do no
 a sensor or of a codec is averaged over 2 x 2 pixels first.
 
 A frame in which the camera moved is encoded whole. What tells it are its textured patches, those
-that would differ from themselves moved by two pixels: smooth ones, such as a sky, match by chance.
+that would differ from themselves moved by two pixels by far more than the frame's noise. Smooth
+ones, such as a sky, match by chance. This test does not depend on the threshold: with a higher one,
+only things that move would count as textured.
 """
 
 from __future__ import annotations
@@ -21,18 +23,26 @@ from numpy.typing import NDArray
 from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
 from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
 
-MIN_MATCHING = 0.5
-"""Least share of a frame's textured patches that match their anchors, or all are computed."""
+MIN_STILL = 0.5
+"""Least share of a frame's patches that match their anchors, and of its textured patches that stand
+still, or all are computed."""
 
 MIN_TEXTURED = 0.02
 """Least share of patches that must be textured to tell whether the camera moves. With fewer, the
 picture is smooth, and is the same wherever the camera points."""
 
+TEXTURE_TO_NOISE, MIN_TEXTURE = 4, 4
+"""A patch is textured if moving it changes it so many times more than noise does, and by a mean
+square of so many units of uint8's values."""
+
+NOISE_QUANTILE = 0.2
+"""Of the differences between a frame's patches and their anchors: the one that is noise alone."""
+
 MAX_COMPUTED = 0.9
 """With a larger share of patches to compute, gathering costs what leaving out saves."""
 
 _CERTAIN = 0.95
-"""If more patches match, or so many do not, texture is not looked at."""
+"""If more patches match, texture is not looked at."""
 
 _POOL, _NUM_CHANNELS = 2, 3
 
@@ -50,8 +60,6 @@ def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> to
     """
     patches = _Patches(frames.shape[1], frames.shape[2], patch_size)
     anchors = np.empty((len(frames), patches.num_places), np.int16)
-    # Sums over a patch's values, in place of means.
-    limit = np.float32(threshold * patches.num_values)
     current = np.empty((patches.num_places, patches.num_values), np.float32)
     difference = np.empty_like(current)
     for number, pixels in enumerate(frames.numpy()):
@@ -59,8 +67,9 @@ def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> to
         if number % GROUP_FRAMES == 0:
             is_new = np.ones(patches.num_places, bool)
         else:
-            is_new = _squared(np.subtract(frame, current, out=difference)) > limit
-            is_new |= _has_moved(is_new, patches, current, threshold)
+            change = _squared(np.subtract(frame, current, out=difference)) / patches.num_values
+            is_new = change > threshold
+            is_new |= _has_moved(is_new, change, patches, current)
         if is_new.all():
             current[:] = frame
         else:
@@ -118,18 +127,21 @@ def _own_anchors(frames: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 def _has_moved(
     is_new: NDArray[np.bool_],
+    change: NDArray[np.float32],
     patches: _Patches,
     anchors: NDArray[np.float32],
-    threshold: float,
 ) -> bool:
-    """Return whether the camera has, by which patches differ from their anchors."""
-    num_matching = np.count_nonzero(~is_new)
-    if num_matching > _CERTAIN * len(is_new) or num_matching < (1 - _CERTAIN) * len(is_new):
-        return bool(num_matching < len(is_new) / 2)
-    matching = ~is_new[patches.moved(anchors) > threshold]
-    if len(matching) < MIN_TEXTURED * len(is_new):
+    """Return whether the camera has: most textured patches changed as if they had moved."""
+    matching = 1 - is_new.mean()
+    if not MIN_STILL <= matching <= _CERTAIN:
+        return bool(matching < MIN_STILL)
+    texture = patches.moved(anchors)
+    noise = np.quantile(change, NOISE_QUANTILE)
+    is_textured = texture > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
+    if is_textured.mean() < MIN_TEXTURED:
         return False
-    return bool(matching.mean() < MIN_MATCHING)
+    is_still = change[is_textured] < texture[is_textured] / 2
+    return bool(is_still.mean() < MIN_STILL)
 
 
 class _Patches:
