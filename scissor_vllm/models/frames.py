@@ -20,7 +20,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import WeightsMapper
 
-from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
+from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import FRAME_OF, NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_FRAMES
 from scissor_vllm.vllm_compat import forget_with_encoder_cache

@@ -10,7 +10,7 @@ from vllm.model_executor.models import interns1 as stock_hf
 from vllm.model_executor.models import internvl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from scissor_vllm.frontend.processor import RetentionProcessingInfo
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.frame_runs import (
     FramesOfVideo,
     SequentialFrameRunsModel,

@@ -19,7 +19,7 @@ from vllm.transformers_utils.processors.nano_nemotron_vl import (
     get_video_target_size_and_feature_size,
 )
 
-from scissor_vllm.frontend.processor import RetentionProcessingInfo
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.frame_runs import (
     FramesOfVideo,
     SequentialFrameRunsModel,

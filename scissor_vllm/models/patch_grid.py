@@ -26,7 +26,7 @@ from vllm.multimodal.parse import MultiModalDataItems
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
-from scissor_vllm.frontend.processor import RetentionProcessingInfo
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.carried_positions import CarriedPositionsModel
 from scissor_vllm.models.frame_runs import FrameRunsModel, FrameRunsProcessor, with_text
 from scissor_vllm.video_fields import (
