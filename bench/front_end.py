@@ -152,6 +152,31 @@ def make_ways(model: Path) -> dict[str, Way]:
     }
 
 
+def print_stages(runs: dict[str, list[dict[str, float]]]) -> None:
+    """Print each stage's median, and that of the stages before the engine together."""
+    medians = {
+        name: {stage: statistics.median(run[stage] for run in rows) for stage in rows[0]}
+        for name, rows in runs.items()
+    }
+    for stages in medians.values():
+        stages["front end"] = sum(stages[stage] for stage in ("decode", "prepare", "send"))
+    for stage, before in medians["stock"].items():
+        after = medians["ours"][stage]
+        ratio = f"{after / before:7.2f}" if before > 0.1 else ""
+        print(f"{stage:36} {before:7.1f} {after:7.1f} {ratio}")
+
+
+def print_bursts(bursts: dict[str, list[list[float]]]) -> None:
+    """Print when the first and the last video of a burst are ready, by the median of bursts."""
+    num_videos = len(bursts["stock"][0])
+    for place, name in ((0, "first"), (-1, "last")):
+        before, after = (
+            statistics.median(times[place] for times in bursts[way]) for way in ("stock", "ours")
+        )
+        line = f"{name} of {num_videos} at once"
+        print(f"{line:36} {before:7.0f} {after:7.0f} {after / before:7.2f}")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -181,26 +206,13 @@ def main() -> None:
         for _ in range(BURSTS if args.burst else 0):
             for name, way in ways.items():
                 bursts[name].append(way.burst(data, args.frames, args.burst))
-    medians = {
-        name: {stage: statistics.median(run[stage] for run in rows) for stage in rows[0]}
-        for name, rows in runs.items()
-    }
-    for stages in medians.values():
-        stages["front end"] = sum(stages[each] for each in ("decode", "prepare", "send"))
     num_bytes = {name: way.num_bytes for name, way in ways.items()}
-    title = f"median ms, {args.frames} frames of {args.size}"
-    print(f"{title:36}   stock    ours   ratio")
-    for stage, before in medians["stock"].items():
-        after = medians["ours"][stage]
-        ratio = f"{after / before:7.2f}" if before > 0.1 else ""
-        print(f"{stage:36} {before:7.1f} {after:7.1f} {ratio}")
+    print(f"{f'median ms, {args.frames} frames of {args.size}':36}   stock    ours   ratio")
+    print_stages(runs)
     before, after = (count / 2**20 for count in num_bytes.values())
     print(f"{'MiB sent':36} {before:7.1f} {after:7.1f} {after / before:7.2f}")
     if args.burst:
-        for place, which in ((0, "first"), (-1, "last")):
-            ends = [statistics.median(each[place] for each in rows) for rows in bursts.values()]
-            line = f"{which} of {args.burst} at once"
-            print(f"{line:36} {ends[0]:7.0f} {ends[1]:7.0f} {ends[1] / ends[0]:7.2f}")
+        print_bursts(bursts)
     if args.json:
         measured = {
             "unit": "ms",

@@ -114,6 +114,70 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
+def fused(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the tower's tokens by the fused encoder."""
+    from scissor_vllm.worker.siglip import fused_encoder
+
+    with fused_encoder(tower) as is_on:
+        assert is_on, "vLLM's layers are not as siglip.py knows them"
+        tokens: torch.Tensor = tower(pixels)
+        return tokens
+
+
+def merged(tower: Any, anchors: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the tower's tokens with patches merged by anchors."""
+    from scissor_vllm.worker.merged_encoder import merging_encoder
+
+    with merging_encoder(tower, anchors):
+        tokens: torch.Tensor = tower(pixels)
+        return tokens
+
+
+def relative_error(tokens: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over that of the expected tokens."""
+    return float((tokens.float() - expected).norm() / expected.norm())
+
+
+def measure(
+    tower: Any, exact: Any, num_frames: int, computed_shares: list[float], repeats: int
+) -> dict[str, Any]:
+    """Return milliseconds of each run and relative errors, by name of the case.
+
+    Args:
+        tower: in bfloat16, on the GPU.
+        exact: the same weights in float32.
+        num_frames: T.
+        computed_shares: shares of patches that the tower computes where it merges.
+        repeats: timed runs of each case.
+    """
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (num_frames, 3, SO400M.image_size, SO400M.image_size)
+    pixels = torch.randn(shape, device="cuda", generator=generator).to(torch.bfloat16)
+    num_places = (SO400M.image_size // SO400M.patch_size) ** 2
+    cases: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "vllm": tower,
+        "fused": partial(fused, tower),
+    }
+    with torch.inference_mode():
+        expected = torch.cat([exact(frames.float()) for frames in pixels.split(8)])
+        errors = {name: relative_error(run(pixels), expected) for name, run in cases.items()}
+        del expected
+        for share in computed_shares:
+            anchors = draw_anchors(num_frames, num_places, share)
+            name = f"{float(computed_patches(anchors).float().mean()):.2f} computed"
+            cases[name] = partial(merged, tower, anchors)
+            part = slice(2 * GROUP_FRAMES)
+            errors[name] = relative_error(
+                merged(tower, anchors[part], pixels[part]),
+                merged(exact, anchors[part], pixels[part].float()),
+            )
+        times: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(repeats):
+            for name, run in cases.items():
+                times[name].append(milliseconds(partial(run, pixels)))
+    return {"num_frames": num_frames, "milliseconds": times, "relative_errors": errors}
+
+
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -122,63 +186,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    from scissor_vllm.worker.merged_encoder import merging_encoder
-    from scissor_vllm.worker.siglip import fused_encoder
 
     device = torch.device("cuda")
     tower = make_tower(SO400M, device, torch.bfloat16)
     exact = make_tower(SO400M, device, torch.float32)
     exact.load_state_dict({name: w.float() for name, w in tower.state_dict().items()})
     record: dict[str, Any] = {"environment": environment(), "dtype": "bfloat16", "cases": []}
-
-    def fused(pixels: torch.Tensor) -> torch.Tensor:
-        with fused_encoder(tower) as is_on:
-            assert is_on, "vLLM's layers are not as siglip.py knows them"
-            tokens: torch.Tensor = tower(pixels)
-            return tokens
-
-    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "vllm": tower,
-        "fused": fused,
-    }
     print("frames                     time  of fused, relative error")
-    num_places = (SO400M.image_size // SO400M.patch_size) ** 2
-
-    def merged(model: Any, anchors: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        with merging_encoder(model, anchors):
-            tokens: torch.Tensor = model(pixels)
-            return tokens
-
     for num_frames in args.frames:
-        generator = torch.Generator(device).manual_seed(1)
-        shape = (num_frames, 3, SO400M.image_size, SO400M.image_size)
-        pixels = torch.randn(shape, device=device, generator=generator).to(torch.bfloat16)
-        with torch.inference_mode():
-            expected = torch.cat([exact(few.float()) for few in pixels.split(8)])
-            errors = {
-                name: float((way(pixels).float() - expected).norm() / expected.norm())
-                for name, way in ways.items()
-            }
-            del expected
-            cases = dict(ways)
-            for share in args.computed_shares:
-                anchors = draw_anchors(num_frames, num_places, share)
-                exact_share = float(computed_patches(anchors).float().mean())
-                name = f"{exact_share:.2f} computed"
-                cases[name] = partial(merged, tower, anchors)
-                few = 2 * GROUP_FRAMES
-                found = merged(tower, anchors[:few], pixels[:few]).float()
-                true = merged(exact, anchors[:few], pixels[:few].float())
-                errors[name] = float((found - true).norm() / true.norm())
-            times: dict[str, list[float]] = {name: [] for name in cases}
-            for _ in range(args.repeats):
-                for name, way in cases.items():
-                    times[name].append(milliseconds(partial(way, pixels)))
-        for name, values in times.items():
+        case = measure(tower, exact, num_frames, args.computed_shares, args.repeats)
+        fused_median = statistics.median(case["milliseconds"]["fused"])
+        for name, values in case["milliseconds"].items():
             median = statistics.median(values)
-            part = median / statistics.median(times["fused"])
-            print(f"{num_frames:6} {name:14} {median:7.2f} ms {part:5.3f} {errors[name]:.2g}")
-        case = {"num_frames": num_frames, "milliseconds": times, "relative_errors": errors}
+            part, error = median / fused_median, case["relative_errors"][name]
+            print(f"{num_frames:6} {name:14} {median:7.2f} ms {part:5.3f} {error:.2g}")
         record["cases"].append(case)
     if args.json:
         write_json(args.json, record)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs `scissor-vllm` with an API key: VLLM_API_KEY, or what the file of API_KEY_FILE holds.
+# Runs `scissor-vllm` with the API key of VLLM_API_KEY, or of the file API_KEY_FILE.
 set -eu
 if [ -z "${VLLM_API_KEY:-}" ] && [ -r "${API_KEY_FILE:-}" ]; then
   VLLM_API_KEY=$(cat "$API_KEY_FILE")
@@ -14,6 +14,6 @@ if [ -e "${HF_TOKEN_PATH:-}" ] && [ ! -r "$HF_TOKEN_PATH" ]; then
   echo "the user $(id -u) cannot read $HF_TOKEN_PATH: let that user read the file of HF_TOKEN_FILE" >&2
   exit 1
 fi
-# The load test is a client and sends it.
+# The load test, a client, sends this key.
 export OPENAI_API_KEY="${OPENAI_API_KEY:-$VLLM_API_KEY}"
 exec scissor-vllm "$@"

@@ -1,9 +1,9 @@
-"""The server's health check. Ends a server that was healthy and no longer answers.
+"""The server's health check. Kills a server that was healthy and no longer answers.
 
-Docker marks a container as unhealthy and lets it run. With HEALTH_MAX_FAILURES set, this check
-kills every process of the container but the first after so many failures in a row; the container
-then stops, and its restart policy starts it again. A server that is still starting, or that says by
-Retry-After that it finishes its last requests, is left alone.
+Docker marks a container as unhealthy and lets it run. After HEALTH_MAX_FAILURES failures in a row,
+if that is set, this check kills all processes of the container but the first. The container then
+stops, and its restart policy starts it again. A server that is starting is left alone, and so is a
+server that drains, which sends Retry-After.
 """
 
 import os
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def count_failure() -> None:
-    """Count a failure, and kill the server at the last one that is allowed."""
+    """Count a failure, and kill the server at HEALTH_MAX_FAILURES."""
     max_failures = int(os.environ.get("HEALTH_MAX_FAILURES") or 0)
     if not FAILURES.exists() or not max_failures:
         return
@@ -45,7 +45,7 @@ def count_failure() -> None:
         FAILURES.unlink()
         message = f"{num_failures} failures in a row: the server is killed"
         print(message, file=sys.stderr, flush=True)
-        # All processes of this user but the first, which is Docker's init, and this one.
+        # All processes of this user but this one and the first, which is Docker's init.
         os.kill(-1, signal.SIGKILL)
 
 

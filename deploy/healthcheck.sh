@@ -1,7 +1,7 @@
 #!/bin/sh
-# Health check of the services whose images are not ours: asks a URL, and after HEALTH_MAX_FAILURES
-# failures in a row kills every process of the container but the first, so that the restart policy
-# starts it again. A service that is still starting is left alone.
+# Health check of services with images of others: requests a URL. After HEALTH_MAX_FAILURES failures in
+# a row it kills all processes of the container but the first, so that the restart policy starts it
+# again. A service that is starting is left alone.
 url=$1
 failures=/tmp/health-failures
 if wget -q -T 4 -t 1 -O /dev/null "$url"; then

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes each key into the volume of the services that need it: the keys of .env, or keys made at the
+# Writes each key into the volume of the services that need it. Keys come from .env, or are made at the
 # first start and kept.
 set -eu
 keys=${1:-/keys}
@@ -20,7 +20,7 @@ keep() { # FILE VALUE
   write "$1" "$value"
 }
 
-# The proxy would read a star as "anything", and a header holds these characters only (RFC 6750).
+# The proxy would read a star as a wildcard. A header may hold these characters only (RFC 6750).
 check() { # NAME VALUE
   case $2 in
     *[!A-Za-z0-9._~+/=-]*)
@@ -38,7 +38,7 @@ if [ -n "${PREVIOUS_API_KEY:-}" ]; then
 else
   rm -f "$keys/api/previous-key"
 fi
-# What the proxy sends to the server; no client has it.
+# The proxy sends this key to the server; no client knows it.
 keep "$keys/server/key" ""
 keep "$keys/grafana/password" "${GRAFANA_PASSWORD:-}"
 # A new volume belongs to root, and the proxy keeps its certificates in this one.

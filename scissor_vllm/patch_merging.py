@@ -1,10 +1,11 @@
-"""Which patches of a video the vision tower computes, as processor and tower both count them.
+"""Which patches of a video the vision tower computes; the processor and the tower both use this.
 
-A patch that hardly differs from its anchor, an earlier frame's patch at the same place, takes the
-anchor's values. But a tower's values of what stands still change with the rest of the frame. So a
-lattice of patches is computed in every frame, and what changes there moves the values around it.
+A patch's anchor is the patch at the same place in an earlier frame. A patch that hardly differs
+from its anchor takes the anchor's values. But the tower's values of a still patch change with the
+rest of its frame. So a lattice of patches, the probes, is computed in every frame, and the change
+of probes is added to the values around them.
 
-Pure torch, on the CPU. ``PATCH_ANCHORS`` in ``scissor_vllm.video_fields`` is the form of anchors.
+Pure torch, on the CPU. ``PATCH_ANCHORS`` in ``scissor_vllm.video_fields`` is the format of anchors.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import math
 import torch
 
 GROUP_FRAMES = 4
-"""A patch and its anchor lie in the same group of so many frames, counted from the first."""
+"""Number of frames in a group; a patch and its anchor are in the same group."""
 
 PROBE_STEP = 3
-"""Rows and columns of patches between two of the lattice."""
+"""Distance between two probes in rows and in columns of patches."""
 
 
 def probe_places(num_places: int) -> torch.Tensor:
-    """Return the places of the lattice, int64 (L,), on a square grid of P places."""
+    """Return the places of the probes, int64 (L,), on a square grid of P places."""
     side = math.isqrt(num_places)
     line = torch.arange(PROBE_STEP // 2, side, PROBE_STEP)
     return (line[:, None] * side + line).flatten()
 
 
 def nearest_probes(num_places: int) -> torch.Tensor:
-    """Return which of the lattice is in each place's cell, int64 (P,)."""
+    """Return the index of the probe in each place's cell of the lattice, int64 (P,)."""
     side = math.isqrt(num_places)
     num_lines = len(range(PROBE_STEP // 2, side, PROBE_STEP))
     line = (torch.arange(side) // PROBE_STEP).clamp(max=num_lines - 1)

@@ -1,4 +1,4 @@
-"""The operator's settings, which travel in vLLM's ``mm_processor_kwargs`` to every process.
+"""The operator's settings, which reach every process in vLLM's ``mm_processor_kwargs``.
 
 Standard library only.
 """
@@ -27,19 +27,19 @@ FORMER_VIDEO_LOADER = "decord"
 
 DEFAULT_FRAME_CACHE_GB = 1.0
 DEFAULT_FEATURE_CACHE_GB = 2.0
-"""In GiB. Where vLLM's own cache of processed inputs is off, these are too, unless set."""
+"""Default sizes in GiB. Without vLLM's cache of processed inputs the defaults are 0."""
 
 _GIB = 1024**3
 
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Bytes that each cache may take."""
+    """Size limit of each cache in bytes."""
 
     frames: int
-    """Decoded frames, in each API-server process."""
+    """For decoded frames, in each API server process."""
     features: int
-    """Tokens of the vision tower, in each worker, in host memory."""
+    """For the vision tower's tokens, in each worker's host memory."""
 
     @classmethod
     def of(cls, kwargs: Mapping[str, object] | None, mm_processor_cache_gb: float) -> CacheSizes:
@@ -62,7 +62,7 @@ def _num_bytes(kwargs: Mapping[str, object], name: str, default: float) -> int:
 
 
 def check_cache_gb(name: str, size: object) -> float:
-    """Return the size if it is a number of GiB, 0 or more.
+    """Return the size in GiB if it is a finite number, 0 or more.
 
     Raises:
         TypeError: not a number.
@@ -91,22 +91,22 @@ MAX_TARGET_TTFT_MS = 600_000
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """What the operator set for the whole server."""
+    """The operator's settings for the whole server."""
 
     default_ratio: float = DEFAULT_RETENTION_RATIO
     """Ratio of a request that names none."""
     min_ratio: float = DEFAULT_MIN_RETENTION_RATIO
-    """A request below this is refused."""
+    """Lowest ratio that a request may name."""
     method: str = DEFAULT_VIDEO_COMPRESSION
-    """Name of the compressor, see ``scissor_vllm.compression``."""
+    """Name of the compression method, see ``scissor_vllm.compression``."""
     max_video_tokens: int = DEFAULT_MAX_VIDEO_TOKENS
-    """Most tokens of a video that is compressed, N. All of them are in the GPU's memory at once,
-    however few are kept; what is not compressed is bounded by the model's length."""
+    """Largest N of a compressed video. All N tokens are in GPU memory at once, however few are
+    kept. Uncompressed videos are bounded by the model's length."""
     default_budget: int | None = None
     """Most tokens that the videos of a request keep together where it names no budget."""
     auto_bounds: tuple[float, float] | None = None
-    """Lowest and highest ratio that the server chooses for a request that asks for ``auto``; None
-    where it chooses none."""
+    """Lowest and highest ratio that the server chooses for a request with ``auto``; None if
+    ``auto`` is not offered."""
     target_ttft_ms: int | None = None
     """Goal of that choice: milliseconds from a request's arrival to its first token."""
     is_auto_by_default: bool = False
@@ -145,10 +145,14 @@ class RetentionPolicy:
 
     @classmethod
     def from_mm_processor_kwargs(cls, kwargs: Mapping[str, object] | None) -> RetentionPolicy:
-        """Return the policy that an engine's ``mm_processor_kwargs`` hold.
+        """Return the policy of an engine's ``mm_processor_kwargs``.
 
-        They are the one part of vLLM's public configuration that reaches the API server's
-        processor and every worker alike, offline and online.
+        No other part of vLLM's public configuration reaches both the API server's processor and
+        every worker, offline and online.
+
+        Raises:
+            TypeError: a setting has the wrong type.
+            ValueError: a setting is out of range, or settings contradict each other.
         """
         kwargs = kwargs or {}
         min_ratio = check_retention_ratio(
@@ -219,7 +223,7 @@ NO_AUTO = (
 
 
 def parse_auto_bounds(bounds: object) -> tuple[float, float]:
-    """Return the lowest and the highest ratio that ``MIN:MAX`` names.
+    """Return the lowest and the highest ratio of ``MIN:MAX``.
 
     Raises:
         TypeError: not a string.
@@ -238,7 +242,7 @@ def parse_auto_bounds(bounds: object) -> tuple[float, float]:
 
 
 def check_target_ttft_ms(target: object) -> int:
-    """Return the goal if it is a number of milliseconds.
+    """Return the target if it is a valid number of milliseconds.
 
     Raises:
         TypeError: not an int.
@@ -260,16 +264,16 @@ DEFAULT_TOWER_MERGING_THRESHOLD = 40.0
 
 @dataclass(frozen=True)
 class TowerMerging:
-    """When the vision tower leaves out patches that hardly change, set for the whole server."""
+    """When the vision tower skips patches that hardly change between frames."""
 
     max_ratio: float = 0.0
-    """Requests of this ratio and below have it; 0 switches it off, and 1.0 itself never has it."""
+    """Highest ratio of a request whose patches are merged; 0 switches merging off."""
     threshold: float = DEFAULT_TOWER_MERGING_THRESHOLD
-    """Mean squared difference, in units of uint8's values, up to which patches are the same."""
+    """Largest mean squared difference of 8-bit pixels at which patches count as equal."""
 
     @classmethod
     def from_mm_processor_kwargs(cls, kwargs: Mapping[str, object] | None) -> TowerMerging:
-        """Return what an engine's ``mm_processor_kwargs`` set.
+        """Return the settings of an engine's ``mm_processor_kwargs``.
 
         Raises:
             TypeError: a setting is not a number.
@@ -294,7 +298,7 @@ class TowerMerging:
         return cls(ratio, threshold)
 
     def applies_to(self, retention_ratio: float) -> bool:
-        """Return whether requests of this ratio have it."""
+        """Return whether patches are merged at this ratio."""
         return retention_ratio <= self.max_ratio
 
 
@@ -307,7 +311,7 @@ def _check_number(name: str, value: object) -> float:
 _KEY_SIMILARITY = 0.85
 
 REQUEST_KEYS = frozenset({RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS})
-"""Of our keys those that a request may name too."""
+"""Our keys that a request may name too."""
 
 OWN_KEYS = REQUEST_KEYS | frozenset(
     {
@@ -328,16 +332,15 @@ OWN_KEYS = REQUEST_KEYS | frozenset(
 def check_keys(
     kwargs: Mapping[str, object], compresses_video: bool, models: Iterable[str] = ()
 ) -> None:
-    """Check which of our keys an engine's ``mm_processor_kwargs`` have.
+    """Check our keys among an engine's ``mm_processor_kwargs``.
 
     Args:
-        kwargs: the engine's.
-        compresses_video: whether videos of its model are compressed.
-        models: architectures whose videos are, for the message.
+        kwargs: the engine's ``mm_processor_kwargs``.
+        compresses_video: whether the plugin supports the model.
+        models: supported architectures, for the message.
 
     Raises:
-        ValueError: a key is nearly one of ours, or the model's videos are not compressed and one is
-            there.
+        ValueError: a key is a misspelling of ours, or one of ours is set for an unsupported model.
     """
     for key in kwargs:
         close = get_close_matches(key.lower().replace("-", "_"), OWN_KEYS, 1, _KEY_SIMILARITY)
@@ -355,5 +358,5 @@ def check_keys(
 
 
 def without_own_keys(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Return the kwargs that belong to the Hugging Face processor, ours taken out."""
+    """Return a copy of the kwargs without our keys, for the Hugging Face processor."""
     return {key: value for key, value in kwargs.items() if key not in OWN_KEYS and key != RETENTION}

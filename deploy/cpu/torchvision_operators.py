@@ -1,12 +1,12 @@
-"""Lets torchvision's Python parts load beside a torch build that its compiled part does not fit.
+"""Lets torchvision's Python code load with a torch build that its compiled code does not fit.
 
-A package index may pair a CPU build of torch with a CUDA build of torchvision. The compiled part
-then does not load, and the import ends with "operator torchvision::nms does not exist", although
-video processors use Python parts alone. Declaring the two operators is enough for them.
+A package index may pair a CPU build of torch with a CUDA build of torchvision. The compiled code
+then does not load, and the import fails with "operator torchvision::nms does not exist". Video
+processors use the Python code only, and for them it is enough to declare the two operators.
 
-``deploy/cpu/install.py`` puts this file into site-packages, with a ``.pth`` file that imports it
-when Python starts, because vLLM starts processes of its own; and only where the import fails. A
-torchvision that loads by itself is never touched. Can go when the index carries a CPU torchvision.
+If the import fails, ``deploy/cpu/install.py`` puts this file into site-packages. A ``.pth`` file
+imports it when Python starts, because vLLM starts further processes. A torchvision that loads is
+never changed. Remove this file when the index carries a CPU torchvision.
 """
 
 import importlib.machinery
@@ -21,7 +21,7 @@ _declared = []
 
 
 class _Loader:
-    """Runs torchvision's import, and once more with the operators declared if they were missing."""
+    """Imports torchvision, and again with declared operators if they were missing."""
 
     def __init__(self, loader):
         self._loader = loader
@@ -45,7 +45,7 @@ class _Loader:
 
 
 class _Finder:
-    """Finds torchvision as Python does and wraps its loader."""
+    """Finds torchvision as Python does, and wraps its loader."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):

@@ -54,9 +54,16 @@ def refuse(message: str) -> SystemExit:
 
 def add_retention_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``vllm serve`` does not have."""
-    from scissor_vllm.compression import METHODS
-
     group = parser.add_argument_group(GROUP)
+    _add_ratio_options(group)
+    _add_token_limits(group)
+    _add_method_option(group)
+    _add_cache_options(group)
+    _add_tower_merging_options(group)
+
+
+def _add_ratio_options(group: argparse._ArgumentGroup) -> None:
+    """Add the default ratio, its lower bound and the automatic choice."""
     group.add_argument(
         "--default-retention-ratio",
         metavar="RATIO",
@@ -88,6 +95,10 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         help="goal of --auto-retention-ratio: milliseconds from a request's arrival to its first "
         "token (default: none)",
     )
+
+
+def _add_token_limits(group: argparse._ArgumentGroup) -> None:
+    """Add the default budget of a request and the longest video that is compressed."""
     group.add_argument(
         "--default-max-retained-video-tokens",
         metavar="TOKENS",
@@ -104,6 +115,12 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         help="most tokens, before compression, of a video that is compressed: all are in the GPU's "
         f"memory at once, as 167 frames of 196 tokens are (default: {DEFAULT_MAX_VIDEO_TOKENS})",
     )
+
+
+def _add_method_option(group: argparse._ArgumentGroup) -> None:
+    """Add the compression method."""
+    from scissor_vllm.compression import METHODS
+
     group.add_argument(
         "--video-compression",
         metavar="METHOD",
@@ -115,6 +132,10 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         f"step, and SCC without one of its steps; one of {', '.join(sorted(METHODS))} "
         f"(default: {DEFAULT_VIDEO_COMPRESSION})",
     )
+
+
+def _add_cache_options(group: argparse._ArgumentGroup) -> None:
+    """Add the sizes of the frame cache and the feature cache."""
     group.add_argument(
         "--video-frame-cache-gb",
         metavar="GIB",
@@ -134,6 +155,10 @@ def add_retention_options(parser: argparse.ArgumentParser) -> None:
         "--mm-processor-cache-gb 0 alone, keeps none "
         f"(default: {DEFAULT_FEATURE_CACHE_GB:g})",
     )
+
+
+def _add_tower_merging_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of merging patches in the vision tower."""
     group.add_argument(
         "--tower-merging-max-ratio",
         metavar="RATIO",

@@ -1,7 +1,7 @@
-"""The endpoint plugin: puts our routes in place of vLLM's, and no ratio is ignored on the others.
+"""The endpoint plugin: replaces vLLM's chat routes, and makes all other routes refuse a ratio.
 
 vLLM loads it through the entry point ``vllm.endpoint_plugins`` if ``VLLM_PLUGINS`` names
-``scissor_vllm``. Nothing of vLLM is imported before it is known that this release fits it.
+``scissor_vllm``. It checks vLLM's version before it imports anything of vLLM.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from scissor_vllm.settings import OWN_KEYS
 from scissor_vllm.version_gate import reason_for_stock, stand_aside, warn_once
 
 PROCESS_METRICS = "process_metrics"
-"""Of the server's arguments: whether /metrics has those of its one API server's process."""
+"""Server argument: whether /metrics has the process metrics of the one API server."""
 
 
 class RetentionEndpoint:
-    """The endpoint plugin, in servers of every task."""
+    """The endpoint plugin, for servers of every task."""
 
     name = "scissor_vllm"
     required_tasks: tuple[str, ...] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Put our routes in place of vLLM's, or refuse ratios where vLLM stays stock."""
+        """Replace vLLM's routes by ours, or refuse every ratio if the plugin stands aside."""
         if getattr(app.state.args, PROCESS_METRICS, False):
             add_process_metrics(app)
         reason = reason_for_stock()
@@ -45,10 +45,10 @@ class RetentionEndpoint:
         guard_routes(app, reason=reason)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Keep what the routes check a ratio against.
+        """Store the operator's settings, which routes check a ratio against.
 
         Raises:
-            ValueError: the operator set what this server cannot do.
+            ValueError: the plugin stands aside, and the operator set one of its options.
         """
         reason = reason_for_stock()
         if reason is None:

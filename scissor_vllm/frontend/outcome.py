@@ -1,8 +1,8 @@
-"""What becomes of a chat with a video: counted, and in vLLM's trace where tracing is on.
+"""Records the outcome of a chat with a video: in metrics, and in vLLM's trace if tracing is on.
 
-Counted are chats of ``/v1/chat/completions`` alone: vLLM's other routes for chats with a video
-(``/v1/chat/completions/batch``, ``/invocations``) refuse a ratio and serve videos at the server's,
-and ``/tokenize``, which does not answer, saves nothing.
+Only chats of ``/v1/chat/completions`` are counted. vLLM's other routes for chats with a video
+(``/v1/chat/completions/batch``, ``/invocations``) refuse a ratio and use the server's default.
+``/tokenize`` returns no answer.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _ERROR_EVENT = 'data: {"error"'
 
 
 class Chat:
-    """A chat on its way; its end is recorded once, the first that comes."""
+    """Records a chat's outcome exactly once: the first one reported."""
 
     def __init__(
         self,
@@ -43,13 +43,13 @@ class Chat:
         report: RetentionReport,
         span: CompressionSpan = NO_SPAN,
     ) -> None:
-        """Follow a chat with a video.
+        """Begin a chat with a video.
 
         Args:
-            method: of compression, the server's.
-            requested_ratio: None if it names none.
-            report: which its processing fills.
-            span: in the trace.
+            method: the server's compression method.
+            requested_ratio: the request's valid ratio, None without one.
+            report: filled by the processor.
+            span: of the trace.
         """
         self._method = method
         self._requested_ratio = requested_ratio
@@ -58,7 +58,7 @@ class Chat:
         self._has_ended = False
 
     def end(self, outcome: Outcome, reason: Reason = Reason.OTHER) -> None:
-        """Record how it ended, and why if it was refused."""
+        """Record the outcome, and the reason of a refusal; later calls do nothing."""
         if self._has_ended:
             return
         self._has_ended = True
@@ -74,7 +74,7 @@ class Chat:
 
     @contextmanager
     def ended_by_errors(self) -> Iterator[None]:
-        """Record the end if the block raises."""
+        """Record the outcome if the block raises."""
         try:
             yield
         except asyncio.CancelledError:
@@ -88,9 +88,9 @@ class Chat:
             raise
 
     def follow(self, response: Response | None) -> None:
-        """Record the end with the response's, which a stream reaches when it was sent."""
+        """Record the outcome of a response; that of a stream is recorded when the stream ends."""
         if response is None:
-            # vLLM's answer to nobody: the client has hung up.
+            # vLLM returns no response if the client has disconnected.
             self.end(Outcome.ABORTED)
         elif response.status_code >= 500:
             self.end(Outcome.FAILED)
@@ -113,7 +113,7 @@ class Chat:
             self.end(Outcome.ABORTED)
 
     def _end_by_event(self, error: Mapping[str, Any]) -> None:
-        """Record the end of a stream whose status, 200, was sent before the error was met."""
+        """Record an error that occurred after the stream's status 200 was sent."""
         if error["code"] < 500:
             self.end(Outcome.REFUSED, reason_of(ValueError(error["message"])))
         else:
@@ -121,7 +121,7 @@ class Chat:
 
 
 def count_malformed(method: str, error: RequestValidationError) -> None:
-    """Count a chat with a video whose body is not what the route takes."""
+    """Count a chat with a video whose body fails the route's validation."""
     body = error.body if isinstance(error.body, Mapping) else {}
     if has_video(body.get("messages")):
         count_request(method, Outcome.REFUSED, ratio_or_none(body.get(RETENTION_RATIO)))

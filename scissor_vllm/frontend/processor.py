@@ -8,7 +8,6 @@ many rows.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
-    InputProcessingContext,
     PromptReplacement,
     PromptUpdate,
 )
@@ -29,10 +27,10 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.frontend.asked import Asked, asked_for
-from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
 from scissor_vllm.frontend.patch_anchors import anchors_of_videos, count_patches
 from scissor_vllm.frontend.refusal import RefusedRequestError
+from scissor_vllm.frontend.video_items import frames_of, pixels_of_videos, why_unreadable
 from scissor_vllm.metrics import CLOCK, Reason
 from scissor_vllm.retention import (
     MAX_BUDGET,
@@ -46,14 +44,7 @@ from scissor_vllm.retention import (
     RetentionReport,
     count_retained,
 )
-from scissor_vllm.settings import (
-    OWN_KEYS,
-    TOWER_MERGING_MAX_RATIO,
-    CacheSizes,
-    RetentionPolicy,
-    TowerMerging,
-    without_own_keys,
-)
+from scissor_vllm.settings import OWN_KEYS, without_own_keys
 from scissor_vllm.video_fields import (
     FRAME_OF,
     NUM_RETAINED,
@@ -63,49 +54,6 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
 )
-
-
-def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingContext:
-    """Return the context with our keys taken out of the engine's ``mm_processor_kwargs``.
-
-    vLLM hands all of them to the Hugging Face processor, which knows none of ours.
-    """
-    model_config = copy.copy(ctx.model_config)
-    mm_config = copy.copy(model_config.get_multimodal_config())
-    mm_config.mm_processor_kwargs = without_own_keys(mm_config.mm_processor_kwargs or {})
-    model_config.multimodal_config = mm_config
-    return replace(ctx, model_config=model_config)
-
-
-def frames_of(video: Any) -> VideoProcessorItems:
-    """Return a video's frames alone: of frames with metadata vLLM 0.32 and 0.33 count two."""
-    return VideoProcessorItems([video[0] if isinstance(video, tuple) else video])
-
-
-def why_unreadable(videos: VideoProcessorItems) -> str | None:
-    """Return what a video processor may stumble over in videos' metadata, None for nothing."""
-    for index, video in enumerate(videos.get_all()):
-        if not isinstance(video, tuple):
-            continue
-        num_frames, metadata = frames_of(video).get_num_frames(0), video[1]
-        named, rate = metadata.get("frames_indices"), metadata.get("fps")
-        if named is not None and len(named) != num_frames:
-            return (
-                f"video {index} has {num_frames} frames, but its metadata names {len(named)}: send "
-                "a file whose header agrees with its frames"
-            )
-        if not rate or rate < 0:
-            return (
-                f"video {index} must have a positive frame rate, got {rate}: send a file that "
-                "tells its frame rate"
-            )
-    return None
-
-
-def pixels_of_videos(items: MultiModalDataItems) -> VideoProcessorItems | None:
-    """Return a request's videos, None if it has none or sends what a tower made of them."""
-    videos = items.get("video")
-    return videos if isinstance(videos, VideoProcessorItems) else None
 
 
 @dataclass
@@ -129,39 +77,6 @@ class VideoPlaceholders(PromptUpdateDetails):
     """K."""
     patches: tuple[int, int] | None = None
     """Where patches may be merged in the tower, all of them and those that it computes."""
-
-
-class RetentionProcessingInfo:
-    """Mixin of a model's processing info: the operator's policy, and a video's tokens."""
-
-    def __init__(self, ctx: InputProcessingContext) -> None:
-        mm_config = ctx.model_config.get_multimodal_config()
-        self.retention_policy = RetentionPolicy.from_mm_processor_kwargs(
-            mm_config.mm_processor_kwargs
-        )
-        self.cache_sizes = CacheSizes.of(
-            mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb
-        )
-        self.tower_merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
-        FRAMES.resize(self.cache_sizes.frames)
-        super().__init__(without_retention_settings(ctx))  # type: ignore[call-arg]
-        if self.tower_merging.max_ratio > 0 and self.get_patch_size() is None:
-            raise ValueError(
-                f"{TOWER_MERGING_MAX_RATIO} cannot be set for this model: patches are merged in "
-                "SigLIP's tower of LLaVA-OneVision only; leave it out"
-            )
-
-    @abstractmethod
-    def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
-        """Return N: the tokens of a video that compression acts on."""
-
-    @abstractmethod
-    def get_num_fixed_tokens(self) -> int:
-        """Return how many placeholders follow a video's tokens and are never compressed."""
-
-    def get_patch_size(self) -> int | None:
-        """Return the side of the tower's patches in pixels, None if none are merged there."""
-        return None
 
 
 class RetentionProcessor(BaseMultiModalProcessor[Any]):

@@ -1,4 +1,4 @@
-"""The fields that a request adds to vLLM's, and their way to the processor."""
+"""Our fields of a request, and how they reach the processor."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -48,7 +48,7 @@ _VIDEO_FIELDS = ("video_url", "video_embeds")
 
 
 def has_video(messages: Any) -> bool:
-    """Return whether a chat's messages have a video; they may be anything that JSON has."""
+    """Return whether a chat's messages have a video; ``messages`` may be any JSON value."""
     if not isinstance(messages, list):
         return False
     for message in messages:
@@ -59,9 +59,9 @@ def has_video(messages: Any) -> bool:
 
 
 def _is_video(part: Any) -> bool:
-    """Return whether vLLM takes a part for a video: by its type, or by its fields without one.
+    """Return whether vLLM reads a part as a video.
 
-    With a ``uuid`` it goes by the fields too.
+    vLLM goes by the type. Without a type, or with a ``uuid``, it goes by the fields.
     """
     if not isinstance(part, Mapping):
         return False
@@ -73,11 +73,11 @@ def _is_video(part: Any) -> bool:
 
 
 class RetentionRequest(BaseModel):
-    """Mixin of a vLLM request: our fields, and the way of their values to the processor."""
+    """Mixin of a vLLM request: our fields, and how their values reach the processor."""
 
     field_names: ClassVar[set[str] | None] = None
 
-    # Checked by the route: pydantic's errors are lists of Python values.
+    # The route checks the values: pydantic's errors would list Python objects.
     retention_ratio: Annotated[
         Any, WithJsonSchema(_RATIO_SCHEMA, mode="validation"), Field(description=_RATIO_DESCRIPTION)
     ] = None
@@ -94,7 +94,7 @@ class RetentionRequest(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _look_for_videos(cls, data: Any, handler: Any) -> Any:
-        """Note whether the body has a video: pydantic may make an iterator of a message's parts."""
+        """Store whether the body has a video, before pydantic turns parts into iterators."""
         request = handler(data)
         if isinstance(data, dict):
             request._has_video = has_video(data.get("messages"))
@@ -107,7 +107,7 @@ class RetentionRequest(BaseModel):
 
     @property
     def names_fields(self) -> bool:
-        """Whether the body has one of our fields, or one that vLLM does not know."""
+        """Whether the body has one of our fields or an unknown field."""
         return (
             self.retention_ratio is not None
             or self.max_retained_video_tokens is not None
@@ -116,15 +116,15 @@ class RetentionRequest(BaseModel):
 
     @property
     def valid_ratio(self) -> float | None:
-        """The ratio if it is one, allowed here or not."""
+        """The ratio if it is in (0, 1], even if this server refuses it; else None."""
         return ratio_or_none(self.retention_ratio)
 
     def begin_report(self, choose: Chooser | None = None) -> RetentionReport:
         """Return a report that the processor fills; it is complete once the prompt is rendered.
 
         Args:
-            choose: asked by the processor if the ratio is left to the server; None where this
-                server chooses none.
+            choose: chooses the ratio if the request leaves it to the server; None if this server
+                offers no choice.
         """
         self._report = self._new_report()
         self._choose = choose
@@ -134,11 +134,11 @@ class RetentionRequest(BaseModel):
         return RetentionReport()
 
     def build_chat_params(self, *args: Any, **kwargs: Any) -> ChatParams:
-        """Return vLLM's parameters, of a request with a report with our fields and the report.
+        """Return vLLM's parameters, with our fields and the report if there is a report.
 
-        They travel as ``media_io_kwargs`` of a modality of our own, which vLLM carries from here to
-        the processor. The request's own ``mm_processor_kwargs`` would be refused unless the
-        operator trusts clients with every option of the processor; these are checked numbers.
+        They travel as ``media_io_kwargs`` of a modality of our own, which vLLM passes on to the
+        processor. vLLM refuses a request's ``mm_processor_kwargs`` unless the operator trusts
+        clients with every option of the processor. Our fields are checked numbers.
         """
         params: ChatParams = super().build_chat_params(*args, **kwargs)  # type: ignore[misc]
         if self._report is None:

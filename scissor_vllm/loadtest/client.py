@@ -72,22 +72,10 @@ async def measure(
         keep_itl: keep inter-token latencies.
     """
     import numpy as np
-    from vllm.benchmarks.datasets import SampleRequest
     from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
-    from vllm.benchmarks.serve import TaskType, benchmark
+    from vllm.benchmarks.serve import benchmark
 
-    run = uuid.uuid4().hex[:8]
-    samples = {
-        f"bench-{run}-{number}": SampleRequest(
-            prompt="",
-            prompt_len=0,
-            expected_output_len=settings.output_len,
-            chat_messages=request.messages(settings.question),
-            request_overrides=request.body(),
-            request_id=f"bench-{run}-{number}",
-        )
-        for number, request in enumerate(requests)
-    }
+    samples = _samples(requests, settings)
     recorder = _Recorder(progress)
     # vLLM draws the times between arrivals from numpy's global generator.
     np.random.seed(settings.seed)
@@ -95,29 +83,10 @@ async def measure(
     try:
         with _quiet(), _no_garbage_collection_of_what_is_there():
             result = await benchmark(
-                task_type=TaskType.GENERATION,
-                endpoint_type=BACKEND,
-                api_url=settings.base_url + CHAT_PATH,
-                base_url=settings.base_url,
-                model_id=settings.model,
-                model_name=settings.model,
-                tokenizer=None,
                 input_requests=list(samples.values()),
-                logprobs=None,
                 request_rate=math.inf if cell.request_rate is None else cell.request_rate,
-                burstiness=1.0,
-                disable_tqdm=True,
-                num_warmups=0,
-                profile=False,
-                selected_percentile_metrics=[],
-                selected_percentiles=[],
-                ignore_eos=settings.ignore_eos,
-                goodput_config_dict={},
                 max_concurrency=cell.max_concurrency,
-                lora_modules=None,
-                extra_headers=None,
-                extra_body={"temperature": 0},
-                ready_check_timeout_sec=0,
+                **_benchmark_settings(settings),
             )
     finally:
         del ASYNC_REQUEST_FUNCS[BACKEND]
@@ -128,6 +97,52 @@ async def measure(
         for request, answer in zip(requests, answers, strict=True)
     ]
     return Measured(round(result["duration"], 6), rows)
+
+
+def _samples(requests: Sequence[VideoRequest], settings: ChatSettings) -> dict[str, Any]:
+    """Return vLLM's form of the requests by their ids, in order; ids are unique to this call."""
+    from vllm.benchmarks.datasets import SampleRequest
+
+    run = uuid.uuid4().hex[:8]
+    return {
+        f"bench-{run}-{number}": SampleRequest(
+            prompt="",
+            prompt_len=0,
+            expected_output_len=settings.output_len,
+            chat_messages=request.messages(settings.question),
+            request_overrides=request.body(),
+            request_id=f"bench-{run}-{number}",
+        )
+        for number, request in enumerate(requests)
+    }
+
+
+def _benchmark_settings(settings: ChatSettings) -> dict[str, Any]:
+    """Return the arguments of vLLM's ``benchmark`` that are the same for all cells of a run."""
+    from vllm.benchmarks.serve import TaskType
+
+    return {
+        "task_type": TaskType.GENERATION,
+        "endpoint_type": BACKEND,
+        "api_url": settings.base_url + CHAT_PATH,
+        "base_url": settings.base_url,
+        "model_id": settings.model,
+        "model_name": settings.model,
+        "tokenizer": None,
+        "logprobs": None,
+        "burstiness": 1.0,
+        "disable_tqdm": True,
+        "num_warmups": 0,
+        "profile": False,
+        "selected_percentile_metrics": [],
+        "selected_percentiles": [],
+        "ignore_eos": settings.ignore_eos,
+        "goodput_config_dict": {},
+        "lora_modules": None,
+        "extra_headers": None,
+        "extra_body": {"temperature": 0},
+        "ready_check_timeout_sec": 0,
+    }
 
 
 @dataclass

@@ -8,8 +8,9 @@ import importlib.util
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from scissor_vllm.loadtest import clips as videos
 from scissor_vllm.loadtest.record import environment, write_text
@@ -64,43 +65,16 @@ def run(argv: Sequence[str]) -> int:
     planned = cells(args.retention_ratio, concurrencies, args.request_rate or [None])
     label = args.label or (STOCK if args.retention_ratio == [()] else "scissor-vllm")
     file = open_results(args.output, environment(), append=args.append, overwrite=args.overwrite)
-    shape = videos.ClipShape(
-        args.width, args.height, args.num_frames, args.fps, args.seed, args.camera
-    )
     if args.videos:
         chosen = videos.load_clips(args.videos)
     else:
-        chosen = videos.make_clips(videos.default_folder(), load.num_clips(planned), shape)
-    with contextlib.ExitStack() as stack:
-        base_url = args.base_url
-        if args.demo:
-            from scissor_vllm.demo.client import demo_server
-
-            base_url = stack.enter_context(demo_server(*NO_CACHES))
-        base_url = base_url.rstrip("/").removesuffix("/v1")
-        server = describe_server(base_url, args.model)
-        if label == STOCK and has_plugin(base_url):
-            raise ServerError(
-                f"label {STOCK} is for vLLM without this plugin, and {base_url} has it: start that "
-                "with an empty VLLM_PLUGINS (vLLM loads every installed plugin where none is "
-                "named), or give another --label"
-            )
+        num_clips = load.num_clips(planned)
+        chosen = videos.make_clips(videos.default_folder(), num_clips, _clip_shape(args))
+    with _server(args) as base_url:
         metrics_url = args.metrics_url or f"{base_url}/metrics"
-        server["kv_cache_bytes_per_token"] = args.kv_cache_bytes_per_token or (
-            kv_cache_bytes_per_token(server["model_path"], Metrics(metrics_url).read())
-        )
-        settings = {
-            "num_prompts": args.num_prompts,
-            "num_warmups": args.num_warmups,
-            "output_len": args.output_len,
-            "ignore_eos": args.ignore_eos,
-            "question": args.question,
-            "seed": args.seed,
-            "videos": {"folder": args.videos.resolve().name} if args.videos else shape.as_dict(),
-            "goodput_milliseconds": args.goodput,
-        }
+        server = _describe_server(base_url, metrics_url, label, args)
         command = shlex.join(["scissor-vllm", "bench", *argv])
-        measured = open_run(file, label, command, server, settings)
+        measured = open_run(file, label, command, server, _settings(args))
         sweep(
             file,
             measured,
@@ -126,6 +100,60 @@ def run(argv: Sequence[str]) -> int:
     return int(any(row["completed"] == 0 for row in rows))
 
 
+@contextlib.contextmanager
+def _server(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the server's URL without ``/v1``; the demo's server runs until the end."""
+    with contextlib.ExitStack() as stack:
+        base_url: str = args.base_url
+        if args.demo:
+            from scissor_vllm.demo.client import demo_server
+
+            base_url = stack.enter_context(demo_server(*NO_CACHES))
+        yield base_url.rstrip("/").removesuffix("/v1")
+
+
+def _describe_server(
+    base_url: str, metrics_url: str, label: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the server's part of a run.
+
+    Raises:
+        ServerError: the label is stock's, and the server has this plugin.
+    """
+    server = describe_server(base_url, args.model)
+    if label == STOCK and has_plugin(base_url):
+        raise ServerError(
+            f"label {STOCK} is for vLLM without this plugin, and {base_url} has it: start that "
+            "with an empty VLLM_PLUGINS (vLLM loads every installed plugin where none is "
+            "named), or give another --label"
+        )
+    server["kv_cache_bytes_per_token"] = args.kv_cache_bytes_per_token or (
+        kv_cache_bytes_per_token(server["model_path"], Metrics(metrics_url).read())
+    )
+    return server
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that a run records."""
+    folder = args.videos and {"folder": args.videos.resolve().name}
+    return {
+        "num_prompts": args.num_prompts,
+        "num_warmups": args.num_warmups,
+        "output_len": args.output_len,
+        "ignore_eos": args.ignore_eos,
+        "question": args.question,
+        "seed": args.seed,
+        "videos": folder or _clip_shape(args).as_dict(),
+        "goodput_milliseconds": args.goodput,
+    }
+
+
+def _clip_shape(args: argparse.Namespace) -> videos.ClipShape:
+    return videos.ClipShape(
+        args.width, args.height, args.num_frames, args.fps, args.seed, args.camera
+    )
+
+
 def clips(argv: Sequence[str]) -> int:
     """Generate clips for a host without PyAV."""
     parser = argparse.ArgumentParser(
@@ -136,10 +164,7 @@ def clips(argv: Sequence[str]) -> int:
     _add_clip_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    shape = videos.ClipShape(
-        args.width, args.height, args.num_frames, args.fps, args.seed, args.camera
-    )
-    made = videos.make_clips(args.folder, args.num_clips, shape)
+    made = videos.make_clips(args.folder, args.num_clips, _clip_shape(args))
     size = sum(clip.path.stat().st_size for clip in made)
     print(f"{made[0].path.parent}: {len(made)} clips, {size / 1e6:.1f} MB")
     return 0
@@ -259,6 +284,15 @@ def _run_parser() -> argparse.ArgumentParser:
         description="Load a server with videos at every ratio and concurrency. Other parts: "
         "scissor-vllm bench clips | table | plot.",
     )
+    _add_server_options(parser)
+    _add_grid_options(parser)
+    _add_load_options(parser)
+    _add_video_options(parser)
+    _add_result_options(parser)
+    return parser
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("the server")
     where = server.add_mutually_exclusive_group()
     where.add_argument("--base-url", default="http://localhost:8000", help="(default: %(default)s)")
@@ -277,6 +311,9 @@ def _run_parser() -> argparse.ArgumentParser:
         type=_positive,
         help="(default: by the model's config and what the server tells of its cache)",
     )
+
+
+def _add_grid_options(parser: argparse.ArgumentParser) -> None:
     grid = parser.add_argument_group("what is measured: every combination")
     grid.add_argument(
         "--retention-ratio",
@@ -302,6 +339,9 @@ def _run_parser() -> argparse.ArgumentParser:
         metavar="R",
         help="requests a second, Poisson arrivals (default: inf)",
     )
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("a cell")
     load.add_argument(
         "--num-prompts", type=_positive, help="(default: 4 x the concurrency, at least 16)"
@@ -319,11 +359,17 @@ def _run_parser() -> argparse.ArgumentParser:
     load.add_argument("--question", default=QUESTION, help="(default: %(default)r)")
     load.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     _add_goodput(load, "(default: none)", {})
+
+
+def _add_video_options(parser: argparse.ArgumentParser) -> None:
     clip = parser.add_argument_group("the videos, a different one for each request")
     clip.add_argument(
         "--videos", type=Path, metavar="FOLDER", help="your files (default: clips are made)"
     )
     _add_clip_options(clip)
+
+
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
     result = parser.add_argument_group("the result")
     result.add_argument(
         "--label", help=f"name of this server's rows (default: {STOCK} or scissor-vllm)"
@@ -339,4 +385,3 @@ def _run_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--save-detailed", action="store_true", help="also keep the time between each two tokens"
     )
-    return parser

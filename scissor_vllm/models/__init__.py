@@ -1,10 +1,14 @@
 """Models whose video tokens are compressed, one file a family.
 
-A file says what its family changes against vLLM's class; what several share is in ``frames`` (their
-tower takes frames one by one), ``frame_runs`` (text stands between a video's frames) and
-``patch_grid`` (a grid of patches of any size, M-RoPE), what all share in
-``scissor_vllm.frontend.processor`` and ``scissor_vllm.worker.video_compression``.
-``carried_positions`` is of those whose tokens keep their positions.
+A file holds what its family changes in vLLM's class. Several families share a module:
+
+- ``frames``: the tower takes frames one by one.
+- ``frame_runs``: text stands between a video's frames.
+- ``patch_grid``: a grid of patches of any size, with M-RoPE.
+- ``carried_positions``: tokens keep their positions.
+
+All families share ``processing_info`` and ``processor`` of ``scissor_vllm.frontend``, and
+``scissor_vllm.worker.video_compression``.
 """
 
 _MODULES = {

@@ -1,7 +1,7 @@
-"""What models share whose compressed videos' rows carry their own positions.
+"""Mixin for models in which a compressed video's rows carry their own positions.
 
-See ``scissor_vllm.worker.positions`` for the two parts: a prompt's positions before anything is
-encoded, and those that come with the rows.
+Positions have two parts: those of the prompt, known before encoding, and those that rows carry. See
+``scissor_vllm.worker.positions``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,26 +15,26 @@ from scissor_vllm.worker.positions import carried_positions, placed, runs_of, un
 
 
 class CarriedPositionsModel:
-    """Mixin of a model, placed before vLLM's class; its methods are what model runners call."""
+    """Mixin of a model, placed before vLLM's class; model runners call its methods."""
 
     place_fields: ClassVar[tuple[str, ...]]
-    """Fields of a video's data that its tokens in the uncompressed prompt, and the positions of
-    them, follow from."""
+    """Fields of a video that determine its tokens in the uncompressed prompt and their positions.
+    """
 
-    # What a family has of its own.
+    # A family defines these.
 
     @property
     def row_width(self) -> int:
-        """Values of a row."""
+        """Number of values in a row."""
         raise NotImplementedError
 
     @property
     def video_token(self) -> int:
-        """The token that a video's placeholders are."""
+        """Token id of a video's placeholders."""
         raise NotImplementedError
 
     def _full_video_tokens(self, fields: Mapping[str, Any]) -> list[int]:
-        """Return a video's tokens in the uncompressed prompt, those of text within it included."""
+        """Return a video's token ids in the uncompressed prompt, with the text within the video."""
         raise NotImplementedError
 
     def _whole_positions(
@@ -44,18 +44,20 @@ class CarriedPositionsModel:
         raise NotImplementedError
 
     def _video_runs(self, tokens: list[int]) -> list[tuple[int, int]]:
-        """Return where each run of video tokens begins and ends in a prompt."""
+        """Return the begin and the end of each run of video tokens in a prompt."""
         return runs_of(self.video_token, tokens)
 
-    # What model runners call.
+    # Model runners call these.
 
     supports_multimodal_pruning: ClassVar[Literal[True]] = True
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Return the positions of the uncompressed prompt, less the tokens that are not there;
-        what a video's own are is known after it was encoded.
+        """Return the prompt's positions (3, n) int64, and vLLM's delta.
+
+        They are the uncompressed prompt's positions of the tokens that the prompt has. A compressed
+        video's tokens are evenly spaced until its rows bring their positions.
         """
         full_tokens = {
             index: self._full_video_tokens(
@@ -78,29 +80,34 @@ class CarriedPositionsModel:
         mrope_positions: torch.Tensor,
         num_computed_tokens: int,
     ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
-        """Return the rows' values, the prompt's positions with those that the rows carry, and
-        vLLM's delta; called by the model runner before rows are computed.
+        """Return the rows' values, the prompt's positions with the carried ones, and vLLM's delta.
+
+        The model runner calls this before it computes the rows.
         """
-        rows = [each[:, : self.row_width] for each in multimodal_embeddings]
-        carried = [carried_positions(each, self.row_width) for each in multimodal_embeddings]
-        found = [each for each in carried if each is not None]
-        if not found:
-            return rows, mrope_positions, delta_of(mrope_positions)
+        values = [rows[:, : self.row_width] for rows in multimodal_embeddings]
+        carried = [
+            positions
+            for rows in multimodal_embeddings
+            if (positions := carried_positions(rows, self.row_width)) is not None
+        ]
+        if not carried:
+            return values, mrope_positions, delta_of(mrope_positions)
         tokens = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else input_ids
         runs = self._video_runs(tokens)
-        positions, delta = placed(mrope_positions.cpu(), found, runs, num_computed_tokens)
-        return rows, positions.to(mrope_positions.device), delta
+        positions, delta = placed(mrope_positions.cpu(), carried, runs, num_computed_tokens)
+        return values, positions.to(mrope_positions.device), delta
 
 
 def delta_of(positions: torch.Tensor) -> int:
-    """Return vLLM's delta of a prompt's positions (3, n): how much further than its number in the
-    sequence a generated token stands.
+    """Return vLLM's delta of a prompt's positions (3, n).
+
+    It is the position of a generated token less the token's index in the sequence.
     """
     return int(positions.max()) + 1 - positions.shape[1]
 
 
 def is_compressed(feature: MultiModalFeatureSpec) -> bool:
-    """Return whether it is a video of which not all tokens are kept."""
+    """Return whether the feature is a compressed video."""
     data = feature.data
     if data is None or NUM_RETAINED not in data or NUM_VIDEO_TOKENS not in data:
         return False

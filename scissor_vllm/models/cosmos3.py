@@ -1,4 +1,4 @@
-"""Cosmos 3 (Reason) with compressed videos: what ``qwen3_vl`` says, and nothing of its own."""
+"""Cosmos 3 (Reason) with compressed videos: the changes of ``qwen3_vl`` and no more."""
 
 from vllm.model_executor.models import cosmos3 as stock
 from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder

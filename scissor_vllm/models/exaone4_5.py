@@ -1,6 +1,6 @@
-"""EXAONE 4.5 with compressed videos: what ``patch_grid`` says.
+"""EXAONE 4.5 with compressed videos: the changes of ``patch_grid``.
 
-Its language model has 1-D positions, so rows carry none.
+The language model has 1-D positions, so rows carry none.
 """
 
 from vllm.model_executor.models import exaone4_5 as stock

@@ -1,12 +1,12 @@
-"""Text within a video: a run of video tokens per frame, with times or marks between the runs.
+"""Mixins for families with text within a video: runs of video tokens with times or marks between.
 
-K is known before the vision tower runs. How many rows stand in which frame's run is known after
-encoding only. So the text travels inside the embeddings:
-- The prompt has K placeholders in a row, then the video's text. ``embed_multimodal`` returns a row
-  for each of them, in their true order, with the text's embeddings among them. The placeholders'
-  token ids are never embedded.
-- A merged row stands in the run of the frame that its representative member comes from.
-- All of the text stays. A frame that keeps no token has its time and an empty run.
+K is known before the vision tower runs. The number of rows in each frame's run is known only after
+encoding. So the text travels inside the embeddings:
+- The prompt has K placeholders in a row, then the video's text. ``embed_multimodal`` returns one
+  row for each of them, in their true order, with the text's embeddings among them. The
+  placeholders' token ids are never embedded.
+- A merged row belongs to the run of the frame of its representative member.
+- All of the text stays. A frame without kept tokens has its time and an empty run.
 
 The processor sends the text with the video (``VIDEO_TEXT``), so a worker needs no tokenizer.
 """
@@ -45,14 +45,14 @@ from scissor_vllm.worker.video_pixels import VideoPixels
 
 
 def text_within(tokens: Sequence[int], pad: int) -> torch.Tensor:
-    """Return ``VIDEO_TEXT`` of an uncompressed video's tokens, of which ``pad`` are its own."""
+    """Return ``VIDEO_TEXT`` of an uncompressed video's token ids; ``pad`` is the video token."""
     text, _ = text_and_pads(tokens, pad)
     ids = torch.tensor(tokens, dtype=torch.int64)[text]
     return torch.stack([ids, text - torch.arange(len(text))])
 
 
 def with_text(text: torch.Tensor, num_tokens: int, pad: int) -> list[int]:
-    """Return an uncompressed video's tokens from its ``VIDEO_TEXT`` and N."""
+    """Return an uncompressed video's token ids from its ``VIDEO_TEXT`` and N."""
     ids, num_before = text
     tokens = torch.full((num_tokens + len(ids),), pad)
     tokens[num_before + torch.arange(len(ids))] = ids
@@ -60,9 +60,9 @@ def with_text(text: torch.Tensor, num_tokens: int, pad: int) -> list[int]:
 
 
 def on_device(text: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return ``VIDEO_TEXT`` on a device; the host does not wait for a copy to a GPU."""
+    """Return ``VIDEO_TEXT`` on a device, without a host synchronization."""
     if device.type == "cuda":
-        # A copy from pageable memory waits for all that the device has to do.
+        # A copy from pageable memory would wait for all queued work of the device.
         text = text.pin_memory()
     return text.to(device, non_blocking=True)
 
@@ -71,7 +71,7 @@ class FrameRunsProcessor(RetentionProcessor):
     """Mixin of a family's processor, placed before vLLM's class."""
 
     def _video_pad(self) -> int:
-        """Return the token that a video's placeholders are."""
+        """Return the token id of a video's placeholders."""
         return int(self.info.get_hf_config().video_token_id)
 
     def _why_not_compressed(self, options: Mapping[str, object]) -> str | None:
@@ -88,7 +88,7 @@ class FrameRunsProcessor(RetentionProcessor):
         reason = self._why_not_compressed(options)
         if reason is None:
             return super()._count_retained(options, num_tokens, ratio, budget)
-        # A server that chooses the ratio chooses the one that there is.
+        # A ratio that the server chooses becomes 1.0.
         if isinstance(ratio, float) and ratio != 1.0:
             raise RefusedRequestError(
                 f"{RETENTION_RATIO} must be 1.0 or absent, got {ratio}: {reason}",
@@ -142,7 +142,7 @@ class FrameRunsProcessor(RetentionProcessor):
         mm_items: MultiModalDataItems,
         hf_kwargs: Mapping[str, object],
     ) -> list[list[int]]:
-        """Return what vLLM would put into the prompt for each video."""
+        """Return the token ids that vLLM would put into the prompt for each video."""
         options = without_own_keys(hf_kwargs)
         items = MultiModalKwargsItems.from_hf_inputs(
             processed, self._get_mm_fields_config(processed, options)
@@ -158,7 +158,7 @@ class FrameRunsProcessor(RetentionProcessor):
         return [_tokens_of(update, index) for index in range(len(items["video"]))]
 
     def _shortened(self, content: Any, num_retained: int) -> PromptUpdateDetails:
-        """Return K video tokens, where the first of N are, and all text."""
+        """Return K video tokens, at the place of the first of N, and all text."""
         pad = self._video_pad()
         tokens = content.full if isinstance(content, PromptUpdateDetails) else content
         first = tokens.index(pad)
@@ -187,33 +187,33 @@ class FrameRunsModel:
             )
 
     def forget_encoded(self) -> None:
-        """Drop what was made of weights that have changed, see ``forget_with_encoder_cache``."""
+        """Drop cached features of old weights, see ``forget_with_encoder_cache``."""
         self.video_compression.forget_features()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load as vLLM does, also while serving."""
+        """Load weights as vLLM does, and drop cached features; also called while serving."""
         self.video_compression.forget_features()
         return super().load_weights(weights)  # type: ignore[misc]
 
     def get_encoder_cudagraph_config(self) -> Any:
-        """Return vLLM's, for images alone: its graphs would go past our ``embed_multimodal``."""
+        """Return vLLM's config without videos: its graphs would bypass our ``embed_multimodal``."""
         config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
         modalities = [modality for modality in config.modalities if modality != "video"]
         return replace(config, modalities=modalities, max_frames_per_video=1)
 
     def _embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return (n, D) for text within a video."""
+        """Return the embeddings (n, D) of text within a video."""
         embedded: torch.Tensor = self.get_language_model().embed_input_ids(tokens)  # type: ignore[attr-defined]
         return embedded
 
     def _among_text(
         self, rows: torch.Tensor, members: torch.Tensor, text: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows and text in their order, and the number of each in the uncompressed video.
+        """Return rows and text in order, and the index of each in the uncompressed video.
 
         Args:
-            rows: (K, D), by their members.
-            members: (K,) int64 ascending, which of the video's tokens each row stands for.
+            rows: (K, D), in the order of ``members``.
+            members: (K,) int64 ascending, each row's representative among the video's tokens.
             text: ``VIDEO_TEXT``.
 
         Returns:
@@ -234,11 +234,11 @@ class FramesOfVideo:
     """One video of a batch, and how its frames are encoded."""
 
     pixels: torch.Tensor
-    """(T, ...): what the tower takes of each frame, or its number among those of ``encode``."""
+    """(T, ...): the tower's input of each frame, or the index that ``encode`` knows a frame by."""
     tokens_per_frame: int
     """P."""
     encode: Callable[[torch.Tensor], torch.Tensor]
-    """Returns tokens (t, P, D) of some consecutive frames of ``pixels``."""
+    """Returns the tokens (t, P, D) of consecutive frames of ``pixels``."""
 
 
 class SequentialFrameRunsModel(FrameRunsModel):
@@ -250,11 +250,11 @@ class SequentialFrameRunsModel(FrameRunsModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
 
-    # What a family says.
+    # A family defines these.
 
     @property
     def tokens_per_frame(self) -> int:
-        """P, or about so many where it differs by video."""
+        """P; an estimate where P differs by video."""
         raise NotImplementedError
 
     @property
@@ -263,14 +263,20 @@ class SequentialFrameRunsModel(FrameRunsModel):
         return int(self.config.get_text_config().hidden_size)  # type: ignore[attr-defined]
 
     def _videos(self, fields: dict[str, Any], num_tokens: list[int]) -> list[FramesOfVideo]:
-        """Return a batch's videos from fields as vLLM's class takes them, and N of each."""
+        """Return a batch's videos.
+
+        Args:
+            fields: the fields that vLLM's class takes.
+            num_tokens: N of each video.
+        """
         raise NotImplementedError
 
-    # What model runners call.
+    # Model runners call this.
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """Return for each compressed video the rows of all its placeholders, in order; images,
-        and videos that are all kept whole, as vLLM does.
+        """Return the rows of all placeholders of each video, in order.
+
+        Images, and batches of uncompressed videos, are encoded as by vLLM's class.
         """
         parameter = next(self.parameters())  # type: ignore[attr-defined]
         self.video_compression.warm_up(self.row_width, parameter.dtype, parameter.device)
@@ -298,7 +304,7 @@ class SequentialFrameRunsModel(FrameRunsModel):
         text: torch.Tensor,
         identity: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return a video's rows, and its text among them if it is compressed."""
+        """Return a video's rows, with its text among them if the video is compressed."""
         pixels = VideoPixels(
             video.pixels,
             identity=None if identity is None else identity.numpy().tobytes(),
@@ -313,20 +319,20 @@ class SequentialFrameRunsModel(FrameRunsModel):
         return rows
 
     def _whole_rows(self, rows: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Return what stands in the placeholders of a video that is kept whole."""
+        """Return the rows of an uncompressed video's placeholders."""
         return rows
 
 
 class SequentialFrameRunsProcessor(FrameRunsProcessor):
-    """Mixin of a processor whose videos go vLLM's way to a ``SequentialFrameRunsModel``."""
+    """Mixin of a processor for a ``SequentialFrameRunsModel``; vLLM's fields carry the pixels."""
 
     pixel_fields: tuple[str, ...]
-    """Names of what a video's tokens follow from."""
+    """Names of the fields that determine a video's tokens; the feature cache hashes them."""
 
     def _prepare(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object], ratio: float
     ) -> BatchFeature:
-        # Past the way of resized frames, which LLaVA's models take.
+        # Skip the transport of resized frames, which only LLaVA's models take.
         processed: BatchFeature = super(RetentionProcessor, self)._apply_hf_processor_main(
             mm_items=mm_items, hf_kwargs=hf_kwargs
         )

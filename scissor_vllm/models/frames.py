@@ -1,12 +1,12 @@
-"""What the families share whose tower takes a video's frames one by one, all of one size.
+"""Mixins for families whose tower takes a video's frames one by one, all of one size.
 
-Their tokens are N = T*P in one run of placeholders, with 1-D positions. Changed against vLLM's
-classes:
-- a video of N tokens has K placeholders in place of N; what the model puts behind a video stays;
-- videos of a batch with any ratio below 1.0 go through the vision tower one by one;
-- checkpoints saved by transformers 5 load, whose vision tower lacks the ``vision_model`` level.
+A video is one run of N = T*P placeholders with 1-D positions. Changes to vLLM's classes:
+- A video has K placeholders in place of N. What the model puts behind a video stays.
+- Videos of a batch with any ratio below 1.0 pass the vision tower one by one.
+- Checkpoints saved by transformers 5 load, although their vision tower has no ``vision_model``
+  level.
 
-Rows follow each other, as in the paper.
+Rows have consecutive positions, as in the paper.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import WeightsMapper
 
-from scissor_vllm.frontend.processor import RetentionProcessingInfo, RetentionProcessor
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
+from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import FRAME_OF, NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_FRAMES
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
@@ -28,8 +29,8 @@ from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels, batched_pixels, take_video_pixels
 
 FUSED_FRAMES = 16
-"""Fewer frames are encoded as vLLM does: a GPU is done with a tower's kernels before the host has
-launched the next, and ours take longer to launch (``bench/tower.py``)."""
+"""Least number of frames for the fused encoder. With fewer frames the host's launches are the
+bottleneck, and the fused encoder takes longer to launch (``bench/tower.py``)."""
 
 _TOWER_PARTS = "embeddings|encoder|post_layernorm|pre_layrnorm|head"
 
@@ -38,7 +39,7 @@ WITH_TOWER_LEVEL = WeightsMapper(
         re.compile(rf"^(model\.)?vision_tower\.(?={_TOWER_PARTS})"): r"\1vision_tower.vision_model."
     }
 )
-"""Names the tower's weights as the hub does, before a class's own mapper."""
+"""Adds the level that checkpoints on the hub have; it runs before a class's own mapper."""
 
 
 class FramesProcessingInfo(RetentionProcessingInfo):
@@ -52,11 +53,11 @@ class FramesProcessingInfo(RetentionProcessingInfo):
         return int(num_tokens) - self.get_num_fixed_tokens()
 
     def get_num_fixed_tokens(self) -> int:
-        """Return 0: nothing stands behind a video."""
+        """Return 0: nothing follows a video."""
         return 0
 
     def get_patch_size(self) -> int | None:
-        """Return the side of a patch of SigLIP's tower, in pixels; others merge none."""
+        """Return the side of a patch in pixels, None unless the tower is SigLIP's."""
         vision = self.get_hf_config().vision_config  # type: ignore[attr-defined]
         return int(vision.patch_size) if vision.model_type == "siglip_vision_model" else None
 
@@ -114,43 +115,43 @@ class FramesModel:
         raise NotImplementedError
 
     def forget_encoded(self) -> None:
-        """Drop what was made of weights that have changed, see ``forget_with_encoder_cache``."""
+        """Drop cached features of old weights, see ``forget_with_encoder_cache``."""
         self.video_compression.forget_features()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load as vLLM does, also while serving."""
+        """Load weights as vLLM does, and drop cached features; also called while serving."""
         self.video_compression.forget_features()
         return super().load_weights(weights)  # type: ignore[misc]
 
-    # What a family may do otherwise.
+    # A family may override these.
 
     def _rows_behind(self) -> torch.Tensor:
-        """Return what the model puts behind a video's tokens, (n, D)."""
+        """Return the rows that follow a video's tokens, (n, D)."""
         weight = self.multi_modal_projector.linear_2.weight
         return weight.new_empty(0, len(weight))
 
     def _is_for_vllm(self, videos: list[VideoPixels]) -> bool:
-        """Return whether vLLM's class can encode these, all kept whole."""
+        """Return whether vLLM's class can encode these uncompressed videos."""
         return True
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return what ``_encode_as_vllm`` does, but for rounding."""
+        """Return the tokens of ``_encode_as_vllm``, equal up to rounding."""
         return self._encode_as_vllm(pixels)
 
     # Rows.
 
     def _encode_as_vllm(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the tokens (t, P, D) of frames (t, C, H, W) to the bit as vLLM's class does."""
+        """Return the tokens (t, P, D) of frames (t, C, H, W), bit for bit those of vLLM's class."""
         tokens: torch.Tensor = self._video_pixels_to_features(self.vision_tower, pixels)  # type: ignore[attr-defined]
         return tokens
 
     def _encode(self, pixels: torch.Tensor, anchors: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the same but for rounding, and faster on a GPU.
+        """Return the same tokens up to rounding, faster on a GPU.
 
         Args:
-            pixels: of frames.
-            anchors: int64 (t, P), which frame's patch stands for each, counted from the first; None
-                if all are to be computed.
+            pixels: (t, C, H, W).
+            anchors: int64 (t, P), for each patch the frame whose patch replaces it, counted from
+                the first frame here; None if the tower computes all patches.
         """
         if anchors is not None:
             from scissor_vllm.worker.merged_encoder import merging_encoder
@@ -165,8 +166,9 @@ class FramesModel:
             return self._features(pixels)
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """Return for each video K rows and what stands behind it; images, and videos that are all
-        kept whole, as vLLM does.
+        """Return K rows of each video and the rows that follow it.
+
+        Images, and batches of uncompressed videos, are encoded as by vLLM's class.
         """
         behind = self._rows_behind()
         if self.video_compression.warm_up(behind.shape[1], behind.dtype, behind.device):
@@ -192,7 +194,7 @@ class FramesModel:
         )
 
     def _warm_up_tower(self, like: torch.Tensor) -> None:
-        """Encode made-up frames, so that no request waits for kernels to be compiled."""
+        """Encode empty frames, so that no request waits for the compilation of kernels."""
         vision = self.config.vision_config
         pixels = like.new_zeros(FUSED_FRAMES, 3, vision.image_size, vision.image_size)
         self._encode(pixels)
@@ -202,7 +204,7 @@ class FramesModel:
             self._encode(pixels, (frames - frames % 2).expand(-1, num_patches))
 
     def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
-        """Return a video's rows and what stands behind it."""
+        """Return a video's rows and the rows that follow it."""
         is_whole = self.video_compression.keeps_all([video], [num_retained])
         encode = self._encode_as_vllm if is_whole else self._encode
         _, compressed = self.video_compression.compressed(video, num_retained, encode)

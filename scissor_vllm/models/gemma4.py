@@ -1,10 +1,10 @@
-"""Gemma 4 with compressed videos: what ``frame_runs`` says of 1-D positions.
+"""Gemma 4 with compressed videos: the changes of ``frame_runs`` for 1-D positions.
 
 - A frame's number of tokens depends on the video's resolution.
-- Models with per-layer embeddings look these up by token id, also for the text within a video. So
+- Models with per-layer embeddings look them up by token id, also for the text within a video. So
   rows carry the ids of that text behind their values.
-- Models that attend both ways within a frame take their frames' runs from the placeholders, which
-  do not tell them for a compressed video. Ratios below 1.0 are refused.
+- Models with bidirectional attention within a frame find each frame's run by its placeholders. A
+  compressed video's placeholders have no such runs, so ratios below 1.0 are refused.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from vllm.model_executor.models import gemma4_mm as stock
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from scissor_vllm.frontend.processor import RetentionProcessingInfo
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.frame_runs import (
     FramesOfVideo,
     SequentialFrameRunsModel,
@@ -34,14 +34,14 @@ class Gemma4ProcessingInfo(RetentionProcessingInfo, stock.Gemma4ProcessingInfo):
     """Counts a video's tokens."""
 
     def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
-        """Return T*P of what the image processor resizes frames to."""
+        """Return T*P of the frames as the image processor resizes them."""
         per_frame = self._compute_num_soft_tokens(
             width, height, max_soft_tokens=stock._VIDEO_MAX_SOFT_TOKENS
         )
         return num_frames * int(per_frame)
 
     def get_num_fixed_tokens(self) -> int:
-        """Return 0: nothing stands behind a video."""
+        """Return 0: nothing follows a video."""
         return 0
 
 
@@ -73,7 +73,7 @@ class Gemma4ForConditionalGeneration(
 
     @property
     def tokens_per_frame(self) -> int:
-        """P, at most."""
+        """The largest P."""
         return int(stock._VIDEO_MAX_SOFT_TOKENS)
 
     def _videos(self, fields: dict[str, Any], num_tokens: list[int]) -> list[FramesOfVideo]:
@@ -97,8 +97,8 @@ class Gemma4ForConditionalGeneration(
     ) -> torch.Tensor:
         sharing = make_sharing()
         if sharing is not None and num_retained != len(video.pixels) * video.tokens_per_frame:
-            # vLLM encodes as many frames at once as a worker has memory for. Workers that differ
-            # would round differently, and so could group a video's tokens differently.
+            # vLLM sizes a call of the tower by a worker's free memory. Workers with other sizes
+            # round differently, and so could group a video's tokens differently.
             video = replace(video, encode=partial(_shared, sharing, video.encode))
         return super()._rows(video, num_retained, text, identity)
 
@@ -132,7 +132,7 @@ class Gemma4ForConditionalGeneration(
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return vLLM's, and keep per-layer embeddings of the text within videos as well."""
+        """Return vLLM's embeddings, and set the per-layer embeddings of text within videos."""
         width = self.row_width
         given = list(multimodal_embeddings or ())
         values = [rows[:, :width] for rows in given] if given else multimodal_embeddings
@@ -155,12 +155,12 @@ class Gemma4ForConditionalGeneration(
 def _shared(
     sharing: Sharing, encode: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor
 ) -> torch.Tensor:
-    """Return what the first of the workers that share a model encodes, in all of them."""
+    """Return the first worker's tokens in all workers that share a model."""
     return sharing.share(encode(pixels).contiguous())
 
 
 def _carried_ids(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the token id that each row carries behind ``width`` values, 0 for none."""
+    """Return the token id that each row carries behind ``width`` values, 0 without one."""
     if rows.shape[1] == width:
         return rows.new_zeros(len(rows), dtype=torch.int32)
     return rows[:, width:].contiguous().view(torch.int32).flatten()

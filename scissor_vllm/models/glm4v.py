@@ -1,9 +1,9 @@
 """GLM-4.1V, GLM-4.5V and GLM-4.6V, dense and MoE, with compressed videos.
 
-Beside what ``patch_grid`` says:
-- Text within a video tells each frame's time, behind the frame's tokens.
-- A video's placeholders are the image token, so a prompt's images are told from its videos by the
-  mark that begins a video.
+Changes beyond those of ``patch_grid``:
+- Text within a video gives each frame's time, after the frame's tokens.
+- A video's placeholders are the image token. The token that begins a video tells a prompt's videos
+  from its images.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Glm4vProcessingInfo(PatchGridProcessingInfo, stock.Glm4vProcessingInfo):
         num_frames: int,
         mm_kwargs: Mapping[str, object] | None = None,
     ) -> int:
-        """Return T*P of what the video processor resizes frames to."""
+        """Return T*P of the frames as the video processor resizes them."""
         processor = self.get_video_processor()
         num_frames = max(num_frames, processor.temporal_patch_size)
         given = self.ctx.get_merged_mm_kwargs(mm_kwargs or {}).get("size")
@@ -42,7 +42,7 @@ class Glm4vProcessingInfo(PatchGridProcessingInfo, stock.Glm4vProcessingInfo):
             int(processor.patch_size),
             int(processor.merge_size),
         )
-        # transformers has a method for this only from 5.18 on.
+        # transformers has a method for this since 5.18 only.
         rows, columns = smart_resize(
             num_frames=num_frames,
             height=height,
@@ -63,7 +63,7 @@ class Glm4vProcessor(PatchGridProcessor, stock.Glm4vMultiModalProcessor):
         return int(self.info.get_hf_config().image_token_id)
 
     def _count_frames(self, video: Any, options: Mapping[str, object]) -> int:
-        # vLLM lets the Hugging Face processor sample frames where its loader decoded all.
+        # The Hugging Face processor samples frames if vLLM's loader decoded all of them.
         known = dict(video[1])
         if not known.pop("do_sample_frames", True):
             return super()._count_frames(video, options)
@@ -77,11 +77,11 @@ _METADATA = frozenset(VideoMetadata.__dataclass_fields__)
 
 
 class Glm4vVideos(PatchGridModel):
-    """What both models change."""
+    """Mixin of both models."""
 
     @property
     def video_token(self) -> int:
-        """The token that a video's placeholders are, but for text within it."""
+        """Token id of a video's placeholders, apart from text within the video."""
         return int(self.config.image_token_id)
 
     def _video_runs(self, tokens: list[int]) -> list[tuple[int, int]]:

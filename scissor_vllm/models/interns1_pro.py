@@ -1,4 +1,4 @@
-"""Intern-S1-Pro with compressed videos: what ``qwen3_vl`` says, and nothing of its own."""
+"""Intern-S1-Pro with compressed videos: the changes of ``qwen3_vl`` and no more."""
 
 from vllm.model_executor.models import interns1_pro as stock
 from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder

@@ -1,4 +1,4 @@
-"""Intern-S2-Preview with compressed videos: what ``qwen3_5`` says, and nothing of its own."""
+"""Intern-S2-Preview with compressed videos: the changes of ``qwen3_5`` and no more."""
 
 from vllm.model_executor.models import interns2_preview as stock
 from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder

@@ -1,7 +1,7 @@
 """InternVL 3 and 3.5 with compressed videos, in both formats of their checkpoints.
 
-What ``frame_runs`` says of 1-D positions. The text within a video numbers its frames
-("Frame1: ..."). A frame is one tile.
+The changes are those of ``frame_runs`` for 1-D positions. The text within a video numbers its
+frames ("Frame1: ..."). A frame is one tile.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from vllm.model_executor.models import interns1 as stock_hf
 from vllm.model_executor.models import internvl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from scissor_vllm.frontend.processor import RetentionProcessingInfo
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.frame_runs import (
     FramesOfVideo,
     SequentialFrameRunsModel,
@@ -19,19 +19,19 @@ from scissor_vllm.models.frame_runs import (
 
 
 class TilesProcessingInfo(RetentionProcessingInfo):
-    """Mixin of both formats: a video's tokens by its number of frames."""
+    """Mixin of both formats' processing info."""
 
     def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
         """Return T*P: every frame is resized to one tile."""
         return num_frames * int(self.get_hf_processor().image_seq_length)  # type: ignore[attr-defined]
 
     def get_num_fixed_tokens(self) -> int:
-        """Return 0: nothing stands behind a video."""
+        """Return 0: nothing follows a video."""
         return 0
 
 
 class TilesProcessor(SequentialFrameRunsProcessor):
-    """Mixin of both formats."""
+    """Mixin of both formats' processor."""
 
     def _get_num_prepared_tokens(self, processed: Any, index: int) -> int:
         num_frames = int(processed["video_num_patches"][index])
@@ -39,7 +39,7 @@ class TilesProcessor(SequentialFrameRunsProcessor):
 
 
 class TilesModel(SequentialFrameRunsModel):
-    """Mixin of both formats."""
+    """Mixin of both formats' model."""
 
     num_image_token: int
     pixels_field: str
@@ -97,6 +97,6 @@ class InternS1Processor(TilesProcessor, stock_hf.InternS1MultiModalProcessor):
     dummy_inputs=stock_hf.InternS1DummyInputsBuilder,
 )
 class InternS1ForConditionalGeneration(TilesModel, stock_hf.InternS1ForConditionalGeneration):
-    """Encodes a video to exactly K rows and its text; of checkpoints in transformers' format."""
+    """Encodes a video to exactly K rows and its text, for checkpoints in transformers' format."""
 
     pixels_field = "pixel_values_videos"

@@ -1,6 +1,6 @@
-"""LLaVA-NeXT-Video with compressed videos: what ``frames`` says, and nothing of its own.
+"""LLaVA-NeXT-Video with compressed videos: the changes of ``frames`` and no more.
 
-One video a prompt and no images, as in vLLM.
+A prompt has one video and no images, as in vLLM.
 """
 
 from vllm.model_executor.models import llava_next_video as stock
@@ -38,5 +38,5 @@ class LlavaNextVideoForConditionalGeneration(
 
     @property
     def tokens_per_frame(self) -> int:
-        """P, of the pooled grid."""
+        """P of the pooled grid."""
         return int(self.pooled_grid_length**2)

@@ -1,9 +1,9 @@
 """Nemotron Nano VL 2 and the Nemotron Omni models with compressed videos.
 
-Beside what ``frame_runs`` says of 1-D positions:
-- Where the tower takes several frames together, these stand for a frame: a run holds their tokens.
-- vLLM's class itself returns the text within a video among its rows, also for a whole video.
-- Videos whose audio is to be heard with them (``use_audio_in_video``) are not compressed.
+Changes beyond those of ``frame_runs`` for 1-D positions:
+- If the tower takes several frames together, the group counts as one frame: a run holds its tokens.
+- vLLM's class returns the text within a video among the rows, also for an uncompressed video.
+- Videos with their audio (``use_audio_in_video``) are not compressed.
 """
 
 import math
@@ -19,7 +19,7 @@ from vllm.transformers_utils.processors.nano_nemotron_vl import (
     get_video_target_size_and_feature_size,
 )
 
-from scissor_vllm.frontend.processor import RetentionProcessingInfo
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.frame_runs import (
     FramesOfVideo,
     SequentialFrameRunsModel,
@@ -31,7 +31,7 @@ class NanoNemotronVLProcessingInfo(RetentionProcessingInfo, stock.NanoNemotronVL
     """Counts a video's tokens."""
 
     def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
-        """Return T*P, of groups of frames that the tower takes together."""
+        """Return T*P, where T counts the groups of frames that the tower takes together."""
         processor = self.get_hf_processor()
         per_group = processor.num_image_token
         if processor.video_target_num_patches is not None:
@@ -46,7 +46,7 @@ class NanoNemotronVLProcessingInfo(RetentionProcessingInfo, stock.NanoNemotronVL
         return math.ceil(num_frames / processor.video_temporal_patch_size) * int(per_group)
 
     def get_num_fixed_tokens(self) -> int:
-        """Return 0: nothing stands behind a video."""
+        """Return 0: nothing follows a video."""
         return 0
 
 
@@ -89,7 +89,7 @@ class NemotronH_Nano_VL_V2(SequentialFrameRunsModel, stock.NemotronH_Nano_VL_V2)
 
     @property
     def tokens_per_frame(self) -> int:
-        """P, or about so many."""
+        """P, an estimate."""
         return int(self.num_image_token)
 
     def _videos(self, fields: dict[str, Any], num_tokens: list[int]) -> list[FramesOfVideo]:
@@ -103,7 +103,7 @@ class NemotronH_Nano_VL_V2(SequentialFrameRunsModel, stock.NemotronH_Nano_VL_V2)
         ]
 
     def _in_groups(self, frames: torch.Tensor) -> torch.Tensor:
-        """Return (T, frames of each, C, H, W), the last frame repeated as the tower does."""
+        """Return groups (T, frames of a group, C, H, W); the last frame fills up the last group."""
         size = self.video_temporal_patch_size
         missing = -len(frames) % size
         if missing:
@@ -121,7 +121,7 @@ class NemotronH_Nano_VL_V2(SequentialFrameRunsModel, stock.NemotronH_Nano_VL_V2)
         return laid_out
 
     def _embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        # An adapter has no mapping for tokens that are embedded here.
+        # LoRA's layer has no adapter mapping for tokens that are embedded here.
         embed = self.get_language_model().model.embed_tokens
         embedded: torch.Tensor = (
             embed.base_layer if isinstance(embed, BaseLayerWithLoRA) else embed

@@ -1,14 +1,14 @@
-"""What the families share whose processor makes a video a grid of patches, as Qwen-VL's do.
+"""Mixins for families whose processor makes a video a grid of patches, as Qwen-VL's does.
 
-Their frames have any size, a temporal patch holds two frames, tokens have M-RoPE positions. Changed
-against vLLM's classes:
-- a video of N tokens has K placeholders;
-- videos of a batch with any ratio below 1.0 go through the vision tower one by one;
-- a video's rows are in the order of their representative members and carry their positions, see
-  ``scissor_vllm.worker.positions``. With pipeline parallelism, where vLLM tells later ranks no
-  positions that are known after encoding, they carry none and stand evenly spaced in the video;
-- videos are encoded without CUDA graphs;
-- a video's frames travel as they are, patches are made on the device, see ``worker.patches``.
+Frames have any size, a temporal patch holds two frames, tokens have M-RoPE positions. Changes to
+vLLM's classes:
+- A video of N tokens has K placeholders.
+- Videos of a batch with any ratio below 1.0 pass the vision tower one by one.
+- A video's rows are ordered by their representative members and carry their positions, see
+  ``scissor_vllm.worker.positions``. With pipeline parallelism vLLM sends later ranks no positions
+  that are known only after encoding. Rows then carry none and are evenly spaced in the video.
+- Videos are encoded without CUDA graphs.
+- A video's frames travel as they are, and the device makes the patches, see ``worker.patches``.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from vllm.multimodal.parse import MultiModalDataItems
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
-from scissor_vllm.frontend.processor import RetentionProcessingInfo
+from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.carried_positions import CarriedPositionsModel
 from scissor_vllm.models.frame_runs import FrameRunsModel, FrameRunsProcessor, with_text
 from scissor_vllm.video_fields import (
@@ -51,7 +51,7 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
     """Mixin of a family's processing info: a video's tokens by its size."""
 
     def get_hf_processor(self, **kwargs: object) -> Any:
-        """Return vLLM's, which leaves a video's frames in place of its patches."""
+        """Return vLLM's processor, changed to return a video's frames in place of its patches."""
         hf_processor = super().get_hf_processor(**kwargs)  # type: ignore[misc]
         mm_config = self.ctx.get_mm_config()  # type: ignore[attr-defined]
         return sending_frames(hf_processor, bool(mm_config.mm_device_do_normalize))
@@ -64,8 +64,8 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
         num_frames: int,
         mm_kwargs: Mapping[str, object] | None = None,
     ) -> int:
-        """Return T*P of what the video processor resizes frames to."""
-        # vLLM takes nothing but the size limits from what it calls the image processor.
+        """Return T*P of the frames as the video processor resizes them."""
+        # vLLM reads only the size limits of ``image_processor``.
         video_processor = self.get_hf_processor().video_processor
         return int(
             self.get_num_video_tokens(  # type: ignore[attr-defined]
@@ -144,12 +144,12 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
         self._check_no_pruning(vllm_config)
-        # Before the layers are made: some size their table of rotations by the answer, since
-        # positions go on behind a whole video, however few tokens it has.
+        # Before the layers are made: some size their table of rotations by the answer. Positions
+        # continue after the whole video, however few tokens are kept.
         ask_model_for_positions(model_config)
         forget_with_encoder_cache()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        # vLLM's own pruning.
+        # vLLM's own pruning stays off.
         self.is_multimodal_pruning_enabled = False
         self.video_compression = VideoCompression(
             vllm_config, tokens_per_frame=_WARM_UP_TOKENS_PER_FRAME
@@ -160,38 +160,40 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     @property
     def row_width(self) -> int:
-        """Values of a row."""
+        """Number of values in a row."""
         return self.token_width
 
     @property
     def video_token(self) -> int:
-        """The token that a video's placeholders are, but for text within it."""
+        """Token id of a video's placeholders, apart from text within the video."""
         return int(self.config.video_token_id)
 
     @property
     def token_width(self) -> int:
-        """The first of them, which the language model embeds and compression compares."""
+        """Number of a row's first values, which compression compares."""
         return int(self.config.vision_config.out_hidden_size)
 
     def _full_video_tokens(self, fields: Mapping[str, Any]) -> list[int]:
-        """Return a video's tokens in the uncompressed prompt, those of text within it included."""
+        """Return a video's token ids in the uncompressed prompt, with the text within the video."""
         num_tokens = int(fields[_GRID].prod())
         num_tokens //= self.config.vision_config.spatial_merge_size**2
         return with_text(fields[VIDEO_TEXT], num_tokens, self.video_token)
 
     def _embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return (n, ``row_width``) for text within a video."""
+        """Return the embeddings (n, ``row_width``) of text within a video."""
         return pad_to(super()._embed_text(tokens), self.row_width)
 
     def _tower_of_compressed(self) -> AbstractContextManager[Any]:
-        """Return a context in which the tower encodes compressed videos, equal but for rounding."""
+        """Return a context in which the tower encodes compressed videos, equal up to rounding."""
         return nullcontext()
 
     # Rows.
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """Return for each compressed video the rows of all its placeholders, in order, and their
-        positions behind their values; images, and videos that are all kept whole, as vLLM does.
+        """Return the rows of all placeholders of each video, in order.
+
+        Rows of a compressed video have their positions behind their values. Images, and batches of
+        uncompressed videos, are encoded as by vLLM's class.
         """
         parameter = next(self.visual.parameters())
         if self.video_compression.warm_up(self.token_width, parameter.dtype, parameter.device):
@@ -210,10 +212,10 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         return tuple(map(self._encoded, videos, counts))
 
     def _warm_up_tower(self) -> None:
-        """Have what ``_tower_of_compressed`` needs made while memory is profiled."""
+        """Allocate the memory of ``_tower_of_compressed`` while vLLM profiles memory."""
 
     def _take_videos(self, fields: dict[str, Any]) -> list["GridVideo"]:
-        """Take a batch's videos out of its fields, but for those that vLLM's class knows."""
+        """Return a batch's videos, and remove our fields from the batch."""
         grids = fields[_GRID].tolist()
         nothing = [None] * len(grids)
         sizes = fields.pop(FRAME_SIZE, nothing)
@@ -242,7 +244,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         ]
 
     def _patches(self, rows: torch.Tensor, video: "GridVideo") -> torch.Tensor:
-        """Return patches (n, P) from rows of some of a video's temporal patches."""
+        """Return the tower's patches (n, values of a patch) of consecutive temporal patches."""
         if video.frame_size is None:
             return rows
         vision = self.config.vision_config
@@ -254,7 +256,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         is_whole = self.video_compression.keeps_all([video.pixels], [num_retained])
 
         def encode(pixels: torch.Tensor) -> torch.Tensor:
-            # The tower attends within a temporal patch, so that a part is encoded as in the whole.
+            # The tower attends within a temporal patch, so a part has the tokens of the whole.
             grid = video.fields[_GRID].clone()
             grid[0] = len(pixels)
             inputs = self._parse_and_validate_video_input(  # type: ignore[attr-defined]
@@ -283,12 +285,12 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
     def _laid_out(
         self, rows: torch.Tensor, members: torch.Tensor, fields: Mapping[str, Any]
     ) -> torch.Tensor:
-        """Return what stands in the uncompressed video's tokens where a member or a text does.
+        """Return rows and text in order, with their positions if the model carries them.
 
         Args:
-            rows: (K, D), by their members.
-            members: (K,) int64 ascending.
-            fields: of the video.
+            rows: (K, D), in the order of ``members``.
+            members: (K,) int64 ascending, each row's representative among the video's tokens.
+            fields: the video's ``place_fields``.
         """
         rows, numbers = self._among_text(rows, members, fields[VIDEO_TEXT])
         if not self.carries_positions:
@@ -318,15 +320,15 @@ class GridVideo:
     """One video of a batch."""
 
     pixels: VideoPixels
-    """With a temporal patch in a frame's place, (T, patches of each, values of a patch)."""
+    """(T, patches, values of a patch), with a temporal patch in place of each frame."""
     fields: Mapping[str, Any]
     """The model's ``place_fields``."""
     frame_size: tuple[int, int] | None
-    """``FRAME_SIZE``, None for pixels that are patches already."""
+    """``FRAME_SIZE``, None if the pixels are patches already."""
     normalization: torch.Tensor | None
-    """``PIXEL_NORMALIZATION``, None for pixels that need none or that vLLM's class normalizes."""
+    """``PIXEL_NORMALIZATION``, None if the pixels are normalized or vLLM's class does it."""
 
 
 def pad_to(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """Return rows (n, ``width``), zero behind what they have."""
+    """Return rows (n, ``width``) with zeros appended."""
     return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))

@@ -1,5 +1,6 @@
-"""Qwen2.5-VL with compressed videos. Beside what ``patch_grid`` says, compressed videos go through
-MLPs that a GPU computes faster, see ``worker.aligned_mlp``.
+"""Qwen2.5-VL with compressed videos: the changes of ``patch_grid``, and faster MLPs on a GPU.
+
+Only compressed videos pass these MLPs, see ``worker.aligned_mlp``.
 """
 
 from collections.abc import Iterable
@@ -40,13 +41,13 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801
     _aligned_mlps: Any = None
 
     def forget_encoded(self) -> None:
-        """Do as others do, and copy the weights again."""
+        """Drop cached features of old weights, and copy the MLPs' weights again."""
         super().forget_encoded()
         if self._aligned_mlps is not None:
             self._aligned_mlps.refresh()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load as vLLM does, also while serving."""
+        """Load weights as vLLM does, and drop what was made of the old ones."""
         self._aligned_mlps = None
         return super().load_weights(weights)
 

@@ -1,6 +1,6 @@
-"""Qwen3.5 and Qwen3.6, dense and MoE, with compressed videos: what ``qwen3_vl`` says.
+"""Qwen3.5 and Qwen3.6, dense and MoE, with compressed videos: the changes of ``qwen3_vl``.
 
-Their towers have DeepStack only if the config names its layers; the published ones do not.
+Their towers have DeepStack only if the config names its layers. The published configs do not.
 """
 
 from vllm.model_executor.models import qwen3_5 as stock

@@ -1,10 +1,9 @@
-"""Qwen3-VL, dense and MoE, with compressed videos. Beside what ``patch_grid`` says:
+"""Qwen3-VL, dense and MoE, with compressed videos. Changes beyond those of ``patch_grid``:
 
-- Text within a video tells each frame's time. All of it stays; a frame's kept tokens follow its
-  time, as in the uncompressed prompt. How many a frame keeps is not known before encoding, so
-  placeholders are laid out with all K in the first frame, and a video's rows, text included, come
-  from ``embed_multimodal`` in their true order.
-- A token's DeepStack features lie behind its own; a row's are the mean of its members'.
+- Text within a video gives each frame's time. All of it stays. A frame's kept tokens follow its
+  time, as in the uncompressed prompt. Their number is unknown before encoding, so all K
+  placeholders stand in the first frame. ``embed_multimodal`` returns rows and text in true order.
+- A token's DeepStack features follow its values. Those of a row are the mean over its members.
 """
 
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ class Qwen3VLProcessor(PatchGridProcessor, stock.Qwen3VLMultiModalProcessor):
     """Gives a video K placeholders and those of its text."""
 
     def _count_frames(self, video: Any, options: Mapping[str, object]) -> int:
-        # vLLM lets the Hugging Face processor sample frames where its loader decoded all.
+        # The Hugging Face processor samples frames if vLLM's loader decoded all of them.
         scoped = self.info._merge_and_resolve_mm_processor_kwargs(options)
         settings = scoped.get("videos_kwargs", {})
         known = dict(video[1])
@@ -50,11 +49,11 @@ class Qwen3VLProcessor(PatchGridProcessor, stock.Qwen3VLMultiModalProcessor):
 
 
 class Qwen3VLVideos(PatchGridModel):
-    """What both models change."""
+    """Mixin of both models."""
 
     @property
     def row_width(self) -> int:
-        """Values of a row, DeepStack's included."""
+        """Number of values in a row, with DeepStack's."""
         levels = getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ()
         return self.token_width * (1 + len(levels))
 

@@ -1,1 +1,1 @@
-"""The worker's process: vision tower, compression, positions, feature cache."""
+"""The worker process: vision tower, compression, positions and feature cache."""

@@ -1,16 +1,16 @@
-"""MLPs of a vision tower whose width tensor cores cannot load, for videos that are compressed.
+"""Pads a vision tower's MLPs to a width that tensor cores can load, for compressed videos.
 
-Qwen2.5-VL's MLPs are 3420 wide. A row of 6840 bytes in bfloat16 is no multiple of 16 bytes, as
-loads of a tensor core must be, so the second matrix product runs at a quarter of a GPU's speed:
+Qwen2.5-VL's MLPs are 3420 wide. A row has 6840 bytes in bfloat16, which is no multiple of the 16
+bytes that a tensor core loads. So the second matrix product runs at a quarter of a GPU's speed:
 1.195 ms in place of 0.299 with 3424 columns, for 25920 patches on an H200 (torch 2.11). In vLLM
 0.33's tower these products take 33 of 104 ms.
 
-Here the second matrix has columns of zeros up to the next multiple of 16 bytes, and the activation
-writes zeros behind its values. Sums are those of vLLM's but for their order. Videos that are kept
-whole are therefore vLLM's own to encode.
+Here the second matrix has zero columns up to the next multiple of 16 bytes, and the activation
+appends zeros to its values. Sums equal vLLM's up to their order, so vLLM's own MLPs encode
+uncompressed videos.
 
-It steps aside where a layer is not as vLLM makes it: quantized, with adapters, compiled. It can go
-when vLLM pads these weights.
+Layers that are quantized, compiled or have adapters keep vLLM's code. Remove this module when vLLM
+pads these weights.
 """
 
 import copy
@@ -45,10 +45,10 @@ class AlignedMLPs:
     def __len__(self) -> int:
         return len(self._narrowings)
 
-    # The copies are made in this mode while memory is profiled.
+    # The copies are inference tensors: they are made while vLLM profiles memory.
     @torch.inference_mode()
     def refresh(self) -> None:
-        """Copy the weights again, into the same memory: they have changed."""
+        """Copy changed weights into the same memory."""
         for mlp, narrowing in self._narrowings.items():
             weight = mlp.down_proj.weight
             padded = narrowing._parameters["weight"]
@@ -57,7 +57,7 @@ class AlignedMLPs:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Have the tower encode by them meanwhile."""
+        """Make the tower use these MLPs in the context."""
         for mlp, narrowing in self._narrowings.items():
             mlp.forward = _forward(mlp, narrowing)
         try:
@@ -69,7 +69,7 @@ class AlignedMLPs:
 
 def _misaligned_mlps(tower: nn.Module) -> list[Qwen2_5_VisionMLP]:
     blocks = getattr(tower, "blocks", ())
-    # A compiled block holds the code of the MLP that it was traced with.
+    # A compiled block contains the code of the MLP at the time of its tracing.
     if not all(getattr(block, "do_not_compile", True) for block in blocks):
         return []
     mlps = [block.mlp for block in blocks if type(getattr(block, "mlp", None)) is Qwen2_5_VisionMLP]
@@ -89,12 +89,12 @@ def _is_plain(mlp: Qwen2_5_VisionMLP) -> bool:
 
 
 def _padding(weight: torch.Tensor) -> int:
-    """Return how many columns (D, C) lacks to rows of whole 16 bytes."""
+    """Return how many columns (D, C) lacks until its rows are a multiple of 16 bytes."""
     return -weight.shape[1] % (ALIGNMENT_BYTES // weight.element_size())
 
 
 def _aligned_narrowing(mlp: Any) -> Any:
-    """Return an MLP's second layer with an aligned copy of its matrix."""
+    """Return a copy of an MLP's second layer with an aligned matrix."""
     weight = mlp.down_proj.weight
     padded = F.pad(weight.detach(), (0, _padding(weight)))
     narrowing = copy.copy(mlp.down_proj)
@@ -106,7 +106,7 @@ def _aligned_narrowing(mlp: Any) -> Any:
 
 
 def _forward(mlp: Any, narrowing: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what does the same as an MLP, by its aligned second layer."""
+    """Return an MLP's forward function with the aligned second layer."""
     padding = _padding(mlp.down_proj.weight)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -118,11 +118,11 @@ def _forward(mlp: Any, narrowing: Any) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def silu_and_mul(gate_up: torch.Tensor, padding: int) -> torch.Tensor:
-    """Return SiLU of the first half of each row, times the second half, and zeros.
+    """Return SiLU of each row's first half times its second half, with zeros appended.
 
     Args:
         gate_up: (..., 2*C), contiguous.
-        padding: how many zeros stand behind the C values.
+        padding: number of zeros after the C values.
 
     Returns:
         (..., C + padding), computed in float32.

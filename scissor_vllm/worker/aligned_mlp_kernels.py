@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def silu_and_multiply(gate_up, out, width: tl.constexpr, padded: tl.constexpr, block: tl.constexpr):
-    """Store a part of SiLU(gate) * up of a row, with zeros behind ``width`` values."""
+    """Store a block of SiLU(gate) * up of a row, with zeros after ``width`` values."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width

@@ -1,6 +1,6 @@
-"""Caches the vision tower's output and its tree, so that a video is encoded and searched once.
+"""Caches the vision tower's output and its linkage tree: a video is encoded and joined once.
 
-The key is a cryptographic hash of the content, never a name from a client. It is an LRU cache,
+The key is a cryptographic hash of the content, never a name from a client. The cache is LRU and
 bounded in bytes.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from scissor_vllm.settings import VIDEO_FEATURE_CACHE_GB
 
-# A child of vLLM's logger, which alone has a handler.
+# A child of vLLM's logger, because only that one has a handler.
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _PAGE_BYTES = 1024**2
@@ -31,35 +31,35 @@ class _Features:
     shape: torch.Size
     dtype: torch.dtype
     begin_of_tree: int
-    """Bytes before the place of the video's tree."""
+    """Offset of the video's tree in bytes."""
     trees: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
-    """Shape and dtype of the tree that is kept, if one is."""
+    """Shape and dtype of the cached tree; empty without one."""
     num_retained: set[int] = field(default_factory=set)
-    """Numbers of kept tokens requested since it was cached."""
+    """Values of K requested since the video was cached."""
 
 
 class Sharing:
-    """How workers that compute the same tokens share one cache; this one is a worker alone."""
+    """How workers with the same tokens share one cache. The base class is a single worker."""
 
     is_owner = True
-    """Whether this worker's host memory keeps the tokens."""
+    """Whether this worker's host memory holds the tokens."""
 
     def agree(self, value: bool) -> bool:
         """Return the owner's value in every worker."""
         return value
 
     def share(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the owner's tokens in every worker; the others give room for them."""
+        """Return the owner's tokens in every worker; other workers pass a buffer for them."""
         return tokens
 
 
 class FeatureCache:
-    """Tokens of videos as the vision tower gives them, kept in host memory.
+    """Cache of the vision tower's tokens in host memory.
 
-    Memory is taken in pieces as videos come, up to the limit, and kept. Copies run in the GPU's
-    stream, and nothing waits for them. What is kept and dropped follows from the calls alone, so
-    that workers that share a model by tensor parallelism agree on every video: they have the same
-    tokens, so one keeps them and gives them to the others.
+    Memory grows in pieces up to the limit and is not given back. Copies are asynchronous, in the
+    GPU's stream. Insertions and evictions depend on the calls only. So workers that share a model
+    by tensor parallelism agree on every video. Their tokens are equal: one worker holds them and
+    sends them to the others.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class FeatureCache:
         """Make an empty cache.
 
         Args:
-            max_bytes: of tokens and trees.
-            pin_memory: whether a GPU copies to and from it.
-            sharing: with other workers, None for none.
+            max_bytes: limit for tokens and trees.
+            pin_memory: whether a GPU copies to and from the cache.
+            sharing: with other workers, None for a single worker.
         """
         self._max_pages = max_bytes // _PAGE_BYTES
         self._num_pages = 0
@@ -82,9 +82,9 @@ class FeatureCache:
         self._last_copy: torch.cuda.Event | None = None
 
     def _grow(self, num_pages: int) -> None:
-        """Take memory until so many pages are free, as far as the limit and the system allow."""
+        """Allocate memory until ``num_pages`` are free, or the limit or the system stops it."""
         while len(self._free) < num_pages and self._num_pages < self._max_pages:
-            # Pinned memory comes in powers of two: in one piece it could be twice as much.
+            # Pinned allocations are rounded up to a power of two: one piece could double in size.
             count = min(_PAGES_AT_ONCE, self._max_pages - self._num_pages)
             if not self._sharing.agree(self._sharing.is_owner and self._take(count)):
                 logger.warning(
@@ -99,7 +99,7 @@ class FeatureCache:
             self._num_pages += count
 
     def _take(self, count: int) -> bool:
-        """Return whether the system gave memory for some pages."""
+        """Allocate ``count`` pages; return whether the system had the memory."""
         try:
             pages = torch.empty(
                 (count, _PAGE_BYTES), dtype=torch.uint8, device="cpu", pin_memory=self._pin_memory
@@ -110,7 +110,7 @@ class FeatureCache:
         return True
 
     def get(self, key: Hashable, device: torch.device) -> torch.Tensor | None:
-        """Return a video's tokens on the device, to the bit as they were kept; None if not kept."""
+        """Return a video's tokens on the device, bit for bit as cached; None for a cache miss."""
         features = self._videos.get(key)
         if features is None:
             return None
@@ -118,12 +118,12 @@ class FeatureCache:
         return self._read(features.pages, features.shape, features.dtype, 0, device)
 
     def put(self, key: Hashable, tokens: torch.Tensor, tree_bytes: int = 0) -> None:
-        """Keep a copy of a video's tokens, unless they are larger than the whole cache.
+        """Cache a copy of a video's tokens, unless they are larger than the whole cache.
 
         Args:
-            key: of the video.
+            key: hash of the video's content.
             tokens: of any shape and dtype.
-            tree_bytes: room for :meth:`put_tree`.
+            tree_bytes: space to reserve for :meth:`put_tree`.
         """
         num_pages = -(-(tokens.nbytes + tree_bytes) // _PAGE_BYTES)
         if key in self._videos or num_pages > self._max_pages:
@@ -143,7 +143,7 @@ class FeatureCache:
         self._videos[key] = _Features(pages, tokens.shape, tokens.dtype, tokens.nbytes)
 
     def put_tree(self, key: Hashable, tree: torch.Tensor) -> None:
-        """Keep a copy of a kept video's tree, which has the room that its tokens came with."""
+        """Cache a copy of a cached video's tree, in the space that :meth:`put` reserved."""
         features = self._videos.get(key)
         if features is None or features.trees:
             return
@@ -151,7 +151,7 @@ class FeatureCache:
         features.trees.append((tree.shape, tree.dtype))
 
     def get_tree(self, key: Hashable, device: torch.device) -> torch.Tensor | None:
-        """Return a video's tree on the device; None if there is none."""
+        """Return a video's tree on the device; None if no tree is cached."""
         features = self._videos.get(key)
         if features is None or not features.trees:
             return None
@@ -159,7 +159,7 @@ class FeatureCache:
         return self._read(features.pages, shape, dtype, features.begin_of_tree, device)
 
     def is_for_another_ratio(self, key: Hashable, num_retained: int) -> bool:
-        """Return whether a kept video was compressed before, but never to K; note that it is."""
+        """Record K of a cached video; return whether K is new and others came before."""
         features = self._videos.get(key)
         if features is None or num_retained in features.num_retained:
             return False
@@ -167,7 +167,7 @@ class FeatureCache:
         return len(features.num_retained) > 1
 
     def clear(self) -> None:
-        """Forget all videos: the tower is about to change."""
+        """Drop all videos, because the tower's weights change."""
         for features in self._videos.values():
             self._free.extend(features.pages)
         self._videos.clear()
@@ -193,7 +193,7 @@ class FeatureCache:
     def _parts(
         self, pages: list[int], tensor: torch.Tensor, begin: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield parts of pages, from so many bytes on, and the parts of a tensor that lie there."""
+        """Yield parts of pages from offset ``begin``, and the parts of the tensor stored there."""
         flat = tensor.view(-1).view(torch.uint8)
         done = 0
         while done < len(flat):
@@ -204,7 +204,7 @@ class FeatureCache:
 
     @contextmanager
     def _in_order(self, device: torch.device) -> Iterator[None]:
-        """Let copies follow those before them, even if they run in another stream."""
+        """Order copies after all earlier ones, also those in another stream."""
         if device.type != "cuda":
             yield
             return

@@ -1,10 +1,10 @@
-"""SigLIP's encoder for videos whose patches take the values of others: fewer tokens, the same grid.
+"""SigLIP's encoder for videos with merged patches: fewer patches to compute, the same grid.
 
-The M patches that ``scissor_vllm.patch_merging`` has computed pass through the layers. A frame's
-attention has a query for each of its patches among the M, and a key and a value for every place:
-those of the patch that stands there, moved by what changed around it. At the end each place takes
-its values in the same way. With nothing merged, this is the encoder that vLLM runs, but for
-rounding.
+Only the M patches that ``scissor_vllm.patch_merging`` selects pass through the layers. A frame's
+attention has a query for each of its patches among the M, and a key and a value for every place.
+A place without a computed patch takes those of its anchor, plus the change of the probes around it.
+At the end each place takes its values in the same way. Without merged patches, the result is vLLM's
+up to rounding.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from scissor_vllm.patch_merging import computed_patches, nearest_probes, probe_p
 from scissor_vllm.vllm_compat import frames_attention
 
 _DECAY = 8 / 9
-"""Of a probe's weight with its squared distance on the lattice."""
+"""Decay of a probe's weight with its squared distance on the lattice."""
 
 Attend = Callable[[Any, torch.Tensor], torch.Tensor]
-"""A layer's attention: of ``SiglipAttention`` and normed tokens."""
+"""A layer's attention: a function of ``SiglipAttention`` and normed tokens."""
 
 
 @dataclass(frozen=True)
 class MergedPatches:
-    """Which of the patches of T frames with P places are computed, and where their values go."""
+    """Which patches of T frames with P places are computed, and where their values go."""
 
     computed: torch.Tensor
-    """Numbers of the M computed patches among the T*P, rising, int32 (M,)."""
+    """Indices of the M computed patches among the T*P, ascending, int32 (M,)."""
     row_of_place: torch.Tensor
-    """Row among the M that stands at each place, int32 (T*P,)."""
+    """Row among the M for each place, int32 (T*P,)."""
     move_of_place: torch.Tensor
-    """Number among T*L of the move that is added there, -1 for none, int32 (T*P,)."""
+    """Index among T*L of the move that is added at each place, -1 for none, int32 (T*P,)."""
     probes: torch.Tensor
     """Rows of each frame's lattice, and rows of their anchors, int32 (2, T, L)."""
     weights: torch.Tensor
-    """How much each probe's change counts in the move around each probe, of the tower's dtype
-    (T, L, L)."""
+    """Weight of each probe's change in the move around each probe, (T, L, L) in the tower's dtype.
+    """
     query_ends: torch.Tensor
-    """Where the queries of each frame begin and end among the M, int32 (T + 1,)."""
+    """Bounds of each frame's queries among the M, int32 (T + 1,)."""
     key_ends: torch.Tensor
-    """Where its keys begin and end among the T*P, int32 (T + 1,)."""
+    """Bounds of each frame's keys among the T*P, int32 (T + 1,)."""
     num_queries: list[int]
-    """Of each frame."""
+    """Number of queries of each frame."""
 
     @property
     def num_places(self) -> int:
@@ -59,8 +59,7 @@ class MergedPatches:
 
     @classmethod
     def of(cls, anchors: torch.Tensor, device: torch.device, dtype: torch.dtype) -> MergedPatches:
-        """Return them for the frames of a tower call: one copy to the device, and no host
-        synchronization.
+        """Return the plan for the frames of a tower call, without a host synchronization.
 
         Args:
             anchors: int64 (T, P) on the CPU, counted from the call's first frame.
@@ -96,14 +95,13 @@ class MergedPatches:
 
 
 def probe_weights(has_anchor: torch.Tensor) -> torch.Tensor:
-    """Return how much each probe's change counts in the move around each probe.
+    """Return the weight of each probe's change in the move around each probe.
 
-    It counts as near as it is: the probe itself and its eight neighbours on the lattice. Where none
-    of these has an anchor, all of the frame count alike.
+    Weights fall with distance, over the probe and its eight neighbours on the lattice. If none of
+    these has an anchor, all probes of the frame with an anchor have equal weights.
 
     Args:
-        has_anchor: which of a frame's probes take no anchor's values only as they are probes, bool
-            (T, L).
+        has_anchor: bool (T, L), which probes would take an anchor's values if they were no probes.
 
     Returns:
         float32 (T, L, L), rows that sum to 1, or to 0 in a frame with no such probe.
@@ -117,7 +115,7 @@ def probe_weights(has_anchor: torch.Tensor) -> torch.Tensor:
 
 
 def merges_patches(vision_tower: nn.Module) -> bool:
-    """Return whether a tower's encoder is one that this module knows."""
+    """Return whether this module supports the tower's encoder."""
     if not isinstance(vision_tower, SiglipVisionModel):
         return False
     encoder = vision_tower.vision_model.encoder
@@ -128,13 +126,13 @@ def merges_patches(vision_tower: nn.Module) -> bool:
 
 @contextmanager
 def merging_encoder(vision_tower: Any, anchors: torch.Tensor) -> Iterator[None]:
-    """Have a vision tower leave out the patches that take an anchor's values meanwhile.
+    """Make a vision tower skip the patches that take an anchor's values, in the context.
 
     Args:
-        vision_tower: one that :func:`merges_patches`.
-        anchors: of the frames that it will be called with, see :meth:`MergedPatches.of`.
+        vision_tower: one for which :func:`merges_patches` is true.
+        anchors: of the frames of the tower's call, see :meth:`MergedPatches.of`.
     """
-    # Imports Triton, for kernels of GPUs.
+    # Imported here, because it imports Triton.
     from scissor_vllm.worker.siglip import encode_fused, encoding_by, plain_layers
 
     weight = next(vision_tower.parameters())
@@ -156,14 +154,14 @@ def _encode_merged(
     merged: MergedPatches,
     inputs_embeds: torch.Tensor,
 ) -> torch.Tensor:
-    """Return what layers make of (T, P, C)."""
+    """Return the layers' output for (T, P, C)."""
     hidden = inputs_embeds.flatten(0, 1).index_select(0, merged.computed)
     encoded = run(hidden, partial(_attend, merged))
     return placed(encoded, merged).view(inputs_embeds.shape)
 
 
 def _encode(layers: list[Any], hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """Return what layers of any kind make of (M, C)."""
+    """Return the output of any SigLIP layers for (M, C)."""
     for layer in layers:
         hidden = hidden + attend(layer.self_attn, layer.layer_norm1(hidden))
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
@@ -171,7 +169,7 @@ def _encode(layers: list[Any], hidden: torch.Tensor, attend: Attend) -> torch.Te
 
 
 def _attend(merged: MergedPatches, attention: Any, normed: torch.Tensor) -> torch.Tensor:
-    """Return the attention (M, C) of computed patches, each to all places of its frame."""
+    """Return the attention (M, C) of computed patches over all places of their frames."""
     projected, _ = attention.qkv_proj(normed)
     heads, size = attention.num_heads_per_partition, attention.head_dim
     queries, keys_and_values = projected.tensor_split([heads * size], dim=1)
@@ -192,7 +190,7 @@ def _attend(merged: MergedPatches, attention: Any, normed: torch.Tensor) -> torc
 
 
 def placed(rows: torch.Tensor, merged: MergedPatches) -> torch.Tensor:
-    """Return what stands at each place, (T*P, D), from computed rows (M, D), each contiguous."""
+    """Return the values of each place, (T*P, D), from computed rows (M, D), each contiguous."""
     if rows.is_cuda:
         from scissor_vllm.worker.siglip import place_rows, row_differences
 

@@ -13,14 +13,14 @@ _NUM_CHANNELS = 3
 
 @dataclass(frozen=True)
 class PatchShape:
-    """Layout of a tower's patches in frames."""
+    """Shape of a tower's patches in frames."""
 
     size: int
     """Side in pixels."""
     num_frames: int
-    """Frames in a patch."""
+    """Number of frames in a patch."""
     num_merged: int
-    """Patches of a token in each direction; they are contiguous."""
+    """Number of a token's patches in each direction; they are contiguous in the output."""
 
     def patches_of(
         self,
@@ -29,12 +29,12 @@ class PatchShape:
         normalization: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Return patches as the Hugging Face processor makes them, (n, C * frames * size * size).
+        """Return the Hugging Face processor's patches, (n, C * frames * size * size).
 
         Args:
-            rows: of the same shape, the frames of some temporal patches.
+            rows: of the same shape, pixels of the frames of consecutive temporal patches.
             frame_size: height and width.
-            normalization: float32 (2, C) on the same device, None for frames that need none.
+            normalization: float32 (2, C) on the same device, None for normalized frames.
             dtype: of normalized patches.
         """
         height, width = frame_size

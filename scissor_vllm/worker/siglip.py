@@ -1,7 +1,7 @@
-"""SigLIP's encoder with fewer passes over memory, for videos that are compressed.
+"""SigLIP's encoder with fewer passes over memory, for compressed videos.
 
-At a low ratio the vision tower is most of a video's cost, and a tenth of its GPU time is memory
-traffic that fusion avoids. In vLLM's encoder layer
+At a low ratio the vision tower is most of a video's cost. A tenth of its GPU time is memory traffic
+that fusion avoids. In vLLM's encoder layer
 - the residual sum and its norm become one kernel;
 - GELU becomes the epilogue of the matrix product, on float32 sums. vLLM rounds the sums first, so
   values differ by that rounding. vLLM's own code therefore encodes uncompressed videos.
@@ -45,8 +45,8 @@ def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
 
 
 def _encode(layers: list[Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """Return what the layers make of (B, P, C)."""
-    # Sums are written in place, and not into what the caller holds.
+    """Return the layers' output for (B, P, C)."""
+    # Sums are written in place, so the caller's tensor is copied.
     hidden = inputs_embeds.clone(memory_format=torch.contiguous_format)
     return encode_fused(layers, hidden, _attend_in_frames)
 
@@ -111,12 +111,12 @@ def encode_fused(
     hidden: torch.Tensor,
     attend: Callable[[Any, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Return what plain layers make of tokens.
+    """Return the output of plain layers.
 
     Args:
-        layers: as :func:`plain_layers` gives them.
-        hidden: (..., C), contiguous; written to.
-        attend: a layer's attention, of its module and normed tokens.
+        layers: from :func:`plain_layers`.
+        hidden: (..., C), contiguous; overwritten.
+        attend: a layer's attention, a function of its module and normed tokens.
 
     Returns:
         like ``hidden``.
@@ -179,7 +179,7 @@ def row_differences(rows: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 
     Args:
         rows: (M, D), each contiguous.
-        pairs: row numbers of minuends and of subtrahends, int32 (2, T, L).
+        pairs: row indices of minuends and of subtrahends, int32 (2, T, L).
 
     Returns:
         (T, L, D), of the rows' dtype.

@@ -50,7 +50,7 @@ def place_row(
     width: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Store the row that stands at a place, its move added if there is one."""
+    """Store the row of a place, plus its move if there is one."""
     place = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width

@@ -1,4 +1,4 @@
-"""The model's part, shared by all models: bounded vision-tower calls, then exactly K rows."""
+"""Encodes and compresses videos, for all models: bounded vision tower calls, exactly K rows."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,11 +35,11 @@ from scissor_vllm.worker.video_pixels import VideoPixels
 logger = init_logger(__name__)
 
 Watcher = Callable[[torch.Tensor, CompressedTokens], None]
-"""Is shown a video's tokens (T, P, D) and what they were compressed to."""
+"""Called with a video's tokens (T, P, D) and their compression."""
 
 
 def make_feature_cache(vllm_config: VllmConfig) -> FeatureCache | None:
-    """Return the cache that the operator's settings ask for, None for none."""
+    """Return the feature cache of the operator's settings, None if it is switched off."""
     mm_config = vllm_config.model_config.get_multimodal_config()
     sizes = CacheSizes.of(mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb)
     # With an adapter in the tower, tokens depend on more than the pixels.
@@ -49,16 +49,16 @@ def make_feature_cache(vllm_config: VllmConfig) -> FeatureCache | None:
 
 
 def make_sharing() -> Sharing | None:
-    """Return how workers share tokens by tensor parallelism, None for a worker alone."""
+    """Return how workers share tokens by tensor parallelism, None for a single worker."""
     if not model_parallel_is_initialized() or get_tensor_model_parallel_world_size() == 1:
         return None
     return TensorParallelSharing()
 
 
 class TensorParallelSharing(Sharing):
-    """The first worker keeps what all have; a copy between GPUs is faster than one from the host.
+    """The first worker caches the tokens and broadcasts them between GPUs.
 
-    All workers encode every video, and in the same order.
+    This is faster than copies from host memory. All workers encode all videos in order.
     """
 
     def __init__(self) -> None:
@@ -82,23 +82,27 @@ def adapts_tower(vllm_config: VllmConfig) -> bool:
 
 
 class VideoCompression:
-    """Compresses videos one after the other: pixels in, K rows each out.
+    """Compresses videos one by one: pixels in, K rows of each video out.
 
-    vLLM's scheduler admits videos by their placeholders, so at ratio 0.1 it may put ten times the
-    frames through the tower as at 1.0. Here a call sees the frames of one video and no more than
-    the encoder's token budget covers uncompressed, whatever the ratio and the batch: memory stays
-    below what vLLM itself takes at 1.0, and a video's tokens do not depend on its batch.
+    vLLM's scheduler admits videos by their placeholders. At ratio 0.1 it may admit ten times the
+    frames of ratio 1.0. Here a tower call has frames of one video only, and at most as many as the
+    encoder's token budget covers uncompressed. So memory stays below vLLM's at ratio 1.0, and a
+    video's tokens do not depend on its batch.
     """
 
     def __init__(self, vllm_config: VllmConfig, tokens_per_frame: int) -> None:
-        """Make it for a model whose frames have so many tokens, if a video does not say other.
+        """Prepare compression for a model.
+
+        Args:
+            vllm_config: of the engine.
+            tokens_per_frame: P, of videos that do not name theirs.
 
         Raises:
-            ValueError: embeddings are sent between instances.
+            ValueError: the engine sends embeddings to other instances.
         """
         if vllm_config.ec_transfer_config is not None:
-            # Its connectors size a transfer by the width of an uncompressed row, measured at the
-            # start. Rows that carry positions or text are wider.
+            # vLLM's connectors size a transfer by the width of an uncompressed row, measured at
+            # startup. Rows that carry positions or text are wider.
             raise ValueError(
                 "--ec-transfer-config and scissor_vllm exclude each other: a compressed video's "
                 "rows are wider than what vLLM measures for its transfers; leave the first out, "
@@ -118,7 +122,7 @@ class VideoCompression:
         self._watcher: Watcher | None = None
 
     def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
-        """Return a context whose time is recorded, by one of the workers that share a model."""
+        """Return a context whose time the first of the workers that share a model records."""
         return CLOCK.stage(name, device) if self._is_recording() else nullcontext()
 
     @staticmethod
@@ -127,10 +131,10 @@ class VideoCompression:
         return not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
 
     def warm_up(self, width: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Compress made-up tokens, once, on a GPU; return whether that was now.
+        """Compress random tokens on the first call on a GPU; return whether this was that call.
 
-        vLLM's first call profiles memory, uncompressed: this lets it see what compression takes at
-        most, and compiles kernels before a request waits for them.
+        vLLM's first call profiles memory without compression. The warm-up adds the peak memory of
+        compression, and compiles kernels before any request waits for them.
         """
         if self._is_warm or device.type != "cuda":
             return False
@@ -143,7 +147,7 @@ class VideoCompression:
         return True
 
     def keeps_all(self, videos: Sequence[VideoPixels], num_retained: list[int]) -> bool:
-        """Return whether no video is to be compressed."""
+        """Return whether every video keeps all of its tokens."""
         return all(
             count == len(video) * self._num_tokens_per_frame(video)
             for video, count in zip(videos, num_retained, strict=True)
@@ -159,21 +163,20 @@ class VideoCompression:
         encode: Callable[..., torch.Tensor],
         width: int | None = None,
     ) -> tuple[torch.Tensor, CompressedTokens]:
-        """Return a video's tokens (T, P, D) and what they were compressed to.
+        """Return a video's tokens (T, P, D) and their compression.
 
         Args:
             video: T frames.
             num_retained: K.
-            encode: pixels (t, C, H, W), and anchors of their patches if the video has any, to
-                tokens (t, P, D); called with at most so many frames as the encoder's budget covers.
-            width: how many of a token's first values are compressed, if there are others behind
-                them.
+            encode: returns tokens (t, P, D) of pixels (t, C, H, W) and, if the video has anchors,
+                of the frames' anchors. A call has at most the frames of the encoder's budget.
+            width: number of a token's first values to compress; None for all values.
         """
         is_whole = self.keeps_all([video], [num_retained])
         if is_whole and video.anchors is not None:
-            # What keeps all of a video is as exact as uncompressed.
+            # An uncompressed video is encoded exactly.
             video = replace(video, anchors=None)
-        # Kept for other ratios is what is encoded for these.
+        # Uncompressed videos are not cached: their tokens may differ in rounding.
         tokens = self._encoded(video, encode) if is_whole else self._tokens(video, encode)
         if not is_whole:
             self._note_ratio(video, num_retained)
@@ -185,7 +188,7 @@ class VideoCompression:
 
     @contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
-        """Show each video that is compressed meanwhile to the watcher."""
+        """Call the watcher with each video that is compressed in the context."""
         self._watcher = watcher
         try:
             yield
@@ -193,7 +196,7 @@ class VideoCompression:
             self._watcher = None
 
     def _tokens(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Return (T, P, D), from an earlier question about this video if they are kept."""
+        """Return (T, P, D), from the feature cache or from the tower."""
         device = video.pixels.device
         if self._features is not None and video.identity is not None:
             kept = self._features.get(video.identity, device)
@@ -210,7 +213,7 @@ class VideoCompression:
         return tokens
 
     def _encoded(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Return (T, P, D), from the tower."""
+        """Return (T, P, D) from the tower."""
         with self.stage("tower", video.pixels.device):
             calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
             return video.repeated(torch.cat([encode(*call) for call in calls]))
@@ -218,19 +221,19 @@ class VideoCompression:
     def _note_ratio(self, video: VideoPixels, num_retained: int) -> None:
         if self._features is None or video.identity is None:
             return
-        another = self._features.is_for_another_ratio(video.identity, num_retained)
-        if another and self._is_recording():
+        is_cross_ratio = self._features.is_for_another_ratio(video.identity, num_retained)
+        if is_cross_ratio and self._is_recording():
             count_cross_ratio_hit()
 
     def forget_features(self) -> None:
-        """Drop what the tower made: its weights are about to change."""
+        """Drop cached features, because the tower's weights change."""
         if self._features is not None:
             self._features.clear()
 
     def _compress_or_cut(
         self, tokens: torch.Tensor, num_retained: int, identity: Hashable | None
     ) -> CompressedTokens:
-        """Return K rows, without a search if the video's tree is kept beside its tokens."""
+        """Return K rows, by the video's cached tree if there is one."""
         method = self._compress
         if not isinstance(method, AverageLinkage) or self._features is None or identity is None:
             return method(tokens, num_retained)
@@ -243,31 +246,33 @@ class VideoCompression:
     def _exactly(
         self, tokens: torch.Tensor, num_retained: int, identity: Hashable | None
     ) -> CompressedTokens:
-        """Return K rows, or raise only where unlike rows could follow.
+        """Return K rows; raise only if ranks could otherwise have different rows.
 
-        An exception here ends every request's engine, so a failure keeps tokens evenly instead:
+        An exception here ends the engine for all requests. So a failure falls back to evenly spaced
+        tokens:
 
-        - ValueError: the tokens are not finite, or beyond a limit. It follows from the tokens and K
-          alone, so with tensor parallelism every rank falls back.
-        - Any other, such as out of memory or a failed launch: it may strike one rank. A single
-          worker falls back. With tensor parallelism it is raised, because ranks with unlike rows
-          would answer wrongly without a word, and to agree on it would cost a collective a video.
+        - ValueError: the tokens are not finite, or beyond a limit. It depends on the tokens and K
+          only, so with tensor parallelism every rank falls back.
+        - Other errors, such as out of memory or a failed launch, may occur on one rank only. A
+          single worker falls back. With tensor parallelism the error is raised: ranks with
+          different rows would answer wrongly without notice, and agreeing on a fallback would cost
+          a collective for each video.
 
         A CUDA error that leaves the device unusable ends the fallback too.
         """
         flat = tokens.flatten(0, 1)
-        itself = torch.arange(len(flat), device=flat.device)
+        assignment = torch.arange(len(flat), device=flat.device)
         if num_retained == len(flat):
-            return CompressedTokens(flat, itself)
+            return CompressedTokens(flat, assignment)
         if num_retained > len(flat):
-            # The processor compares these two for each request, so this is not a client's doing.
+            # The processor checks this for each request, so no client can cause it.
             logger.error(
                 "a video was to keep %d tokens but has %d; the last is repeated",
                 num_retained,
                 len(flat),
             )
             repeated = flat[-1:].expand(num_retained - len(flat), -1)
-            return CompressedTokens(torch.cat([flat, repeated]), itself)
+            return CompressedTokens(torch.cat([flat, repeated]), assignment)
         try:
             with self.stage("compress", tokens.device):
                 compressed = self._compress_or_cut(tokens, num_retained, identity)

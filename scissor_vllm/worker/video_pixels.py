@@ -1,4 +1,4 @@
-"""A video's pixels on the model's device, as the vision tower takes them."""
+"""A video's pixels on the model's device, as input of the vision tower."""
 
 from __future__ import annotations
 
@@ -21,58 +21,57 @@ from scissor_vllm.video_fields import (
 
 @dataclass(frozen=True)
 class VideoPixels:
-    """One video's pixels on the model's device, given to the tower in the model's dtype."""
+    """One video's pixels on the model's device; the tower gets them in the model's dtype."""
 
     pixels: torch.Tensor
-    """As stock's processor prepares them, a frame's pixels (T, ...) in the model's dtype, or
-    ``VIDEO_FRAMES``."""
+    """Pixels (T, ...) of vLLM's processor in the model's dtype, or ``VIDEO_FRAMES``."""
     normalization: torch.Tensor | None = None
-    """``PIXEL_NORMALIZATION`` of frames, None for stock's pixels."""
+    """``PIXEL_NORMALIZATION`` of ``VIDEO_FRAMES``, None for pixels of vLLM's processor."""
     dtype: torch.dtype | None = None
-    """The model's, for frames."""
+    """The model's dtype, for ``VIDEO_FRAMES``."""
     identity: bytes | None = None
-    """``VIDEO_IDENTITY``, None for pixels that are not recognized again."""
+    """``VIDEO_IDENTITY``, the key in the feature cache; None for pixels that are not cached."""
     frame_of: torch.Tensor | None = None
-    """``FRAME_OF``, None if every frame is there."""
+    """``FRAME_OF``, None if no frame repeats."""
     tokens_per_frame: int | None = None
-    """P, where it differs by video; None for the model's own."""
+    """P of this video, None for the model's default."""
     anchors: torch.Tensor | None = None
-    """``PATCH_ANCHORS``, None if every patch is to be computed."""
+    """``PATCH_ANCHORS``, None if the tower computes every patch."""
 
     def __len__(self) -> int:
         return len(self.pixels if self.frame_of is None else self.frame_of)
 
     def split(self, num_frames: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield what the tower is called with: pixels of at most so many frames, (t, C, H, W), made
-        when they are asked for, and their anchors (t, P) if patches stand for others there.
+        """Yield the arguments of each tower call.
 
-        A frame that repeats the one before it is not among them, see ``repeated``.
+        They are pixels (t, C, H, W) of at most ``num_frames`` frames and, if patches are merged in
+        them, anchors (t, P). Frames that repeat the previous frame are left out, see ``repeated``.
         """
         if self.anchors is None:
             for block in self.pixels.split(num_frames):
                 yield (self._for_tower(block),)
             return
         if num_frames > GROUP_FRAMES:
-            # So that no group lies in two calls.
+            # A group must not be split between two calls.
             num_frames -= num_frames % GROUP_FRAMES
         first = 0
-        for block, named in zip(
+        for block, absolute in zip(
             self.pixels.split(num_frames), self.anchors.split(num_frames), strict=True
         ):
-            # An anchor before the call gives way to the call's first frame, where it stood too.
-            anchors = (named.to(torch.int64) - first).clamp(min=0)
+            # An anchor before this call is replaced by the call's first frame, which has the patch.
+            anchors = (absolute.to(torch.int64) - first).clamp(min=0)
             merges = bool((anchors != torch.arange(len(block))[:, None]).any())
             yield (self._for_tower(block), anchors) if merges else (self._for_tower(block),)
             first += len(block)
 
     def repeated(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows (T, ...) from those of the frames that ``split`` gave."""
+        """Return rows (T, ...) of all frames from the rows of the frames of ``split``."""
         if self.frame_of is None:
             return rows
         return rows[self.frame_of.to(rows.device, non_blocking=True)]
 
     def whole(self) -> torch.Tensor:
-        """Return all pixels, (T, C, H, W)."""
+        """Return the pixels of all frames, (T, C, H, W)."""
         return self.repeated(self._for_tower(self.pixels))
 
     def _for_tower(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -82,7 +81,7 @@ class VideoPixels:
 
 
 def batched_pixels(videos: list[VideoPixels]) -> torch.Tensor | list[torch.Tensor]:
-    """Return all pixels as vLLM batches them: (B, T, C, H, W), a list where lengths differ."""
+    """Return all pixels as vLLM batches them: (B, T, C, H, W), or a list if lengths differ."""
     whole = [video.whole() for video in videos]
     if len({len(pixels) for pixels in whole}) > 1:
         return whole
@@ -90,13 +89,13 @@ def batched_pixels(videos: list[VideoPixels]) -> torch.Tensor | list[torch.Tenso
 
 
 def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoPixels]:
-    """Take ``VIDEO_FRAMES`` out of the fields of a batch and return them, [] if there are none.
+    """Return a batch's videos of ``VIDEO_FRAMES``, [] without that field.
 
     Args:
-        fields: what vLLM calls ``embed_multimodal`` with: frames (B, T, H, W, C), or a list if
-            lengths differ, their normalization (B, 2, C), and if any their identities (B, 4), what
-            repeats, (B, T) or a list, and anchors of patches, (B, T, P) or a list.
-        dtype: the model's.
+        fields: the arguments of ``embed_multimodal``; our fields are removed. They are frames
+            (B, T, H, W, C) and normalization (B, 2, C), and optionally identities (B, 4), repeats
+            (B, T) and anchors (B, T, P). Fields are lists if lengths differ.
+        dtype: the model's dtype.
     """
     frames = fields.pop(VIDEO_FRAMES, None)
     normalization = fields.pop(PIXEL_NORMALIZATION, None)

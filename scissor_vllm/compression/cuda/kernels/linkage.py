@@ -198,6 +198,28 @@ def _add_columns(
 
 
 @triton.jit
+def _add_pairs(
+    sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
+    at_once: tl.constexpr, chunk: tl.constexpr, few: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Add up the sums of distances of paired groups: ``few`` whole rows at once, or tiles."""
+    if num_left <= few:
+        _add_rows(sums, nearest, groups, listed, num_left, number, size, few, block)
+    else:
+        _add_rows(sums, nearest, groups, listed, num_left, number, size, at_once, chunk)
+    tl.debug_barrier()
+    if num_left <= few:
+        _add_columns(
+            sums, count, nearest, groups, listed, is_mutual, num_left, number, size, few, block
+        )
+    else:
+        _add_columns(
+            sums, count, nearest, groups, listed, is_mutual, num_left, number, size, at_once, chunk
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
 def _renew_nearest(
     sums, count, nearest, least, others_least, single, together, groups, number, listed, num_stale,
     size, weighs: tl.constexpr, at_once: tl.constexpr, chunk: tl.constexpr,
@@ -210,6 +232,64 @@ def _renew_nearest(
             sums, count, nearest, least, others_least, single, together, groups, number, row,
             turn < num_stale, size, weighs, chunk,
         )  # fmt: skip
+
+
+@triton.jit
+def _pair_groups(
+    count, nearest, least, parent, height, listed, is_mutual, first, lane, inside,
+    block: tl.constexpr,
+):  # fmt: skip
+    """Pair groups that are each other's nearest: their parents, heights and counts.
+
+    Return counts and nearest groups before the round, the lower groups of pairs, the groups that
+    remain, and the number of pairs. The lower groups are listed.
+    """
+    own = tl.load(count + lane, mask=inside, other=0)
+    there = own > 0
+    near = tl.load(nearest + lane, mask=there, other=0)
+    back = tl.load(nearest + near, mask=there, other=-1)
+    mutual = there & (back == lane)
+    left = mutual & (lane < near)
+    num_left = tl.sum(left.to(tl.int32), 0)
+    tl.store(listed + tl.cumsum(left.to(tl.int32), 0) - 1, lane, mask=left)
+    tl.store(is_mutual + lane, mutual.to(tl.int32), mask=inside)
+    tl.store(parent + first + near, first + lane, mask=left)
+    tl.store(height + near, tl.load(least + lane, mask=left, other=0.0), mask=left)
+    joined = own + tl.load(count + near, mask=left, other=0)
+    tl.debug_barrier()
+    tl.store(count + lane, joined, mask=left)
+    tl.store(count + near, tl.zeros((block,), tl.int32), mask=left)
+    return own, near, left, there & ((mutual == 0) | left), num_left
+
+
+@triton.jit
+def _follow_nearest(
+    sums, count, nearest, least, others_least, single, together, groups, listed, is_mutual,
+    own, near, left, remains, num_left, lane, size, weighs: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """List the groups that remain, and those whose nearest must be found again; return how many.
+
+    A group whose nearest was joined keeps the joined group, if all others stay further.
+    """
+    follows = remains & (left == 0)
+    follows = follows & (tl.load(is_mutual + near, mask=follows, other=0) != 0)
+    near_left = follows & (tl.load(count + near, mask=follows, other=0) == 0)
+    near = tl.where(near_left, tl.load(nearest + near, mask=near_left, other=0), near)
+    total = tl.load(sums + lane * size + near, mask=follows, other=0.0)
+    near_count = tl.load(count + near, mask=follows, other=0)
+    total = total * _weight(single, together, own, near_count, weighs)
+    total = tl.where(follows, total, tl.load(least + lane, mask=remains, other=0.0))
+    bound = tl.load(others_least + lane, mask=remains, other=0.0)
+    # A round without a pair: rounding let a height fall below the least. All are found again.
+    again = tl.where(num_left == 0, 1, 0)
+    stale = remains & (left | (total >= bound) | (again + tl.zeros((block,), tl.int32) > 0))
+    num_stale = tl.sum(stale.to(tl.int32), 0)
+    tl.debug_barrier()
+    tl.store(nearest + lane, near, mask=follows)
+    tl.store(least + lane, total, mask=follows)
+    tl.store(listed + tl.cumsum(stale.to(tl.int32), 0) - 1, lane, mask=stale)
+    tl.store(groups + tl.cumsum(remains.to(tl.int32), 0) - 1, lane, mask=remains)
+    return num_stale
 
 
 @triton.jit(do_not_specialize=["num_tokens", "size"])
@@ -240,57 +320,17 @@ def join_groups_kernel(
     inside = lane < tl.minimum(size, num_tokens - first).to(tl.int32)
     number = tl.load(num_groups + window)
     while number > 1:
-        own = tl.load(count + lane, mask=inside, other=0)
-        there = own > 0
-        near = tl.load(nearest + lane, mask=there, other=0)
-        back = tl.load(nearest + near, mask=there, other=-1)
-        mutual = there & (back == lane)
-        left = mutual & (lane < near)
-        num_left = tl.sum(left.to(tl.int32), 0)
-        tl.store(listed + tl.cumsum(left.to(tl.int32), 0) - 1, lane, mask=left)
-        tl.store(is_mutual + lane, mutual.to(tl.int32), mask=inside)
-        tl.store(parent + first + near, first + lane, mask=left)
-        tl.store(height + near, tl.load(least + lane, mask=left, other=0.0), mask=left)
-        joined = own + tl.load(count + near, mask=left, other=0)
-        tl.debug_barrier()
-        tl.store(count + lane, joined, mask=left)
-        tl.store(count + near, tl.zeros((block,), tl.int32), mask=left)
-        remains = there & ((mutual == 0) | left)
-        if num_left <= few:
-            _add_rows(sums, nearest, groups, listed, num_left, number, size, few, block)
-        else:
-            _add_rows(sums, nearest, groups, listed, num_left, number, size, at_once, chunk)
-        tl.debug_barrier()
-        if num_left <= few:
-            _add_columns(
-                sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
-                few, block,
-            )  # fmt: skip
-        else:
-            _add_columns(
-                sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
-                at_once, chunk,
-            )  # fmt: skip
-        tl.debug_barrier()
-        # A group whose nearest was joined keeps to it, if all others stay further.
-        follows = remains & (left == 0)
-        follows = follows & (tl.load(is_mutual + near, mask=follows, other=0) != 0)
-        near_left = follows & (tl.load(count + near, mask=follows, other=0) == 0)
-        near = tl.where(near_left, tl.load(nearest + near, mask=near_left, other=0), near)
-        total = tl.load(sums + lane * size + near, mask=follows, other=0.0)
-        near_count = tl.load(count + near, mask=follows, other=0)
-        total = total * _weight(single, together, own, near_count, weighs)
-        total = tl.where(follows, total, tl.load(least + lane, mask=remains, other=0.0))
-        bound = tl.load(others_least + lane, mask=remains, other=0.0)
-        # Without a pair, rounding let a height fall below what was the least: look at all again.
-        again = tl.where(num_left == 0, 1, 0)
-        stale = remains & (left | (total >= bound) | (again + tl.zeros((block,), tl.int32) > 0))
-        num_stale = tl.sum(stale.to(tl.int32), 0)
-        tl.debug_barrier()
-        tl.store(nearest + lane, near, mask=follows)
-        tl.store(least + lane, total, mask=follows)
-        tl.store(listed + tl.cumsum(stale.to(tl.int32), 0) - 1, lane, mask=stale)
-        tl.store(groups + tl.cumsum(remains.to(tl.int32), 0) - 1, lane, mask=remains)
+        own, near, left, remains, num_left = _pair_groups(
+            count, nearest, least, parent, height, listed, is_mutual, first, lane, inside, block
+        )
+        _add_pairs(
+            sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
+            at_once, chunk, few, block,
+        )  # fmt: skip
+        num_stale = _follow_nearest(
+            sums, count, nearest, least, others_least, single, together, groups, listed, is_mutual,
+            own, near, left, remains, num_left, lane, size, weighs, block,
+        )  # fmt: skip
         number -= num_left
         tl.debug_barrier()
         if num_stale <= few:

@@ -105,26 +105,86 @@ def _product_row(row, num_tokens, block_rows, base, is_apart):
 
 
 @triton.jit
+def _columns_begin(block: tl.constexpr, use: tl.constexpr):
+    """Return the columns' state before the first row: see ``_columns_after``."""
+    if use == _STRONGEST:
+        columns = tl.full((block,), NO_EDGE_KEY, tl.int64)
+    elif use == _UNION:
+        columns = tl.full((block,), -1, tl.int32)
+    else:
+        columns = tl.zeros((block,), tl.int32)
+    return columns
+
+
+@triton.jit
+def _columns_after(
+    columns, value, is_pair, node, column, column_label, column_rank, parent, label, rank, best,
+    degree, num_parts, tau, block: tl.constexpr, use: tl.constexpr,
+):  # fmt: skip
+    """Use the cosines ``value`` of a row's run with the columns' runs; return the columns' state.
+
+    The state is each column's strongest edge, its node whose union waits, or its neighbours.
+    """
+    if use == _STRONGEST:
+        row_label = tl.load(label + node)
+        row_rank = tl.load(rank + node).to(tl.int64)
+        lower = tl.minimum(row_rank, column_rank)
+        higher = tl.maximum(row_rank, column_rank)
+        key = edge_key(tl.floor(value * WEIGHT_UNIT), lower, higher)
+        key = tl.where(is_pair & (column_label != row_label), key, NO_EDGE_KEY)
+        top = tl.max(key, 0)
+        if top > tl.load(best + row_label):
+            tl.atomic_max(best + row_label, top, sem="relaxed")
+        columns = tl.maximum(columns, key)
+    elif use == _BETWEEN:
+        row_label = tl.load(label + node)
+        weight = tl.floor(value * WEIGHT_UNIT).to(tl.int32)
+        known = is_pair & (column_label != row_label)
+        known = known & (tl.maximum(column_label, row_label) < num_parts)
+        cell = best + row_label.to(tl.int64) * num_parts + column_label
+        before = tl.load(cell, mask=known, other=_MOST)
+        tl.atomic_max(cell, weight, mask=known & (weight > before), sem="relaxed")
+    elif use == _DEGREE:
+        above = is_pair & (value > tau)
+        num_above = tl.sum(above.to(tl.int32), 0)
+        if num_above > 0:
+            tl.atomic_add(degree + node, num_above, sem="relaxed")
+            columns += above.to(tl.int32)
+    else:
+        # A union is slow: one for each column waits until a second one comes.
+        above = is_pair & (value > tau)
+        if tl.max((above & (columns >= 0)).to(tl.int32), 0) > 0:
+            union(parent, tl.maximum(columns, 0), column, columns >= 0)
+            columns = tl.full((block,), -1, tl.int32)
+        columns = tl.where(above, node, columns)
+    return columns
+
+
+@triton.jit
+def _columns_end(columns, column, column_label, ends, parent, best, degree, use: tl.constexpr):
+    """Write the columns' state after the last row."""
+    if use == _STRONGEST:
+        before = tl.load(best + column_label, mask=ends, other=0)
+        tl.atomic_max(best + column_label, columns, mask=ends & (columns > before), sem="relaxed")
+    if use == _DEGREE:
+        tl.atomic_add(degree + column, columns, mask=columns > 0, sem="relaxed")
+    if use == _UNION:
+        union(parent, tl.maximum(columns, 0), column, columns >= 0)
+
+
+@triton.jit
+def _frames_of(pair, first_frame, window):
+    """Return the frame of the rows and the frame of the columns of a pair of frames."""
+    row_frame = (first_frame + pair // window).to(tl.int32)
+    return row_frame, row_frame // window * window + (pair % window).to(tl.int32)
+
+
+@triton.jit
 def _visit_pairs(
-    item,
-    store,
-    link,
-    unit,
-    parent,
-    label,
-    rank,
-    best,
-    degree,
-    tau,
-    shape,
-    base,
-    first_frame,
-    num_parts_at,
-    block: tl.constexpr,
-    rows: tl.constexpr,
-    use: tl.constexpr,
+    item, store, link, unit, parent, label, rank, best, degree, tau, shape, base, first_frame,
+    num_parts_at, block: tl.constexpr, rows: tl.constexpr, use: tl.constexpr,
     aligned: tl.constexpr,
-):
+):  # fmt: skip
     """Visit the cosines of runs that begin in some rows of a frame with those of another frame.
 
     The other frame is of the same window and not before it.
@@ -135,9 +195,7 @@ def _visit_pairs(
     block_rows = tl.load(shape + AT_BLOCK_ROWS)
     is_apart = tl.load(shape + AT_APART) != 0
     num_chunks = (per_frame + rows - 1) // rows
-    pair = item // num_chunks
-    row_frame = (first_frame + pair // window).to(tl.int32)
-    column_frame = row_frame // window * window + (pair % window).to(tl.int32)
+    row_frame, column_frame = _frames_of(item // num_chunks, first_frame, window)
     if (column_frame >= row_frame) & (column_frame * per_frame < num_tokens):
         first_row = row_frame * per_frame
         lane = tl.arange(0, block)
@@ -147,17 +205,10 @@ def _visit_pairs(
         ends = inside & run_ends(link, column, num_tokens, tau)
         has_runs = tl.sum(ends.to(tl.int32), 0) < per_frame
         column_unit = tl.load(unit + column, mask=ends, other=0.0)
-        if use == _BETWEEN:
-            num_parts = tl.load(num_parts_at)
-            column_label = tl.load(label + column, mask=ends, other=-1)
-        if use == _STRONGEST:
-            column_label = tl.load(label + column, mask=ends, other=-1)
-            column_rank = tl.load(rank + column, mask=ends, other=0).to(tl.int64)
-            column_best = tl.full((block,), NO_EDGE_KEY, tl.int64)
-        if use == _DEGREE:
-            column_degree = tl.zeros((block,), tl.int32)
-        if use == _UNION:
-            pending = tl.full((block,), -1, tl.int32)
+        num_parts = tl.load(num_parts_at)
+        column_label = tl.load(label + column, mask=ends, other=-1)
+        column_rank = tl.load(rank + column, mask=ends, other=0).to(tl.int64)
+        columns = _columns_begin(block, use)
         place = (item % num_chunks).to(tl.int32) * rows
         last = tl.minimum(place + rows, per_frame)
         while tl.load(link + first_row + place, mask=place < last, other=-float("inf")) > tau:
@@ -191,50 +242,13 @@ def _visit_pairs(
                 if has_runs:
                     total, _ = tl.associative_scan((total, starts.to(tl.int32)), 0, _add_in_run)
                 value = snapped(total * (tl.load(unit + node) * column_unit))
-                is_pair = ends & (column > node)
-                if use == _STRONGEST:
-                    row_label = tl.load(label + node)
-                    row_rank = tl.load(rank + node).to(tl.int64)
-                    lower = tl.minimum(row_rank, column_rank)
-                    higher = tl.maximum(row_rank, column_rank)
-                    key = edge_key(tl.floor(value * WEIGHT_UNIT), lower, higher)
-                    key = tl.where(is_pair & (column_label != row_label), key, NO_EDGE_KEY)
-                    top = tl.max(key, 0)
-                    if top > tl.load(best + row_label):
-                        tl.atomic_max(best + row_label, top, sem="relaxed")
-                    column_best = tl.maximum(column_best, key)
-                elif use == _BETWEEN:
-                    row_label = tl.load(label + node)
-                    weight = tl.floor(value * WEIGHT_UNIT).to(tl.int32)
-                    known = is_pair & (column_label != row_label)
-                    known = known & (tl.maximum(column_label, row_label) < num_parts)
-                    cell = best + row_label.to(tl.int64) * num_parts + column_label
-                    before = tl.load(cell, mask=known, other=_MOST)
-                    tl.atomic_max(cell, weight, mask=known & (weight > before), sem="relaxed")
-                elif use == _DEGREE:
-                    above = is_pair & (value > tau)
-                    num_above = tl.sum(above.to(tl.int32), 0)
-                    if num_above > 0:
-                        tl.atomic_add(degree + node, num_above, sem="relaxed")
-                        column_degree += above.to(tl.int32)
-                else:
-                    # A union is slow: one for each column waits until a second one comes.
-                    above = is_pair & (value > tau)
-                    if tl.max((above & (pending >= 0)).to(tl.int32), 0) > 0:
-                        union(parent, tl.maximum(pending, 0), column, pending >= 0)
-                        pending = tl.full((block,), -1, tl.int32)
-                    pending = tl.where(above, node, pending)
+                columns = _columns_after(
+                    columns, value, ends & (column > node), node, column, column_label,
+                    column_rank, parent, label, rank, best, degree, num_parts, tau, block, use,
+                )  # fmt: skip
                 total = tl.zeros((block,), tl.float32)
                 going = place < last
-        if use == _STRONGEST:
-            before = tl.load(best + column_label, mask=ends, other=0)
-            tl.atomic_max(
-                best + column_label, column_best, mask=ends & (column_best > before), sem="relaxed"
-            )
-        if use == _DEGREE:
-            tl.atomic_add(degree + column, column_degree, mask=column_degree > 0, sem="relaxed")
-        if use == _UNION:
-            union(parent, tl.maximum(pending, 0), column, pending >= 0)
+        _columns_end(columns, column, column_label, ends, parent, best, degree, use)
 
 
 @triton.jit(do_not_specialize=["base", "first_frame", "num_frames"])

@@ -95,6 +95,27 @@ def _below(value):
     return tl.where(near.to(tl.float64) < value, near, lower.to(tl.float32, bitcast=True))
 
 
+@triton.jit
+def _bracket(low, high, moved, below, above, guessed, count, num_retained, wanted):
+    """Return the bracket after the count of the guess: ends, the end that moved, and balances.
+
+    The Illinois rule: the balance of an end that stays in place twice counts half. ``wanted`` is K
+    as float64.
+    """
+    enough = count >= num_retained
+    counted = count.to(tl.float64)
+    above_kept = tl.where(moved == 2, above * 0.5, above)
+    below_kept = tl.where(moved == 1, below * 0.5, below)
+    above_new = tl.log((counted + 0.5) / wanted)
+    below_new = tl.log((wanted + 0.5) / tl.maximum(counted, 1.0))
+    above = tl.where(enough, above_new, above_kept)
+    below = tl.where(enough, below_kept, below_new)
+    high = tl.where(enough, guessed, high)
+    low = tl.where(enough, low, guessed + 1)
+    moved = tl.where(enough, moved * 0 + 1, moved * 0 + 2)
+    return low, high, moved, below, above
+
+
 @triton.jit(do_not_specialize=["line_steps"])
 def steer_kernel(
     state,
@@ -133,18 +154,9 @@ def steer_kernel(
             below = tl.load(balance)
             above = tl.load(balance + 1)
             count = count_components(link, parent, num_tokens, tl.load(tau_at), block)
-            enough = count >= num_retained
-            counted = count.to(tl.float64)
-            # The Illinois rule: an end that stays in place twice counts half.
-            above_kept = tl.where(moved == 2, above * 0.5, above)
-            below_kept = tl.where(moved == 1, below * 0.5, below)
-            above_new = tl.log((counted + 0.5) / wanted)
-            below_new = tl.log((wanted + 0.5) / tl.maximum(counted, 1.0))
-            above = tl.where(enough, above_new, above_kept)
-            below = tl.where(enough, below_kept, below_new)
-            high = tl.where(enough, guessed, high)
-            low = tl.where(enough, low, guessed + 1)
-            moved = tl.where(enough, moved * 0 + 1, moved * 0 + 2)
+            low, high, moved, below, above = _bracket(
+                low, high, moved, below, above, guessed, count, num_retained, wanted
+            )
         share = tl.where(steps < line_steps, below / (below + above), below * 0 + 0.5)
         middle = low + (share * (high - low).to(tl.float64)).to(tl.int64)
         # After the end of the search the guess stays the final one.
@@ -166,6 +178,18 @@ def steer_kernel(
         # The components may be those of another guess.
         is_other = (low < high) | (guessed != middle)
         tl.store(again, 1 if begins else is_other.to(tl.int32))
+
+
+@triton.jit
+def _count_above(keys, num_edges, weight, block: tl.constexpr):
+    """Return how many edges weigh more than ``weight``."""
+    num_above = tl.zeros((), tl.int32)
+    for first in range(0, num_edges, block):
+        edge = first + tl.arange(0, block)
+        inside = edge < num_edges
+        above = inside & (weights_of(keys, edge, inside) > weight)
+        num_above += tl.sum(above.to(tl.int32), 0)
+    return num_above
 
 
 @triton.jit(do_not_specialize=["most_components"])
@@ -205,12 +229,7 @@ def place_kernel(
     has_next = num_cut < num_edges
     strongest_left = weights_of(keys, num_cut, has_next)
     start = tl.where(has_next, tl.maximum(at_least, strongest_left), at_least)
-    num_above = tl.zeros((), tl.int32)
-    for first in range(0, num_edges, block):
-        edge = first + tl.arange(0, block)
-        inside = edge < num_edges
-        above = inside & (weights_of(keys, edge, inside) > start + _RESOLUTION)
-        num_above += tl.sum(above.to(tl.int32), 0)
+    num_above = _count_above(keys, num_edges, start + _RESOLUTION, block)
     weakest = weights_of(keys, num_above - 1, num_above > 0)
     end = tl.where(num_above > 0, tl.minimum(end, weakest), end)
     tau = (start + tl.minimum((end - start) * 0.5, margin)).to(tl.float32)

@@ -1,0 +1,66 @@
+"""The processor's view of a model: the operator's settings and the number of a video's tokens."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from dataclasses import replace
+
+from vllm.multimodal.processing import InputProcessingContext
+
+from scissor_vllm.frontend.frame_cache import FRAMES
+from scissor_vllm.settings import (
+    TOWER_MERGING_MAX_RATIO,
+    CacheSizes,
+    RetentionPolicy,
+    TowerMerging,
+    without_own_keys,
+)
+
+
+def without_retention_settings(ctx: InputProcessingContext) -> InputProcessingContext:
+    """Return a copy of the context without our keys in the engine's ``mm_processor_kwargs``.
+
+    vLLM passes all of these options to the Hugging Face processor, which rejects ours.
+    """
+    model_config = copy.copy(ctx.model_config)
+    mm_config = copy.copy(model_config.get_multimodal_config())
+    mm_config.mm_processor_kwargs = without_own_keys(mm_config.mm_processor_kwargs or {})
+    model_config.multimodal_config = mm_config
+    return replace(ctx, model_config=model_config)
+
+
+class RetentionProcessingInfo:
+    """Mixin of a model's processing info, placed before vLLM's class.
+
+    It reads the operator's settings. A family's class counts the tokens of a video.
+    """
+
+    def __init__(self, ctx: InputProcessingContext) -> None:
+        mm_config = ctx.model_config.get_multimodal_config()
+        self.retention_policy = RetentionPolicy.from_mm_processor_kwargs(
+            mm_config.mm_processor_kwargs
+        )
+        self.cache_sizes = CacheSizes.of(
+            mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb
+        )
+        self.tower_merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
+        FRAMES.resize(self.cache_sizes.frames)
+        super().__init__(without_retention_settings(ctx))  # type: ignore[call-arg]
+        if self.tower_merging.max_ratio > 0 and self.get_patch_size() is None:
+            raise ValueError(
+                f"{TOWER_MERGING_MAX_RATIO} cannot be set for this model: patches are merged in "
+                "SigLIP's tower of LLaVA-OneVision only; leave it out"
+            )
+
+    @abstractmethod
+    def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
+        """Return N: the tokens of a video that compression acts on."""
+
+    @abstractmethod
+    def get_num_fixed_tokens(self) -> int:
+        """Return the number of placeholders after a video's tokens; they are never compressed."""
+
+    def get_patch_size(self) -> int | None:
+        """Return the side of the tower's patches in pixels, None if the tower merges no patches."""
+        return None
