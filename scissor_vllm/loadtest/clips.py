@@ -10,10 +10,9 @@ import base64
 import mimetypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def make_clips(folder: Path, num_clips: int, shape: ClipShape) -> list[Clip]:
         progress = tqdm(total=len(missing), desc="making clips", unit="clip")
         with (
             progress,
-            ProcessPoolExecutor(min(num_cpus(), len(missing)), get_context("spawn")) as pool,
+            ThreadPoolExecutor(num_cpus()) as pool,
         ):
             made = [pool.submit(_make_clip, path, number, shape) for number, path in missing]
             for future in as_completed(made):
