@@ -257,10 +257,12 @@ def serve_family(name: str, *, concurrency: int, seconds: float) -> dict[str, An
                     row["seconds_to_start"] = round(time.monotonic() - begin, 1)
                     row["cuda_graphs"] = torch.cuda.is_available() and number == 0
                     row |= _asked(server, asked, concurrency, seconds)
-            except Exception:
+            except (Exception, SystemExit) as error:
                 row["error"] = traceback.format_exc()[-6000:]
                 if log.exists():
                     row["log"] = log.read_text(errors="replace")[-12000:]
+                if isinstance(error, SystemExit):  # the time is over
+                    break
             if not (row.get("wrong") or "error" in row):
                 break
             if "seconds_to_start" in row:
