@@ -38,6 +38,9 @@ falls from it."""
 WAIT_SHARES = (0.5, 0.8)
 """Of the time that a goal leaves for waiting: with a longer backlog than the first a request gets
 less than the highest ratio, beyond the second the lowest."""
+AIM = 0.85
+"""Share of the goal that is planned with. First tokens come up to 12 % later than planned: with an
+aim of 1, an H200 at 8 requests/s had a p95 of 1.60 s for a goal of 1.5."""
 RATE_SECONDS = 20.0
 """Over which the rate of requests is averaged."""
 PREPARE_SECONDS = 5.0
@@ -175,7 +178,7 @@ class AutoRatio:
             clock: in seconds.
         """
         self.steps = auto_steps(*bounds)
-        self._target = target_seconds
+        self._target = AIM * target_seconds
         self._pending = pending
         self._shared = shared or SharedLoad(None)
         self._clock = clock
