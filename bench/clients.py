@@ -148,8 +148,8 @@ def main() -> None:
             rows.append({"client": name, "field in the answer": f"failed: {error!r}"[:200]})
     columns = list(rows[0])
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for one in rows:
-        print(f"| {' | '.join(one.get(column, '') for column in columns)} |")
+    for cells in rows:
+        print(f"| {' | '.join(cells.get(column, '') for column in columns)} |")
     print(json.dumps(rows))
 
 

@@ -107,16 +107,16 @@ def cosine_quantiles(tokens: torch.Tensor) -> dict[str, list[float]]:
         return torch.randint(below, (NUM_PAIRS,), generator=draw).to(unit.device)
 
     frame, other_frame = numbers(num_frames), numbers(num_frames)
-    one, other = numbers(per_frame), numbers(per_frame)
-    inside, across = one != other, frame != other_frame
-    found = {
+    left, right = numbers(per_frame), numbers(per_frame)
+    inside, across = left != right, frame != other_frame
+    cosines = {
         "neighbours in a frame": torch.cat(
             [
                 (grid[:, 1:] * grid[:, :-1]).sum(-1).flatten(),
                 (grid[:, :, 1:] * grid[:, :, :-1]).sum(-1).flatten(),
             ]
         ),
-        "any two in a frame": (unit[frame, one] * unit[frame, other]).sum(-1)[inside],
+        "any two in a frame": (unit[frame, left] * unit[frame, right]).sum(-1)[inside],
         "most alike in a frame": torch.cat(
             [block.cosines.amax(dim=2).flatten() for block in Similarity(tokens).blocks()]
         ),
@@ -124,9 +124,9 @@ def cosine_quantiles(tokens: torch.Tensor) -> dict[str, list[float]]:
         "most alike in next frame": torch.cat(
             [unit.new_empty(0), *((a @ b.T).amax(dim=1) for a, b in itertools.pairwise(unit))]
         ),
-        "any two of two frames": (unit[frame, one] * unit[other_frame, other]).sum(-1)[across],
+        "any two of two frames": (unit[frame, left] * unit[other_frame, right]).sum(-1)[across],
     }
-    return {kind: quantiles(values) for kind, values in found.items() if len(values)}
+    return {kind: quantiles(values) for kind, values in cosines.items() if len(values)}
 
 
 def quantiles(values: torch.Tensor) -> list[float]:
@@ -265,13 +265,13 @@ def print_report(videos: list[dict[str, Any]], ratios: list[float], methods: lis
     headings = [f"{name:>12}" for name in (*columns, *frames)]
     print("\nratio " + " ".join(headings))
     for index, ratio in enumerate(ratios):
-        found = [video["ratios"][index] for video in videos]
+        reports = [video["ratios"][index] for video in videos]
         cells = [
-            form.format(statistics.median(each[key] for each in found))
+            form.format(statistics.median(report[key] for report in reports))
             for key, form in columns.values()
         ]
         for key in frames.values():
-            counts = [count for each in found for count in each[key]]
+            counts = [count for report in reports for count in report[key]]
             cells.append(f"{min(counts)}/{statistics.median(counts):.0f}/{max(counts)}")
         aligned = [f"{cell:>{len(head)}}" for cell, head in zip(cells, headings, strict=True)]
         print(f"{ratio:<5g} " + " ".join(aligned))

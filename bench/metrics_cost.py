@@ -103,8 +103,8 @@ class Recorded:
             with metrics.CLOCK.stage(stage, self._device):
                 pass
         if self._device.type == "cuda":
-            found = torch.where(self._flags == 0, self._threshold, float("nan"))
-            metrics.THRESHOLDS.read(found)
+            threshold = torch.where(self._flags == 0, self._threshold, float("nan"))
+            metrics.THRESHOLDS.read(threshold)
         else:
             metrics.record_threshold(0.8)
 
@@ -183,7 +183,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for all times")
     args = parser.parse_args()
     times = measure_cost(args.repeats)
-    median = {name: statistics.median(each) for name, each in times.items()}
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
     for name, seconds in median.items():
         print(f"{name:30} {seconds * 1e6:8.0f} us")
     nothing = median["API server, nothing recorded"] + median["worker, nothing recorded"]

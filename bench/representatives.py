@@ -215,20 +215,20 @@ def main() -> None:
     from transformers import Qwen2VLVideoProcessor
 
     processor = Qwen2VLVideoProcessor()
-    found = np.zeros((len(args.ratios), args.clips, len(ARRANGEMENTS)))
+    sums = np.zeros((len(args.ratios), args.clips, len(ARRANGEMENTS)))
     work = tqdm(total=args.models * args.clips, unit="clip", disable=None)
     for seed in range(args.models):
         model = build_model(seed)
         for clip in range(args.clips):
             video, question = encode(model, processor, clip)
             for number, ratio in enumerate(args.ratios):
-                found[number, clip] += list(distances(model, video, question, ratio))
+                sums[number, clip] += list(distances(model, video, question, ratio))
             work.update()
-    found /= args.models
+    sums /= args.models
     work.close()
     rows = []
     print("ratio  rule                       distance   more than nearest (95 %)")
-    for ratio, of_clips in zip(args.ratios, found, strict=True):
+    for ratio, of_clips in zip(args.ratios, sums, strict=True):
         for index, rule in enumerate(ARRANGEMENTS):
             more = of_clips[:, index] - of_clips[:, 0]
             low, high = interval(more)

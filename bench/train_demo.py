@@ -206,13 +206,13 @@ class Trainer:
         flat = tokens.flatten(0, 2)
         reading_loss = self.reader(flat, classes.flatten(), words, self.recipe.place_weight)
         where_loss = self.place_reader(tokens)
-        each = F.cross_entropy(
+        token_losses = F.cross_entropy(
             logits.flatten(0, 1),
             questions.labels.flatten(),
             ignore_index=IGNORED,
             reduction="none",
         )
-        losses = self._losses_of_skills(each, questions)
+        losses = self._losses_of_skills(token_losses, questions)
         self._loss_sums[:, :-2] += losses.detach()
         reading = reading_loss.detach()
         self._loss_sums[0, -2:] += torch.stack([reading, where_loss.detach()])
@@ -228,12 +228,12 @@ class Trainer:
         )
 
     @staticmethod
-    def _losses_of_skills(each: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
+    def _losses_of_skills(losses: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
         """Return the sum of the tokens' losses and their number, (2, skills + 1)."""
         skills = questions.skills.flatten()
         is_answer = (questions.labels.flatten() != IGNORED).float()
-        sums = torch.zeros(2, EXERCISE + 1, device=each.device)
-        return sums.index_add(1, skills, torch.stack([each, is_answer]))
+        sums = torch.zeros(2, EXERCISE + 1, device=losses.device)
+        return sums.index_add(1, skills, torch.stack([losses, is_answer]))
 
     def take_losses(self) -> dict[str, float]:
         """Return the mean losses since the last call: of skills, lessons and all answers.
@@ -254,7 +254,9 @@ class Trainer:
 
 def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, int]]]:
     """Return scores as plain dictionaries for JSON."""
-    return {way: {skill: asdict(s) for skill, s in each.items()} for way, each in scores.items()}
+    return {
+        way: {skill: asdict(s) for skill, s in by_skill.items()} for way, by_skill in scores.items()
+    }
 
 
 class Run:
@@ -302,17 +304,17 @@ class Run:
         trainer, device = self.trainer, self.trainer.device
         saved = PackedModel(load(self.args.output), trainer.encoder.prefix).to(device)
         del trainer.optimizer
-        few = self._final_batches(self.args.compressed_clips)
+        batches = self._final_batches(self.args.compressed_clips)
         ways = validation.compressors(METHODS, RATIOS)
         final = validation.accuracy(saved, self._final_batches(self.args.final_clips), device)
         print(f"saved model: {_line(final['whole'])}", flush=True)
-        compressed = validation.accuracy(saved, few, device, ways)
+        compressed = validation.accuracy(saved, batches, device, ways)
         for name, scores in compressed.items():
             print(f"  {name:14} {_line(scores)}", flush=True)
         self.final = {
             "final_validation": plain(final),
             "compressed_validation": plain(compressed),
-            "similarity": validation.similarity(saved, few[:4], device),
+            "similarity": validation.similarity(saved, batches[:4], device),
             "num_validation_clips": self.args.final_clips * len(SKILLS),
             "num_compressed_clips": self.args.compressed_clips * len(SKILLS),
         }

@@ -78,7 +78,8 @@ class Run:
             (question, ratio)
             for question in questions
             for ratio in ratios
-            if (there := self.answers.get((question.id, ratio))) is None or there.error is not None
+            if (answer := self.answers.get((question.id, ratio))) is None
+            or answer.error is not None
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -155,27 +156,27 @@ class Results:
         """
         run = next((run for run in self.runs if run.label == label), None)
         if run is None:
-            for other in self.runs[:1]:
-                self._check_same("the other labels have", other.settings, settings)
+            for first_run in self.runs[:1]:
+                self._check_same("the other labels have", first_run.settings, settings)
             run = Run(label, environment, server, settings)
             self.runs.append(run)
-        for there, now in (
+        for recorded, now in (
             (run.environment, environment),
             (run.server, server),
             (run.settings, settings),
         ):
-            self._check_same(f"label {label!r} has", there, now)
+            self._check_same(f"label {label!r} has", recorded, now)
         if command not in run.commands:
             run.commands.append(command)
         self.save()
         return run
 
-    def _check_same(self, whose: str, there: dict[str, Any], now: dict[str, Any]) -> None:
+    def _check_same(self, whose: str, recorded: dict[str, Any], now: dict[str, Any]) -> None:
         for key, value in now.items():
-            if there.get(key) != value:
+            if recorded.get(key) != value:
                 raise HarnessError(
-                    f"{self.path}: {whose} {key} {there.get(key)}, this is {value}: give the same "
-                    "again, another --label, or another --output"
+                    f"{self.path}: {whose} {key} {recorded.get(key)}, this is {value}: give the "
+                    "same again, another --label, or another --output"
                 )
 
 
@@ -193,10 +194,10 @@ def open_results(path: Path, questions: dict[str, Any]) -> Results:
         return Results(path, questions, [])
     results = read_results(path)
     for key, value in questions.items():
-        if key != "items" and (there := results.questions.get(key)) != value:
+        if key != "items" and (recorded := results.questions.get(key)) != value:
             raise HarnessError(
-                f"{path} is about questions with {key} {there}, these have {value}: give the same "
-                "questions, or another --output"
+                f"{path} is about questions with {key} {recorded}, these have {value}: give the "
+                "same questions, or another --output"
             )
     return results
 

@@ -82,8 +82,8 @@ class Bootstrap:
         self._num_skills = len(set(skills))
         stratum = np.full(self._video.max() + 1, -1)
         for video in range(len(stratum)):
-            own = np.unique(self._skill[self._video == video])
-            stratum[video] = own[0] if len(own) == 1 else self._num_skills
+            skills_of_video = np.unique(self._skill[self._video == video])
+            stratum[video] = skills_of_video[0] if len(skills_of_video) == 1 else self._num_skills
         # A comparison asks again for what the table has asked for.
         self._known: dict[bytes, _Means] = {}
         rng = np.random.default_rng(seed)

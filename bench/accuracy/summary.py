@@ -205,10 +205,10 @@ class Summary:
         skills = np.array([item["skill"] for item in self._items])
         cells = []
         for skill in self.skills:
-            own = correct[skills == skill]
-            answered = own[~np.isnan(own)]
+            of_skill = correct[skills == skill]
+            answered = of_skill[~np.isnan(of_skill)]
             accuracy = wilson(int(answered.sum()), len(answered))
-            cells.append(self._cell(run, ratio, skill, own, accuracy, None))
+            cells.append(self._cell(run, ratio, skill, of_skill, accuracy, None))
         return cells
 
     def _cell(

@@ -75,8 +75,8 @@ def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> to
         else:
             current[is_new] = frame[is_new]
         anchors[number] = np.where(is_new, number, anchors[number - 1])
-    found = torch.from_numpy(anchors)
-    return found if computed_patches(found).float().mean() <= MAX_COMPUTED else None
+    result = torch.from_numpy(anchors)
+    return result if computed_patches(result).float().mean() <= MAX_COMPUTED else None
 
 
 def anchors_of_videos(
@@ -89,12 +89,12 @@ def anchors_of_videos(
         patch_size: as :func:`patch_anchors` takes it.
         threshold: likewise.
     """
-    found = [patch_anchors(frames, patch_size, threshold) for frames in videos]
-    if all(anchors is None for anchors in found):
+    anchors_or_none = [patch_anchors(frames, patch_size, threshold) for frames in videos]
+    if all(anchors is None for anchors in anchors_or_none):
         return []
     return [
         _own_anchors(frames, patch_size) if anchors is None else anchors
-        for frames, anchors in zip(videos, found, strict=True)
+        for frames, anchors in zip(videos, anchors_or_none, strict=True)
     ]
 
 
