@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry traces over HTTP that keeps what it gets."""
+"""A collector of OpenTelemetry traces over HTTP that stores their spans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAIT_SECONDS = 60
 
 @dataclass(frozen=True)
 class TraceSpan:
-    """A span as the collector got it."""
+    """A received span."""
 
     name: str
     trace: str
@@ -29,13 +29,13 @@ class TraceSpan:
 
 @dataclass
 class Collector:
-    """An OTLP collector over HTTP that keeps spans."""
+    """An OTLP collector over HTTP that stores spans."""
 
     url: str = ""
     spans: list[TraceSpan] = field(default_factory=list)
 
     def take(self, body: bytes) -> None:
-        """Keep the spans of an export."""
+        """Store the spans of an export."""
         request = ExportTraceServiceRequest.FromString(body)
         for resource in request.resource_spans:
             for scope in resource.scope_spans:
@@ -55,7 +55,7 @@ class Collector:
                 ]
 
     def of_trace(self, trace: str, num_spans: int) -> dict[str, TraceSpan]:
-        """Return a trace's spans by name, once there are so many."""
+        """Return a trace's spans by name; wait until there are as many as given."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
             found = [span for span in self.spans if span.trace == trace]
@@ -68,7 +68,7 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """Yield a collector that listens."""
+    """Yield a running collector."""
     kept = Collector()
 
     class Handler(BaseHTTPRequestHandler):
