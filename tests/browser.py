@@ -24,10 +24,10 @@ SECONDS = 60
 
 def find_browser() -> str:
     """Return the path of a Chromium; skip the test where there is none."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    browser = next(filter(None, map(shutil.which, NAMES)), None)
+    if browser is None:
         pytest.skip(f"needs a browser, none of {', '.join(NAMES)} is installed (Debian: chromium)")
-    return found
+    return browser
 
 
 @dataclass
@@ -146,7 +146,9 @@ def open_page(folder: Path, *, width: int = 1200, height: int = 900) -> Iterator
         with connect(f"ws://127.0.0.1:{port}{path}", max_size=None) as connection:
             page = Page(connection, "")
             pages = page.command("Target.getTargets")["targetInfos"]
-            target = next(each["targetId"] for each in pages if each["type"] == "page")
+            target = next(
+                candidate["targetId"] for candidate in pages if candidate["type"] == "page"
+            )
             attached = page.command("Target.attachToTarget", targetId=target, flatten=True)
             page.session = attached["sessionId"]
             for domain in ("Page", "Runtime", "Log", "DOM"):

@@ -46,8 +46,10 @@ class Collector:
                         id=span.span_id.hex(),
                         parent=span.parent_span_id.hex(),
                         attributes={
-                            each.key: getattr(each.value, str(each.value.WhichOneof("value")))
-                            for each in span.attributes
+                            attribute.key: getattr(
+                                attribute.value, str(attribute.value.WhichOneof("value"))
+                            )
+                            for attribute in span.attributes
                         },
                         seconds=(span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
                     )
@@ -58,12 +60,12 @@ class Collector:
         """Return a trace's spans by name; wait until there are as many as given."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
-            found = [span for span in self.spans if span.trace == trace]
-            if len(found) >= num_spans:
+            spans = [span for span in self.spans if span.trace == trace]
+            if len(spans) >= num_spans:
                 break
             time.sleep(0.2)
-        assert len(found) == num_spans, found
-        return {span.name: span for span in found}
+        assert len(spans) == num_spans, spans
+        return {span.name: span for span in spans}
 
 
 @contextmanager

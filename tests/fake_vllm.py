@@ -119,9 +119,9 @@ class FakeServer:
 
     def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
         ratio = body.get("retention_ratio") or 1.0
-        kept, made = self.keep(ratio), body["max_completion_tokens"]
-        counts = {"prompt_tokens": 20 + kept, "completion_tokens": made}
-        usage: dict[str, Any] = {"usage": {**counts, "total_tokens": 20 + kept + made}}
+        kept, num_output_tokens = self.keep(ratio), body["max_completion_tokens"]
+        counts = {"prompt_tokens": 20 + kept, "completion_tokens": num_output_tokens}
+        usage: dict[str, Any] = {"usage": {**counts, "total_tokens": 20 + kept + num_output_tokens}}
         if self.compresses:
             usage["video_compression"] = {
                 "retention_ratio": ratio,

@@ -81,11 +81,11 @@ class Kernels:
         self.launched: set[str] = set()
         self.all: set[str] = set()
         for module in pkgutil.iter_modules(kernels.__path__):
-            found = import_module(f"{kernels.__name__}.{module.name}")
-            for name, kernel in vars(found).items():
+            loaded_module = import_module(f"{kernels.__name__}.{module.name}")
+            for name, kernel in vars(loaded_module).items():
                 if name.endswith("_kernel"):
                     self.all.add(name)
-                    setattr(found, name, _Recorded(name, kernel, self.launched))
+                    setattr(loaded_module, name, _Recorded(name, kernel, self.launched))
 
     def loaded(
         self, tokens: torch.Tensor, num_retained: int, window: int | None = None, **options: Any

@@ -54,8 +54,8 @@ def find_prometheus(program: str = "prometheus") -> Path:
     Raises:
         PrometheusError: the program is missing and could not be downloaded.
     """
-    if found := present_prometheus(program):
-        return found
+    if path := present_prometheus(program):
+        return path
     root = _cache()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as folder:
@@ -67,8 +67,8 @@ def find_prometheus(program: str = "prometheus") -> Path:
 
 def present_prometheus(program: str) -> Path | None:
     """Return the path of a program that needs no download, None without one."""
-    if found := shutil.which(program):
-        return Path(found)
+    if path := shutil.which(program):
+        return Path(path)
     kept = _cache() / program
     return kept if kept.exists() else None
 
@@ -87,11 +87,11 @@ def _download(folder: Path) -> Path:
             )
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True)
-    own = ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={folder}")
+    apt_options = ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={folder}")
     # Most images have no lists of apt. They are fetched into a folder beside the system's.
     attempts: tuple[Sequence[Sequence[str]], ...] = (
         [("apt-get", "download", PACKAGE)],
-        [("apt-get", *own, "update"), ("apt-get", *own, "download", PACKAGE)],
+        [("apt-get", *apt_options, "update"), ("apt-get", *apt_options, "download", PACKAGE)],
     )
     for commands in attempts:
         runs = [_run(command, folder) for command in commands]
@@ -220,12 +220,12 @@ def ask_target(url: str, target: dict[str, Any], span: Span) -> list[Line]:
     """Return the answer to one query: over the range, or at its end for an instant query."""
     query = span.filled(target["expr"])
     if target.get("instant"):
-        found = _get(url, "query", query=query, time=span.end)
-        answers = [(each["metric"], [each["value"]]) for each in found]
+        series = _get(url, "query", query=query, time=span.end)
+        answers = [(one_series["metric"], [one_series["value"]]) for one_series in series]
     else:
         times = {"start": span.start, "end": span.end, "step": span.step}
-        found = _get(url, "query_range", query=query, **times)
-        answers = [(each["metric"], each["values"]) for each in found]
+        series = _get(url, "query_range", query=query, **times)
+        answers = [(one_series["metric"], one_series["values"]) for one_series in series]
     return [
         Line(
             legend=_filled_in(target["legendFormat"], labels),

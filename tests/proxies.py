@@ -217,8 +217,8 @@ def request(
         connection.request(method, path, body, headers, encode_chunked=isinstance(body, Iterator))
         response = connection.getresponse()
         # Names of headers in lower case.
-        found = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, found, response.read().decode())
+        response_headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, response_headers, response.read().decode())
     finally:
         connection.close()
 
@@ -234,8 +234,8 @@ def ask(
 def receive(connection: socket.socket, wanted: bytes) -> None:
     """Return the received bytes, once they contain ``wanted``."""
     connection.settimeout(30)
-    found = b""
-    while wanted not in found:
+    received = b""
+    while wanted not in received:
         part = connection.recv(4096)
-        assert part, found
-        found += part
+        assert part, received
+        received += part

@@ -187,10 +187,10 @@ def test_any_text_can_be_scored(text: str) -> None:
 
 def test_wilson_is_the_published_interval() -> None:
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
-    found = wilson(81, 263)
-    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
-    found = wilson(0, 20)
-    assert (round(found.low, 4), round(found.high, 4)) == (0.0, 0.1611)
+    interval = wilson(81, 263)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.2553, 0.3662)
+    interval = wilson(0, 20)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.0, 0.1611)
     assert wilson(20, 20).low < 1.0 == wilson(20, 20).high
     assert math.isnan(wilson(0, 0).value)
 
@@ -216,8 +216,8 @@ def test_an_interval_is_as_wide_as_the_spread_of_sets_like_it() -> None:
     bootstrap = Bootstrap(range(150), skills, num_resamples=4000)
     covered = 0
     for _ in range(200):
-        found = bootstrap.mean((rng.random(150) < chance).astype(float))
-        covered += found.low <= 0.75 <= found.high
+        drawn = bootstrap.mean((rng.random(150) < chance).astype(float))
+        covered += drawn.low <= 0.75 <= drawn.high
     assert 0.90 <= covered / 200 <= 0.99
 
 
@@ -232,10 +232,10 @@ def test_videos_with_several_skills_are_drawn_among_themselves() -> None:
     videos = np.arange(60).repeat(2).tolist()
     skills = ["a", "b"] * 60
     correct = np.array([float(video % 3 == 0) for video in videos])
-    found = Bootstrap(videos, skills).mean(correct)
-    assert found.value == pytest.approx(1 / 3)
+    mean = Bootstrap(videos, skills).mean(correct)
+    assert mean.value == pytest.approx(1 / 3)
     expected = 2 * 1.96 * (1 / 3 * 2 / 3 / 60) ** 0.5
-    assert found.high - found.low == pytest.approx(expected, rel=0.15)
+    assert mean.high - mean.low == pytest.approx(expected, rel=0.15)
 
 
 def test_a_paired_difference_is_surer_than_two_means() -> None:
@@ -337,17 +337,17 @@ def test_every_question_is_asked_at_every_ratio_and_recorded(
 def test_one_failure_is_tried_again_and_a_second_is_told_and_counted_nowhere(
     run: Callable[..., int], result: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: Counter[str] = Counter()
+    num_tries: Counter[str] = Counter()
 
     def refuse(body: dict[str, Any]) -> str | None:
         number = asked(body).split(":")[0]
-        seen[number] += 1
-        return "too busy" if number == "2" or (number == "3" and seen[number] == 1) else None
+        num_tries[number] += 1
+        return "too busy" if number == "2" or (number == "3" and num_tries[number] == 1) else None
 
     with fake_server(answer=right, refuse=refuse) as fake:
         status = run(fake, "--retention-ratio", "0.5")
     assert status == 1
-    assert (seen["2"], seen["3"], seen["4"]) == (2, 2, 1)
+    assert (num_tries["2"], num_tries["3"], num_tries["4"]) == (2, 2, 1)
     (measured,) = read_results(result).runs
     assert "too busy" in (measured.answers["q2", 0.5].error or "")
     assert measured.answers["q2", 0.5].correct is None
@@ -611,9 +611,9 @@ def test_the_summary_is_what_the_load_tests_plot_reads(two_labels: Path, tmp_pat
     assert main(["summary", str(two_labels), "--output", str(path)]) == 0
     entries = read_accuracy(path)
     assert len(entries) == 8
-    found = {(e["method"], e["retention_ratio"]): e for e in entries}
-    assert found["scc", 0.1]["accuracy"] == 1.0
-    assert found["uniform", 0.1]["low"] < 0.5 < found["uniform", 0.1]["high"]
+    by_cell = {(e["method"], e["retention_ratio"]): e for e in entries}
+    assert by_cell["scc", 0.1]["accuracy"] == 1.0
+    assert by_cell["uniform", 0.1]["low"] < 0.5 < by_cell["uniform", 0.1]["high"]
 
 
 def test_plots_have_a_panel_a_skill_and_a_line_a_label(
@@ -656,12 +656,19 @@ def test_the_commonest_answer_is_counted_by_the_form_of_the_question(
 def test_results_about_other_questions_do_not_compare(
     two_labels: Path, run: Callable[..., int], folder: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other.json"
+    other_result = tmp_path / "other.json"
     with fake_server(answer=right) as fake:
-        where = ["--base-url", fake.base_url, "--questions", str(folder), "--output", str(other)]
+        where = [
+            "--base-url",
+            fake.base_url,
+            "--questions",
+            str(folder),
+            "--output",
+            str(other_result),
+        ]
         assert main(["run", *where, "--num-per-skill", "3", "--retention-ratio", "0.5"]) == 0
     with pytest.raises(HarnessError, match="only results about the same questions compare"):
-        Summary([read_results(two_labels), read_results(other)])
+        Summary([read_results(two_labels), read_results(other_result)])
     with pytest.raises(HarnessError, match="'uniform' twice"):
         Summary([read_results(two_labels)] * 2)
 

@@ -81,8 +81,8 @@ class Simulation:
         queue: list[tuple[int, int, float, float]] = []
         busy = False
 
-        def push(at: float, kind: str, what: Any = None) -> None:
-            heapq.heappush(events, (at, next(number), kind, what))
+        def push(at: float, kind: str, payload: Any = None) -> None:
+            heapq.heappush(events, (at, next(number), kind, payload))
 
         def start() -> None:
             nonlocal busy
@@ -91,7 +91,7 @@ class Simulation:
 
         push(0.0, "arrival")
         while events:
-            self.now, _, kind, what = heapq.heappop(events)
+            self.now, _, kind, payload = heapq.heappop(events)
             if kind == "arrival":
                 push(self.now + PREPARATION * rng.uniform(0.5, 1.5), "choice", self.now)
                 after = self.now + rng.expovariate(rate(self.now))
@@ -100,9 +100,9 @@ class Simulation:
             elif kind == "choice":
                 owner = rng.randrange(self.num_servers)
                 length = rng.choice(self.lengths)
-                ratio = self.fixed or self.servers[owner].choose([length], self.now - what)
+                ratio = self.fixed or self.servers[owner].choose([length], self.now - payload)
                 kept = num_retained_tokens(length, ratio)
-                queue.append((owner, kept, ratio, what))
+                queue.append((owner, kept, ratio, payload))
                 self.pending[owner].append(kept)
                 if not busy:
                     start()
@@ -114,15 +114,15 @@ class Simulation:
                 busy = False
                 if queue:
                     start()
-        return sorted(served, key=lambda one: one.arrival)
+        return sorted(served, key=lambda request: request.arrival)
 
 
 def p95(served: list[Served]) -> float:
-    return quantiles([one.ttft for one in served], n=20)[-1]
+    return quantiles([request.ttft for request in served], n=20)[-1]
 
 
 def between(served: list[Served], begin: float, end: float) -> list[Served]:
-    return [one for one in served if begin <= one.arrival < end]
+    return [request for request in served if begin <= request.arrival < end]
 
 
 def changes(served: list[Served]) -> int:
@@ -149,7 +149,9 @@ def test_the_goal_holds_at_rates_at_which_whole_videos_miss_it_by_far(
     assert p95(whole) > 10 * auto.target
     assert p95(served) <= auto.target
     # As high as the rate lets it be: the engine has no more than 30 % of its time left.
-    busy = rate * mean(service(num_retained_tokens(NUM_TOKENS, one.ratio)) for one in served)
+    busy = rate * mean(
+        service(num_retained_tokens(NUM_TOKENS, request.ratio)) for request in served
+    )
     assert busy > 0.7
 
 
@@ -159,7 +161,7 @@ def test_without_a_queue_the_ratio_is_the_highest(
 ) -> None:
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = simulation.run(lambda _: rate, 60 * MINUTES)
-    assert mean(one.ratio for one in served) > 0.98
+    assert mean(request.ratio for request in served) > 0.98
 
 
 @pytest.mark.parametrize("rate", [4, 6, 8, 10])
@@ -169,7 +171,7 @@ def test_at_one_rate_the_ratio_does_not_swing(
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = between(simulation.run(lambda _: rate, 60 * MINUTES), 60, 60 * MINUTES)
     steps = simulation.servers[0].steps
-    counts = [sum(one.ratio == step for one in served) for step in steps]
+    counts = [sum(request.ratio == step for request in served) for step in steps]
     neighbours = [sum(counts[i : i + 3]) for i in range(len(steps))]
     assert max(neighbours) > 0.9 * len(served)
     if num_servers == 1:
@@ -179,7 +181,7 @@ def test_at_one_rate_the_ratio_does_not_swing(
 
 def test_beyond_the_lowest_ratios_capacity_every_request_gets_the_lowest() -> None:
     served = Simulation().run(lambda _: 20, 120)
-    assert {one.ratio for one in between(served, 20, 120)} == {0.1}
+    assert {request.ratio for request in between(served, 20, 120)} == {0.1}
 
 
 # When the rate changes.
@@ -188,12 +190,12 @@ def test_beyond_the_lowest_ratios_capacity_every_request_gets_the_lowest() -> No
 def test_after_a_burst_the_ratio_comes_back(num_servers: int, tmp_path: Path) -> None:
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = simulation.run(lambda now: 11 if 60 <= now < 120 else 1, 240)
-    assert mean(one.ratio for one in between(served, 0, 60)) > 0.97
+    assert mean(request.ratio for request in between(served, 0, 60)) > 0.97
     burst = between(served, 65, 120)
-    assert mean(one.ratio for one in burst) < 0.4
+    assert mean(request.ratio for request in burst) < 0.4
     # The first seconds, in which the rate is not known yet, included.
     assert p95(between(served, 60, 120)) <= 1.2 * simulation.target
-    assert mean(one.ratio for one in between(served, 165, 240)) > 0.97
+    assert mean(request.ratio for request in between(served, 165, 240)) > 0.97
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -203,9 +205,9 @@ def test_a_burst_of_seconds_is_met_by_the_backlog(seed: int) -> None:
     burst = between(served, 60, 63)
     assert len(burst) > 10
     assert burst[0].ratio == 1.0
-    assert max(one.ttft for one in burst) <= simulation.target
-    assert min(one.ratio for one in burst) < 1.0
-    assert {one.ratio for one in between(served, 90, 120)} == {1.0}
+    assert max(request.ttft for request in burst) <= simulation.target
+    assert min(request.ratio for request in burst) < 1.0
+    assert {request.ratio for request in between(served, 90, 120)} == {1.0}
 
 
 # One request.
@@ -269,13 +271,13 @@ def test_an_idle_time_before_a_prompt_is_not_the_engines_work() -> None:
 
 
 def test_a_preview_changes_nothing() -> None:
-    engine, other = Engine(), Engine()
-    for one in (engine, other):
-        one.answer(1000, 0.3, times=5)
-    engine.waiting = other.waiting = [1000] * 3
+    engine, previewed = Engine(), Engine()
+    for simulated in (engine, previewed):
+        simulated.answer(1000, 0.3, times=5)
+    engine.waiting = previewed.waiting = [1000] * 3
     for _ in range(100):
         assert engine.auto.preview([1000], 0.01) < 1.0
-    assert engine.auto.choose([1000], 0.01) == other.auto.choose([1000], 0.01)
+    assert engine.auto.choose([1000], 0.01) == previewed.auto.choose([1000], 0.01)
 
 
 @pytest.mark.parametrize(
@@ -345,10 +347,10 @@ def test_requests_on_their_way_to_the_engine_count() -> None:
 
 def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
     now = 100.0
-    one, other = (SharedLoad(tmp_path, name, clock=lambda: now) for name in ("one", "other"))
-    one.publish(Load(1, 2, 30, 400, 5, 99.0))
+    first, second = (SharedLoad(tmp_path, name, clock=lambda: now) for name in ("one", "other"))
+    first.publish(Load(1, 2, 30, 400, 5, 99.0))
     both = Load(11, 22, 330, 4400, 55, 99.0, 100.0)
-    assert other.publish(Load(10, 20, 300, 4000, 50, 98.0)) == both
+    assert second.publish(Load(10, 20, 300, 4000, 50, 98.0)) == both
     # A process that is gone, and a file of another program.
     (whole, *_) = tmp_path.iterdir()
     (tmp_path / "scissor-load-999999999-x").write_bytes(whole.read_bytes())
@@ -357,24 +359,24 @@ def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
     (tmp_path / "scissor-load-copy-x").write_bytes(whole.read_bytes())
     (tmp_path / "scissor-load-1-gone").symlink_to(tmp_path / "gone")
     now = 102.0
-    assert one.publish(Load(1, 2, 30, 400, 5, 99.0)) == both._replace(updated=now)
+    assert first.publish(Load(1, 2, 30, 400, 5, 99.0)) == both._replace(updated=now)
     # What has come stays counted.
     for now in (140.0, 3.0):
         alone = Load(1, 2, 30, 400, 5, 2.0)
-        assert one.publish(alone) == alone._replace(num_arrived=11, updated=now)
+        assert first.publish(alone) == alone._replace(num_arrived=11, updated=now)
     assert SharedLoad(None).publish(alone) == alone
 
 
 def test_what_another_server_told_a_moment_after_the_look_holds(tmp_path: Path) -> None:
     now, later = 100.0, 100.5
-    one = SharedLoad(tmp_path, "one", clock=lambda: now)
-    other = SharedLoad(tmp_path, "other", clock=lambda: later)
-    other.publish(Load(num_pending=2))
-    assert one.publish(Load(num_pending=1)).num_pending == 3
+    reader = SharedLoad(tmp_path, "one", clock=lambda: now)
+    writer = SharedLoad(tmp_path, "other", clock=lambda: later)
+    writer.publish(Load(num_pending=2))
+    assert reader.publish(Load(num_pending=1)).num_pending == 3
     # Before a reboot.
     later = 102.0
-    other.publish(Load(num_pending=2))
-    assert one.publish(Load(num_pending=1)).num_pending == 1
+    writer.publish(Load(num_pending=2))
+    assert reader.publish(Load(num_pending=1)).num_pending == 1
 
 
 # Over HTTP.

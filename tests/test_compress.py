@@ -60,8 +60,8 @@ def make_clip(kind: str, num_frames: int, size: int, width: int, seed: int) -> n
         chosen = rng.integers(len(prototypes), size=shape[:2])
         clip = (prototypes[chosen] + rng.choice([0.05, 0.2, 0.5]) * noise) * lengths
     elif kind == "duplicates":
-        few = rng.standard_normal((max(1, num_frames * size // 3), width))
-        clip = few[rng.integers(len(few), size=shape[:2])]
+        prototypes = rng.standard_normal((max(1, num_frames * size // 3), width))
+        clip = prototypes[rng.integers(len(prototypes), size=shape[:2])]
     elif kind == "constant frames":
         clip = np.broadcast_to(rng.standard_normal((num_frames, 1, width)), shape)
     elif kind == "constant":
@@ -113,10 +113,10 @@ def clips(
 
 def clear_threshold(clip: np.ndarray, quantile: float) -> float:
     """Return a threshold midway between two neighbouring cosines of tokens that share a frame."""
-    found = {-0.999, 0.999}
+    cosines = {-0.999, 0.999}
     for frame in clip.astype(np.float64):
-        found.update(oracle.cosines(frame, frame)[np.triu_indices(len(frame), 1)].tolist())
-    values = sorted(v for v in found if -0.999 <= v <= 0.999)
+        cosines.update(oracle.cosines(frame, frame)[np.triu_indices(len(frame), 1)].tolist())
+    values = sorted(v for v in cosines if -0.999 <= v <= 0.999)
     at = min(int(quantile * (len(values) - 1)), len(values) - 2)
     return (values[at] + values[at + 1]) / 2
 
@@ -383,8 +383,8 @@ def test_a_budget_takes_the_smallest_threshold_where_the_count_is_not_monotone(
 def test_the_threshold_found_is_the_smallest_where_the_count_is_not_monotone() -> None:
     smallest = oracle.smallest_threshold(NOT_MONOTONE.numpy(), 3)
     assert smallest == pytest.approx(0.7433, abs=1e-4)
-    found = found_threshold(compress(NOT_MONOTONE, num_retained=3))
-    assert smallest - 1e-6 <= found <= smallest + ABOVE_BREAKPOINT + 1e-6
+    threshold = found_threshold(compress(NOT_MONOTONE, num_retained=3))
+    assert smallest - 1e-6 <= threshold <= smallest + ABOVE_BREAKPOINT + 1e-6
 
 
 @both_budgets
@@ -522,10 +522,10 @@ def test_a_budgets_threshold_is_the_smallest_that_leaves_enough(
     # Not where two breakpoints, one of them decisive, are one to float32.
     near = starts[starts <= smallest + ABOVE_BREAKPOINT]
     assume((np.diff(near) > 1e-5).all())
-    found = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
-    assert smallest - 1e-6 <= found <= smallest + ABOVE_BREAKPOINT + 1e-6
+    threshold = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
+    assert smallest - 1e-6 <= threshold <= smallest + ABOVE_BREAKPOINT + 1e-6
     # The step that it was reported from is the step that it lies in.
-    assert oracle.count(clip, found) == oracle.count(clip, smallest)
+    assert oracle.count(clip, threshold) == oracle.count(clip, smallest)
 
 
 @laws(150)
@@ -751,17 +751,17 @@ def test_just_below_a_larger_clips_threshold_fewer_are_left(
 ) -> None:
     clip = make_clip(kind, num_frames, size, 16, seed)
     k = data.draw(st.integers(2, num_frames * size - 1))
-    found = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
+    threshold = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
     # The breakpoint that it was reported from is the nearest of those below.
     frames = clip.astype(np.float64)
-    representatives, _, _ = oracle.spatial_step(frames, found)
+    representatives, _, _ = oracle.spatial_step(frames, threshold)
     breaks = oracle.spanning_weights(representatives)
     for frame in frames:
         breaks += oracle.spanning_weights(frame)
-    below = sorted((b for b in breaks if b <= found + 1e-7), reverse=True)
+    below = sorted((b for b in breaks if b <= threshold + 1e-7), reverse=True)
     assume(len(below) > 1 and below[0] - below[1] > 4e-6)
-    assert found - below[0] <= ABOVE_BREAKPOINT + 1e-6
-    assert oracle.count(clip, found + 1e-7) >= k
+    assert threshold - below[0] <= ABOVE_BREAKPOINT + 1e-6
+    assert oracle.count(clip, threshold + 1e-7) >= k
     assert oracle.count(clip, below[0] - 2e-6) < k
 
 

@@ -52,9 +52,11 @@ class Step:
 
 def make_manager(cache_size: int = 10 * BUDGET) -> UncompressedBudgetCacheManager:
     config: Any = None
-    made = UncompressedBudgetCacheManager.create_manager(cache_size=cache_size, vllm_config=config)
-    assert isinstance(made, UncompressedBudgetCacheManager)
-    return made
+    manager = UncompressedBudgetCacheManager.create_manager(
+        cache_size=cache_size, vllm_config=config
+    )
+    assert isinstance(manager, UncompressedBudgetCacheManager)
+    return manager
 
 
 def test_a_step_encodes_as_many_frames_as_at_ratio_one() -> None:

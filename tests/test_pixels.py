@@ -266,8 +266,8 @@ def test_memory_is_profiled_with_frames_as_they_will_travel(demo: Processors) ->
 def test_frames_and_stocks_pixels_never_share_a_batch(demo: Processors) -> None:
     video = frames(2, 50, 60)
     items = [
-        demo.run(demo.ours, {"video": [each]})["video"][0]
-        for each in (video, video, video.astype(np.float32), video)
+        demo.run(demo.ours, {"video": [item]})["video"][0]
+        for item in (video, video, video.astype(np.float32), video)
     ]
     batches = list(group_and_batch_mm_items(items))
     assert [count for count, _ in batches] == [2, 1, 1]
@@ -292,10 +292,10 @@ def identity(processors: Processors, video: Any, **options: object) -> bytes:
 
 def test_a_video_is_recognized_by_its_pixels_alone(demo: Processors, tmp_path: Path) -> None:
     video = frames(3, 120, 100)
-    own = identity(demo, video)
+    key = identity(demo, video)
     # The ratio is no part of it, nor is a container: only what the tower sees.
     for same in (identity(demo, video.copy(), retention_ratio=0.1), identity(demo, [*video])):
-        assert same == own
+        assert same == key
     changed = video.copy()
     changed[1, 40:50, 40:50] ^= 1
     mean, std = SIGLIP
@@ -307,13 +307,13 @@ def test_a_video_is_recognized_by_its_pixels_alone(demo: Processors, tmp_path: P
         identity(demo, video, resample=BILINEAR),
         identity(Processors(model), video),
     ]
-    assert len({own, *others}) == 6
+    assert len({key, *others}) == 6
 
 
 def test_frames_that_repeat_travel_once_where_the_video_is_compressed(demo: Processors) -> None:
-    few = frames(3, 120, 100)
+    different = frames(3, 120, 100)
     # The same again later is not found: each is compared with the one before it.
-    video = few[[0, 0, 0, 1, 2, 2, 0]]
+    video = different[[0, 0, 0, 1, 2, 2, 0]]
     (item,) = demo.run(demo.ours, {"video": [video]}, retention_ratio=0.5)["video"]
     assert item[FRAME_OF].data.tolist() == [0, 0, 0, 1, 2, 2, 3]
     assert len(item[VIDEO_FRAMES].data) == 4
@@ -327,18 +327,18 @@ def test_frames_that_repeat_travel_once_where_the_video_is_compressed(demo: Proc
     assert len(encoded) == 4
     assert torch.equal(pixels.repeated(encoded), pixels.whole())
 
-    for ratio, other in ((1.0, video), (0.5, few)):
-        (item,) = demo.run(demo.ours, {"video": [other]}, retention_ratio=ratio)["video"]
+    for ratio, sent in ((1.0, video), (0.5, different)):
+        (item,) = demo.run(demo.ours, {"video": [sent]}, retention_ratio=ratio)["video"]
         assert FRAME_OF not in item
-        assert len(item[VIDEO_FRAMES].data) == len(other)
+        assert len(item[VIDEO_FRAMES].data) == len(sent)
 
-    both = demo.run(demo.ours, {"video": [video, few]}, retention_ratio=0.5)["video"]
+    both = demo.run(demo.ours, {"video": [video, different]}, retention_ratio=0.5)["video"]
     assert [item[FRAME_OF].data.tolist() for item in both] == [[0, 0, 0, 1, 2, 2, 3], [0, 1, 2]]
 
 
 def test_repeats_are_part_of_what_a_video_is_recognized_by(demo: Processors) -> None:
-    few = frames(2, 120, 100)
-    videos = [few[order] for order in ([0, 1], [0, 0, 1], [0, 1, 1])]
+    different = frames(2, 120, 100)
+    videos = [different[order] for order in ([0, 1], [0, 0, 1], [0, 1, 1])]
     assert len({identity(demo, video, retention_ratio=0.5) for video in videos}) == 3
 
 

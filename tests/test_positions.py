@@ -139,8 +139,8 @@ def test_an_uncompressed_prompt_has_all_tokens_of_its_videos() -> None:
         *(TEXT, TEXT, *[VIDEO] * 6, TEXT, IMAGE, TEXT),
         *(*[VIDEO] * 4, TEXT),
     ]
-    places = [each.mm_position for each in full.features]
-    assert [(each.offset, each.length) for each in places] == [(9, 1), (2, 6), (11, 4)]
+    places = [place.mm_position for place in full.features]
+    assert [(place.offset, place.length) for place in places] == [(9, 1), (2, 6), (11, 4)]
     assert full.kept.tolist() == [0, 1, 2, 4, 6, 8, 9, 10, 11, 13, 15]
     assert [full.tokens[i] for i in full.kept] == PROMPT
 
@@ -229,8 +229,8 @@ def test_the_v2_runner_gets_values_and_positions_of_every_chunk(
         cleaned = pruner.recompute(gathered, batch, states)
         for rows, (offset, part) in zip(cleaned, parts.items(), strict=True):
             assert torch.equal(rows, values[offset][part])
-        for rows, own in zip(pruner.strip(gathered), cleaned, strict=True):
-            assert torch.equal(rows, own)
+        for rows, expected_rows in zip(pruner.strip(gathered), cleaned, strict=True):
+            assert torch.equal(rows, expected_rows)
         if gathered:
             assert rope.delta == 86 - len(PROMPT)
     assert rope.positions[0].tolist() == [0, 1, 2, 12, 41, 42, 43, 44, 50, 52, 85]

@@ -94,7 +94,7 @@ def test_mixed_lengths_and_ratios_give_each_video_its_k_rows(method: str) -> Non
     compression = make_compression(method)
     lengths, counts = (25, 1, 7, 10), [3, 4, 28, 1]
     rows = rows_of(compression, make_videos(*lengths), counts, RecordingTower())
-    assert [tuple(each.shape) for each in rows] == [(count, WIDTH) for count in counts]
+    assert [tuple(video_rows.shape) for video_rows in rows] == [(count, WIDTH) for count in counts]
 
 
 def test_a_videos_rows_do_not_depend_on_its_batch() -> None:
@@ -109,7 +109,7 @@ def test_more_rows_asked_than_there_are_fails_no_other_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows = rows_of(make_compression(), make_videos(2, 5), [9, 3], RecordingTower())
-    assert [len(each) for each in rows] == [9, 3]
+    assert [len(video_rows) for video_rows in rows] == [9, 3]
 
 
 def test_a_tower_that_overflows_fails_no_other_request() -> None:
@@ -215,10 +215,10 @@ def test_only_the_same_content_is_recognized() -> None:
 @pytest.mark.parametrize("method", ["scc", "uniform"])
 def test_a_frame_that_repeats_is_encoded_once(method: str) -> None:
     compression, tower = make_compression(method), RecordingTower()
-    (few,) = make_videos(5)
+    (different,) = make_videos(5)
     frame_of = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4])
-    video = replace(few, frame_of=frame_of)
-    everything = replace(few, pixels=few.pixels[frame_of])
+    video = replace(different, frame_of=frame_of)
+    everything = replace(different, pixels=different.pixels[frame_of])
     for count in (1, 7, 30, 36):
         tower.calls.clear()
         (rows,) = rows_of(compression, [video], [count], tower)

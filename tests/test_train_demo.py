@@ -168,7 +168,10 @@ def test_packed_logits_are_those_of_each_question_asked_alone(
     scenes = [sample_scene(seed, None, num_frames) for seed in (0, 1)]
     frames = render(scenes, CPU)
     asked = [ask(scene, seed)[:5] for seed, scene in enumerate(scenes)]
-    rows = [[encoder(each.text, each.answer, 0) for each in questions] for questions in asked]
+    rows = [
+        [encoder(question.text, question.answer, 0) for question in questions]
+        for questions in asked
+    ]
     questions, num_left_out = pack(rows, 200, encoder.padding)
     assert num_left_out == 0
     packed = PackedModel(model, encoder.prefix).eval()
@@ -372,8 +375,8 @@ def test_the_way_between_two_things_is_the_one_that_is_painted(
         for way in ways(encoder, scene, EXERCISE):
             start, *names, answer = tokenizer.decode(way.tokens).split()
             assert start == "way"
-            one, other = (middle[" ".join(pair)] for pair in (names[:2], names[2:]))
-            down, across = (other - one).tolist()
+            first, second = (middle[" ".join(pair)] for pair in (names[:2], names[2:]))
+            down, across = (second - first).tolist()
             sides = {"left": -across, "right": across, "up": -down, "down": down}
             assert answer == max(sides, key=sides.__getitem__)
             told[answer] += 1
@@ -455,13 +458,13 @@ def test_an_answer_is_right_when_greedy_decoding_gives_it(
         scene = sample_scene(seed, "attribute", 2)
         question = ask(scene, seed, "attribute")[0]
         prompt = prompt_of(processor, render([scene], CPU)[0].numpy(), question.text)
-        made = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=-1)
-        given = tuple(made[0, prompt["input_ids"].shape[1] :].tolist())
+        generated = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        answer_ids = tuple(generated[0, prompt["input_ids"].shape[1] :].tolist())
         asked = encoder(question.text, "", SKILLS.index("attribute")).tokens[:-1]
-        other = (*given[:-1], given[-1] ^ 1)
+        wrong_ids = (*answer_ids[:-1], answer_ids[-1] ^ 1)
         right, wrong = (
             EncodedQuestion((*asked, *answer), len(answer), SKILLS.index("attribute"))
-            for answer in (given, other)
+            for answer in (answer_ids, wrong_ids)
         )
         questions, _ = pack([[right, wrong, right]], 150, encoder.padding)
         batch = validation.ValidationBatch(pack_scenes([scene]), questions)
@@ -480,7 +483,7 @@ def test_compressed_clips_are_judged_by_the_packages_methods(
     assert ways["scc 0.1"](torch.randn(2, 100, 8)).shape == (20, 8)
     scores = validation.accuracy(packed, batches, CPU, ways)
     assert list(scores) == ["whole", "scc 0.1", "uniform 0.1"]
-    asked = {sum(score.num_asked for score in each.values()) for each in scores.values()}
+    asked = {sum(score.num_asked for score in by_skill.values()) for by_skill in scores.values()}
     assert len(asked) == 1
     assert asked.pop() > 0
 
