@@ -1,4 +1,4 @@
-"""MLPs with aligned rows: the values of vLLM's, and out of the way of other layers."""
+"""MLPs with aligned rows give vLLM's values, and leave other layers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they write says where it was measured."""
+"""The benchmarks run, and their results name the host and the commit."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_random_weights_fill_a_models_shapes_and_follow_the_seed(tmp_path: Path)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_a_kept_result_names_its_hardware_and_its_commit(path: Path) -> None:
+def test_a_result_file_names_its_hardware_and_its_commit(path: Path) -> None:
     result = json.loads(path.read_text())
     runs = result["runs"] if "questions" in result else [result]
     assert runs

@@ -1,4 +1,4 @@
-"""The report on components: known tokens have known numbers, and every video is in the file."""
+"""The report on components: known statistics of known tokens, and every video in the file."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from tests import oracle
 
 SIMILARITY = scissor_vllm.compression.similarity
 
-# What float32 may get wrong: a decision by less than this in cosine is not held against it.
+# Differences of cosines below this may be decided either way in float32.
 UNDECIDED = 3e-6
-# How far above the exact breakpoint a found threshold may be reported.
+# Largest distance of a reported threshold above the exact breakpoint.
 ABOVE_BREAKPOINT = 1e-4
 
 
@@ -37,7 +37,7 @@ def laws(max_examples: int) -> settings:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: threads would only wait for each other."""
+    """Use one thread: with thousands of tiny products threads only wait for each other."""
     with num_threads(1):
         yield
 
@@ -146,10 +146,10 @@ def cos_degrees(angle: float) -> float:
 
 
 def assert_is(out: CompressedTokens, expected: oracle.Result, clip: np.ndarray) -> None:
-    """The same rows, in the same order, from the same tokens."""
+    """Assert the same rows, in the same order, from the same tokens."""
     assert out.tokens.shape == expected.tokens.shape
     assert out.assignment.tolist() == expected.assignment.tolist()
-    # A row is as exact as the largest number that it was averaged from.
+    # A row is as exact as the largest of its averaged values.
     flat = np.abs(clip.reshape(-1, clip.shape[-1]).astype(np.float64))
     for k, row in enumerate(expected.tokens):
         members = flat[expected.assignment == k]
@@ -163,7 +163,7 @@ def found_threshold(out: CompressedTokens) -> float:
 
 
 def assert_same(out: CompressedTokens, other: CompressedTokens) -> None:
-    """Bitwise the same result."""
+    """Assert bitwise equal results."""
     assert torch.equal(out.tokens, other.tokens)
     assert out.tokens.dtype == other.tokens.dtype
     assert torch.equal(out.assignment, other.assignment)
@@ -171,7 +171,7 @@ def assert_same(out: CompressedTokens, other: CompressedTokens) -> None:
 
 
 def assert_equivalent(out: CompressedTokens, other: CompressedTokens) -> None:
-    """The same decisions, and rows that differ by rounding alone."""
+    """Assert equal decisions, and rows that differ by rounding only."""
     assert torch.equal(out.assignment, other.assignment)
     torch.testing.assert_close(out.tokens, other.tokens, rtol=1e-5, atol=1e-6)
     assert out.similarity_threshold == pytest.approx(other.similarity_threshold, abs=1e-5)
@@ -278,7 +278,7 @@ def test_opposite_tokens_stay_apart_at_threshold_minus_one(method: Method) -> No
 
 
 @both
-def test_a_zero_token_is_like_nothing_itself_included(method: Method) -> None:
+def test_a_zero_token_is_similar_to_no_token_not_even_itself(method: Method) -> None:
     clip = torch.tensor([[[0.0, 0], [0, 2], [0, 0]], [[0, 0], [0, 4], [5, 0]]])
     out = method(clip, 0.0)
     assert out.rows == [[0, 0], [0, 3], [0, 0], [0, 0], [5, 0]]
@@ -644,7 +644,7 @@ def test_blocks_give_the_oracles_answer(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation made."""
+    """Records the number of elements of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -698,7 +698,7 @@ class NumOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_alike_tokens_are_not_searched_weight_by_weight() -> None:
+def test_a_search_over_equal_tokens_does_not_visit_each_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(1, 1, 32, generator=generator)
     tokens = one + 0.01 * torch.randn(8, 49, 32, generator=generator)
@@ -839,7 +839,7 @@ def test_scale_of_the_tokens_does_not_matter(
     assert scaled.similarity_threshold == out.similarity_threshold
 
 
-# --- nothing around the call matters, and the call changes nothing --------------------------------
+# --- no global state affects a call, and a call changes none --------------------------------------
 
 
 def small_clip() -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""Original checkpoints, converted: the same features, logits and counts; every weight accounted
-for; errors that name what is wrong.
+"""Converted checkpoints have the original's features, logits and counts.
+
+Every weight is accounted for, and errors name the cause.
 """
 
 from __future__ import annotations
@@ -450,7 +451,7 @@ def test_a_system_message_takes_the_place_of_the_usual_one(with_newline: Path) -
     )
 
 
-def test_how_answers_are_drawn_and_the_trainers_own_model_type_are_no_obstacle(
+def test_sampling_settings_and_the_trainers_model_type_are_accepted(
     tmp_path: Path, weights: Weights, siglip: Path
 ) -> None:
     source = original.save_original(tmp_path / "source", weights, model_type="llava_qwen")

@@ -1,4 +1,4 @@
-"""Text within a video: on its way to the worker, and among the rows."""
+"""Text within a video: sent to the worker, and inserted among the rows."""
 
 from __future__ import annotations
 

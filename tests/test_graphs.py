@@ -1,4 +1,4 @@
-"""When a search is captured in a CUDA graph, by a stand-in for graphs: no GPU is needed."""
+"""When a search is captured in a CUDA graph, checked with stand-ins for graphs, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU's search against that of the CPU, on a GPU."""
+"""Searches on a GPU give the CPU's results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load test sends what it says, measures what vLLM's client measures, and loses nothing."""
+"""The load test sends what its result records, measures as vLLM's client, and loses no result."""
 
 from __future__ import annotations
 

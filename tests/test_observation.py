@@ -1,4 +1,4 @@
-"""What an operator sees of a server: its counters, in Prometheus and on the dashboard, and traces.
+"""What an operator sees of a server: counters in Prometheus, the dashboard and traces.
 
 ``page_server`` has two API-server processes and a metrics directory that the operator named.
 """

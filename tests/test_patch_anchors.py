@@ -1,4 +1,4 @@
-"""Which patches take an anchor's values: a plain oracle, and what goes to the engine."""
+"""Patches that take an anchor's values: a plain oracle, and the fields that reach the engine."""
 
 from __future__ import annotations
 

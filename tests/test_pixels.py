@@ -1,4 +1,4 @@
-"""uint8 frames between the processes: the tower gets stock's pixels to the bit."""
+"""uint8 frames travel between processes, and the tower gets stock vLLM's pixels bit for bit."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_requests_resampling_is_followed(demo: Processors) -> None:
     )
 
 
-def test_frames_that_may_not_be_written_to_are_taken_as_they_are(demo: Processors) -> None:
+def test_read_only_frames_are_accepted(demo: Processors) -> None:
     video = frames(3, 100, 120)
     video.flags.writeable = False
     before = video.copy()
@@ -238,7 +238,7 @@ def test_where_torch_has_no_integer_resize_stocks_order_of_channels_is_kept(
 def test_frames_travel_as_bytes(demo: Processors) -> None:
     (item,) = demo.run(demo.ours, {"video": [frames(5, 50, 60)]})["video"]
     counts = {NUM_RETAINED, NUM_VIDEO_TOKENS}
-    # Kept whole, it is looked for in no cache, so nothing is hashed.
+    # An uncompressed video is not cached, so nothing is hashed.
     assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, *counts}
     sent = item[VIDEO_FRAMES].data
     assert (sent.dtype, tuple(sent.shape)) == (torch.uint8, (5, SIDE, SIDE, 3))
@@ -276,7 +276,7 @@ def test_frames_and_stocks_pixels_never_share_a_batch(demo: Processors) -> None:
     assert torch.equal(batched_pixels(pixels[0])[1], pixels[2][0].whole())
 
 
-# Recognized again.
+# Keys of the feature cache.
 
 
 def identity(processors: Processors, video: Any, **options: object) -> bytes:
@@ -351,14 +351,14 @@ def test_every_hash_that_vllm_offers_tells_videos_apart(algorithm: str) -> None:
 @pytest.mark.parametrize(
     "config", [{"mm_processor_cache_gb": 0}, {"mm_processor_kwargs": {"video_feature_cache_gb": 0}}]
 )
-def test_where_nothing_is_kept_nothing_is_hashed(config: dict[str, Any]) -> None:
+def test_without_a_feature_cache_nothing_is_hashed(config: dict[str, Any]) -> None:
     processors = Processors(demo_model_path(), **config)
     data = {"video": [frames(2, 9, 9)]}
     (item,) = processors.run(processors.ours, data, retention_ratio=0.5)["video"]
     assert VIDEO_IDENTITY not in item
 
 
-# What goes stock's way.
+# Processed by vLLM.
 
 
 def channels_first(video: npt.NDArray[np.uint8]) -> torch.Tensor:
@@ -376,7 +376,7 @@ def channels_first(video: npt.NDArray[np.uint8]) -> torch.Tensor:
     ],
     ids=["float", "grey", "channels first", "three rows"],
 )
-def test_other_frames_go_stocks_way(demo: Processors, video: Any) -> None:
+def test_other_kinds_of_frames_are_processed_by_vllm(demo: Processors, video: Any) -> None:
     assert_stocks_way(demo, video)
 
 
@@ -408,7 +408,7 @@ def assert_stocks_way(processors: Processors, video: Any, **options: object) -> 
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options_that_touch_more_than_the_resize_go_stocks_way(
+def test_options_beyond_the_resize_are_processed_by_vllm(
     demo: Processors, options: dict[str, object]
 ) -> None:
     assert_stocks_way(demo, frames(2, 50, 60), **options)
@@ -421,13 +421,13 @@ def test_the_operators_options_count_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["do_rescale", "do_normalize"])
-def test_a_checkpoint_that_leaves_a_step_out_goes_stocks_way(tmp_path: Path, setting: str) -> None:
+def test_a_checkpoint_without_a_step_is_processed_by_vllm(tmp_path: Path, setting: str) -> None:
     assert_stocks_way(
         Processors(checkpoint(tmp_path / "model", **{setting: False})), frames(2, 50, 60)
     )
 
 
-def test_a_processor_of_other_arithmetic_goes_stocks_way(demo: Processors) -> None:
+def test_a_processor_with_other_arithmetic_is_processed_by_vllm(demo: Processors) -> None:
     class Other(type(demo.ours.info.get_hf_processor().video_processor)):  # type: ignore[misc]
         def rescale_and_normalize(self, images: torch.Tensor, *settings: Any) -> torch.Tensor:
             same = super().rescale_and_normalize(images, *settings)

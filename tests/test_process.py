@@ -1,4 +1,4 @@
-"""Servers that the benchmarks start: none is left behind, none is taken for another."""
+"""Servers that benchmarks start are stopped at the end, and not confused with others."""
 
 from __future__ import annotations
 

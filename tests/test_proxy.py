@@ -1,6 +1,6 @@
-"""The proxies of ``deploy/``: Caddy as it is shipped, Prometheus' entrance, nginx as an example.
+"""The proxies of ``deploy/``: Caddy as shipped, the proxy of /metrics, and the nginx example.
 
-Real programs in front of a stand-in server.
+Real programs run in front of a stand-in server.
 """
 
 from __future__ import annotations
@@ -341,7 +341,7 @@ def test_the_proxy_says_to_its_own_container_alone_that_it_is_alive(tmp_path: Pa
             socket.create_connection(("127.0.0.2", proxy.alive_port))
 
 
-# ---- Prometheus' entrance ----
+# ---- The proxy of /metrics ----
 
 
 def test_prometheus_reaches_the_metrics_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every command of the README and the docs is run, or marked as needing a GPU; examples hold."""
+"""Runs every command of the README and the docs that is not marked as needing a GPU."""
 
 from __future__ import annotations
 

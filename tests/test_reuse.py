@@ -1,4 +1,4 @@
-"""What is kept of a video: found by content alone, bounded, and equal to the bit."""
+"""Caches of a video: keyed by content, bounded, and bitwise equal to what was stored."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_video_is_decoded_once() -> None:
     assert same_metadata == metadata == {"frames_indices": [0, 5]}
 
 
-def test_nobody_can_change_what_is_kept() -> None:
+def test_cached_frames_are_read_only() -> None:
     frames, decoder = FrameCache(1000), Decoder()
     for _ in range(2):
         video, metadata = frames.get("a", decoder)
@@ -70,7 +70,7 @@ def test_frames_stay_within_their_bytes_and_the_longest_unused_go_first() -> Non
         assert decoder.count == count
 
 
-def test_a_view_is_kept_without_the_memory_that_it_looks_into() -> None:
+def test_a_view_is_cached_without_its_base() -> None:
     frames = FrameCache(1000)
     whole = np.zeros((10, 500), dtype=np.uint8)
     kept, _ = frames.get("view", lambda: (whole[:1, ::2], {}))
@@ -88,7 +88,7 @@ def test_a_video_larger_than_the_cache_displaces_nothing() -> None:
     assert (small.count, large.count) == (1, 2)
 
 
-def test_of_size_zero_it_keeps_nothing_and_leaves_frames_as_they_are() -> None:
+def test_a_cache_of_size_zero_stores_nothing_and_leaves_frames_writable() -> None:
     frames, decoder = FrameCache(), Decoder()
     for _ in range(2):
         video, _ = frames.get("a", decoder)
@@ -124,7 +124,7 @@ def test_threads_that_want_one_video_wait_for_one_decode() -> None:
     assert frames._decoding == {}
 
 
-def test_a_failure_is_not_kept() -> None:
+def test_a_failed_decode_is_not_cached() -> None:
     frames, decoder = FrameCache(1000), Decoder()
 
     def broken() -> tuple[Any, dict[str, Any]]:
@@ -222,7 +222,7 @@ def test_room_for_a_tree_is_part_of_the_bound() -> None:
     assert cache.get(b"a", CPU) is not None
 
 
-def test_what_is_forgotten_is_not_found_and_leaves_room() -> None:
+def test_a_cleared_cache_is_empty_and_has_its_whole_room() -> None:
     cache = FeatureCache(2 * MIB)
     cache.put(b"a", tokens(2, seed=1))
     cache.clear()
@@ -262,7 +262,7 @@ def test_a_video_whose_copy_failed_is_not_found_and_leaves_its_room(
         assert torch.equal(cached, original)
 
 
-def test_keeping_a_video_again_takes_no_second_place() -> None:
+def test_a_cached_video_is_not_stored_twice() -> None:
     cache = FeatureCache(3 * MIB)
     cache.put(b"a", tokens(1, seed=1))
     for _ in range(5):
@@ -440,7 +440,7 @@ def test_a_size_that_is_none_is_refused_by_its_name(name: str, size: object) -> 
         CacheSizes.of({name: size}, 4)
 
 
-def test_another_ratio_is_one_that_a_kept_video_was_not_asked_for() -> None:
+def test_a_cached_video_counts_as_hit_at_another_ratio_once_for_each_new_ratio() -> None:
     cache = FeatureCache(4 * MIB)
     cache.put("a", torch.zeros(8))
     asked = [("a", 5), ("a", 5), ("a", 3), ("a", 5), ("a", 3), ("b", 5), ("b", 3)]

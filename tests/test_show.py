@@ -1,4 +1,4 @@
-"""What `scissor-vllm show` draws is what compression did."""
+"""`scissor-vllm show` draws the result of the compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SigLIP's encoder with fewer passes: the values of vLLM's, and out of the way of other layers."""
+"""SigLIP's encoder with fewer passes gives vLLM's values, and leaves other layers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo model's training: what it learns from is what a server asks, and its record is true."""
+"""The demo model's training: its inputs equal a server's, and its record is correct."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_questions_written_casually_take_no_more_tokens(tokenizer: Any) -> None:
 # Fresh weights
 
 
-def test_a_fresh_model_looks_at_what_is_alike_and_at_what_stood_before(tokenizer: Any) -> None:
+def test_a_new_model_attends_to_equal_tokens_and_to_the_previous_token(tokenizer: Any) -> None:
     text = build_model(ModelSize(), tokenizer, seed=0).model.language_model
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 40, 256, generator=generator)
@@ -197,7 +197,7 @@ def test_packed_logits_are_those_of_each_question_asked_alone(
             assert (to_predict[:-num_answer] == IGNORED).all()
 
 
-def test_drawn_places_begin_at_nothing_grow_and_keep_the_usual_ones_among_them() -> None:
+def test_drawn_positions_begin_at_zero_increase_and_include_the_served_ones() -> None:
     shape = torch.Size((400, 4, 30))
     places = drawn_places(shape, torch.Generator().manual_seed(0))
     assert places.shape == (400, 120)
@@ -258,7 +258,7 @@ def test_a_question_sees_the_clip_and_its_own_past_alone() -> None:
     ]
 
 
-def test_what_finds_no_room_is_left_out_whole() -> None:
+def test_a_question_without_room_is_left_out_whole() -> None:
     long = EncodedQuestion(tuple(range(1, 8)), 2, 0)
     short = EncodedQuestion((8, 9, 10), 2, 1)
     questions, num_left_out = pack([[long, long, short]], 9, padding=0)
@@ -402,7 +402,7 @@ def test_tokens_that_lie_near_their_words_are_read_rightly(encoder: Encoder) -> 
     assert wrong > 2.0
 
 
-def test_what_is_in_a_token_tells_where_it_lies_and_nothing_else_does() -> None:
+def test_a_token_is_located_by_its_values_only() -> None:
     torch.manual_seed(0)
     reader = PlaceReader(8, 3)
     token = torch.zeros(9, 8)
@@ -419,7 +419,7 @@ def test_what_is_in_a_token_tells_where_it_lies_and_nothing_else_does() -> None:
     assert reader(torch.ones(2, 4, 9, 8)) >= math.log(3) - 1e-3
 
 
-def test_tokens_as_long_as_words_cost_nothing() -> None:
+def test_tokens_with_the_norm_of_words_have_no_length_penalty() -> None:
     words = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     alike = torch.full((3, 64), float(words.norm(dim=-1).mean()) / 8)
     assert length_penalty(alike, words) == pytest.approx(0.0, abs=1e-6)
