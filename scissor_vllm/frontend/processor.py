@@ -28,6 +28,7 @@ from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
 from scissor_vllm.frontend.patch_anchors import anchors_of_videos, count_patches
+from scissor_vllm.frontend.placeholders import VideoPlaceholders, fill_report
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request_settings import RequestSettings, settings_in_force
 from scissor_vllm.frontend.video_items import frames_of, pixels_of_videos, why_unreadable
@@ -65,18 +66,6 @@ class _Request(ProcessorInputs):
     budget: int | None = None
     """The budget in force, None for no limit."""
     report: RetentionReport | None = None
-
-
-@dataclass
-class VideoPlaceholders(PromptUpdateDetails):
-    """A video's placeholders and counts; vLLM caches them with the video."""
-
-    num_tokens: int = 0
-    """N."""
-    num_retained: int = 0
-    """K."""
-    patches: tuple[int, int] | None = None
-    """Number of patches and of computed patches, None if the tower merges none."""
 
 
 class RetentionProcessor(BaseMultiModalProcessor[Any]):
@@ -178,12 +167,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         result = super()._cached_apply_hf_processor(inputs, timing_ctx)
         if isinstance(inputs, _Request) and inputs.report is not None:
             inputs.report.max_retained = inputs.budget
-            for updates in result.prompt_updates.get("video", ()):
-                for content in (update.content for update in updates):
-                    if isinstance(content, VideoPlaceholders):
-                        inputs.report.add(inputs.ratio, content.num_tokens, content.num_retained)
-                        if content.patches is not None:
-                            inputs.report.add_patches(*content.patches)
+            fill_report(inputs.report, inputs.ratio, result.prompt_updates)
         return result
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
