@@ -104,7 +104,7 @@ def oracle(frames: Frames) -> npt.NDArray[np.int64]:
             change[place] = ((patch(frame, place) - anchor) ** 2).mean()
             moved[place] = max((np.diff(anchor, axis=axis) ** 2).mean() for axis in (0, 1))
         matches = change <= THRESHOLD
-        noise = np.quantile(change, NOISE_QUANTILE)
+        noise = float(np.quantile(change, NOISE_QUANTILE))
         textured = moved > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
         told = textured.mean() >= MIN_TEXTURED
         stands = not told or (change < moved / 2)[textured].mean() >= MIN_STILL

@@ -428,10 +428,10 @@ def test_in_a_browser_every_control_is_reached_by_the_tab_key(
     browser.wait("!document.getElementById('key-field').hidden")
     browser.focus("#video")
     reached = []
-    for _ in range(5):
+    for _ in range(6):
         browser.press("Tab")
         reached.append(browser.evaluate("document.activeElement.id"))
-    assert reached == ["question", "ratio", "most", "key", "ask"]
+    assert reached == ["question", "ratio", "budget", "most", "key", "ask"]
 
 
 def test_a_picture_of_a_video_of_patches_is_what_show_draws(
