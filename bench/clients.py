@@ -1,9 +1,9 @@
-"""What clients of other makers can send to a server, and read of its answers.
+"""Prints which third-party clients can send our fields to a server and read them in its answers.
 
-``python -m bench.clients --base-url http://127.0.0.1:8000/v1 --model demo --video clip.mp4`` prints
-a table of those that are installed where it runs: openai, litellm, langchain-openai, and with
-``--gateway-url`` a gateway of litellm in front of the server. ``bench/clients.mjs`` does so for
-openai's JavaScript client. A cell is what was seen in an answer, not what a client promises.
+``python -m bench.clients --base-url http://127.0.0.1:8000/v1 --model demo --video clip.mp4`` tests
+the installed ones of openai, litellm and langchain-openai. ``--gateway-url`` adds a litellm gateway
+in front of the server. ``bench/clients.mjs`` tests openai's JavaScript client. A cell is what an
+answer had, not what a client documents.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def messages_of(video: Path) -> list[dict[str, Any]]:
 
 
 def header_in(headers: Mapping[str, Any]) -> str | None:
-    """Return the name under which the header is among these, None if it is not."""
+    """Return the name of our header among these, None without it."""
     return next((name for name in headers if name.lower().endswith(HEADER)), None)
 
 
 def row(name: str, answer: Any, headers: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return what an answer, or the last chunk of a stream, has of compression."""
+    """Return the table's row of an answer, or of the last chunk of a stream."""
     compression = getattr(answer, "video_compression", None)
-    found = None if headers is None else header_in(headers)
+    header = None if headers is None else header_in(headers)
     return {
         "client": name,
         "field in the answer": "yes" if compression else "no",
-        "header": f"`{found}`" if found else "no",
+        "header": f"`{header}`" if header else "no",
         "ratio arrived": str(_ratio(compression, headers) == RATIO).lower(),
     }
 
@@ -148,8 +148,8 @@ def main() -> None:
             rows.append({"client": name, "field in the answer": f"failed: {error!r}"[:200]})
     columns = list(rows[0])
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for one in rows:
-        print(f"| {' | '.join(one.get(column, '') for column in columns)} |")
+    for cells in rows:
+        print(f"| {' | '.join(cells.get(column, '') for column in columns)} |")
     print(json.dumps(rows))
 
 

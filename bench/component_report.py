@@ -1,19 +1,19 @@
-"""Prints how alike the tokens of videos are, and the components that SCC's budgets make of them.
+"""Prints how similar the tokens of videos are, and the components of SCC at a budget.
 
     python -m bench.component_report --tokens FILE... --json FILE
     python -m bench.component_report --model FOLDER --videos FOLDER [--save-tokens FILE] --json FILE
 
-Tokens are those of ``.pt`` or ``.npz`` files, (T, P, D) a video, or what a LLaVA-OneVision
-checkpoint makes of mp4 files by transformers. The report is to explain where SCC falls behind:
+Tokens come from ``.pt`` or ``.npz`` files, (T, P, D) for each video. Or transformers computes them
+from mp4 files with a LLaVA-OneVision checkpoint. The report explains where SCC falls behind:
 
-- cosines: of single linkage a few high ones between unlike things are enough to make one chain of
-  all; where neighbours, random pairs and frames have the same cosines, no threshold tells things
-  apart.
-- components: one that holds most tokens, beside single tokens that hold the rest of the budget, is
-  what chains look like. `linked` is the share of pairs inside the largest that are themselves above
+- cosines: with single linkage, a few high cosines between different objects join all of them in one
+  chain. If neighbours, random pairs and frames have the same cosines, no threshold separates
+  objects.
+- components: a chain shows as one component with most tokens, while single tokens take the rest of
+  the budget. `linked` is the share of pairs inside the largest component that are themselves above
   the threshold: 1 in a clique, near 0 in a chain.
-- frames: how many rows tell a frame's tokens apart.
-- coverage: the cosine of each token with the row that is nearest to it, by method.
+- frames: the number of different rows among a frame's tokens.
+- coverage: the cosine of each token with its nearest row, by method.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ RATIOS = (0.5, 0.35, 0.25, 0.1, 0.07, 0.05)
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 SEED = 0
 NUM_PAIRS = 1 << 16
-"""Random pairs of a video that are looked at."""
+"""Number of random pairs of a video."""
 NUM_MEMBERS = 2048
-"""Most members of a component whose pairs are looked at."""
+"""Most members of a component whose pairs are compared."""
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def load_tokens(paths: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 def encode_videos(
     model_folder: Path, videos: list[Path], num_frames: int, device: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tokens (T, P, D) float32 of each video, as the language model gets them."""
+    """Yield name and tokens (T, P, D) float32 of each video, as input of the language model."""
     from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionVideoProcessor
 
     processor = LlavaOnevisionVideoProcessor.from_pretrained(model_folder)
@@ -107,16 +107,16 @@ def cosine_quantiles(tokens: torch.Tensor) -> dict[str, list[float]]:
         return torch.randint(below, (NUM_PAIRS,), generator=draw).to(unit.device)
 
     frame, other_frame = numbers(num_frames), numbers(num_frames)
-    one, other = numbers(per_frame), numbers(per_frame)
-    inside, across = one != other, frame != other_frame
-    found = {
+    left, right = numbers(per_frame), numbers(per_frame)
+    inside, across = left != right, frame != other_frame
+    cosines = {
         "neighbours in a frame": torch.cat(
             [
                 (grid[:, 1:] * grid[:, :-1]).sum(-1).flatten(),
                 (grid[:, :, 1:] * grid[:, :, :-1]).sum(-1).flatten(),
             ]
         ),
-        "any two in a frame": (unit[frame, one] * unit[frame, other]).sum(-1)[inside],
+        "any two in a frame": (unit[frame, left] * unit[frame, right]).sum(-1)[inside],
         "most alike in a frame": torch.cat(
             [block.cosines.amax(dim=2).flatten() for block in Similarity(tokens).blocks()]
         ),
@@ -124,9 +124,9 @@ def cosine_quantiles(tokens: torch.Tensor) -> dict[str, list[float]]:
         "most alike in next frame": torch.cat(
             [unit.new_empty(0), *((a @ b.T).amax(dim=1) for a, b in itertools.pairwise(unit))]
         ),
-        "any two of two frames": (unit[frame, one] * unit[other_frame, other]).sum(-1)[across],
+        "any two of two frames": (unit[frame, left] * unit[other_frame, right]).sum(-1)[across],
     }
-    return {kind: quantiles(values) for kind, values in found.items() if len(values)}
+    return {kind: quantiles(values) for kind, values in cosines.items() if len(values)}
 
 
 def quantiles(values: torch.Tensor) -> list[float]:
@@ -138,10 +138,10 @@ def quantiles(values: torch.Tensor) -> list[float]:
 
 
 def component_statistics(tokens: torch.Tensor, num_retained: int) -> dict[str, Any]:
-    """Return what SCC's budget makes of one video.
+    """Return statistics of one video's components at SCC's budget.
 
-    Sizes are numbers of tokens of the K components, before the merge moves tokens to the nearest;
-    ``merged_*`` are those after it.
+    Sizes are numbers of tokens of the K components before the merge. ``merged_*`` are sizes after
+    it, when tokens have moved to the nearest component.
     """
     num_frames, per_frame, _ = tokens.shape
     out = get_compressor("scc-no-merge")(tokens, num_retained)
@@ -173,10 +173,11 @@ def component_statistics(tokens: torch.Tensor, num_retained: int) -> dict[str, A
 
 
 def size_statistics(assignment: torch.Tensor, num_rows: int) -> dict[str, float]:
-    """Return what the sizes of components say.
+    """Return statistics of the components' sizes.
 
-    ``largest_share`` of all tokens, ``singleton_share`` of the rows, ``effective_share``: the rows
-    that equally large components of the same entropy would take, as a share of K.
+    ``largest_share`` is the largest component's share of all tokens. ``singleton_share`` is the
+    share of rows with one token. ``effective_share`` is the number of equally large components with
+    the same entropy, as a share of K.
     """
     sizes = torch.bincount(assignment, minlength=num_rows).double()
     share = sizes[sizes > 0] / sizes.sum()
@@ -190,7 +191,7 @@ def size_statistics(assignment: torch.Tensor, num_rows: int) -> dict[str, float]
 
 
 def cohesion(tokens: torch.Tensor, assignment: torch.Tensor, threshold: float) -> dict[str, float]:
-    """Return how alike the tokens of the largest component are."""
+    """Return how similar the tokens of the largest component are."""
     flat = tokens.reshape(-1, tokens.shape[-1])
     largest = int(torch.bincount(assignment).argmax())
     members = (assignment == largest).nonzero().flatten()
@@ -213,7 +214,7 @@ def cohesion(tokens: torch.Tensor, assignment: torch.Tensor, threshold: float) -
 
 
 def coverage(tokens: torch.Tensor, method: str, num_retained: int) -> list[float]:
-    """Return the ``QUANTILES`` of the cosine of each token with the row nearest to it."""
+    """Return the ``QUANTILES`` of the cosine of each token with its nearest row."""
     rows = get_compressor(method)(tokens, num_retained).tokens
     flat = tokens.reshape(-1, tokens.shape[-1])
     nearest = most_similar(flat, rows)
@@ -221,7 +222,7 @@ def coverage(tokens: torch.Tensor, method: str, num_retained: int) -> list[float
 
 
 def describe(tokens: torch.Tensor, ratios: list[float], methods: list[str]) -> dict[str, Any]:
-    """Return all that is reported of one video's tokens (T, P, D)."""
+    """Return the report of one video's tokens (T, P, D)."""
     num_tokens = tokens.shape[0] * tokens.shape[1]
     by_ratio = []
     for ratio in ratios:
@@ -264,13 +265,13 @@ def print_report(videos: list[dict[str, Any]], ratios: list[float], methods: lis
     headings = [f"{name:>12}" for name in (*columns, *frames)]
     print("\nratio " + " ".join(headings))
     for index, ratio in enumerate(ratios):
-        found = [video["ratios"][index] for video in videos]
+        reports = [video["ratios"][index] for video in videos]
         cells = [
-            form.format(statistics.median(each[key] for each in found))
+            form.format(statistics.median(report[key] for report in reports))
             for key, form in columns.values()
         ]
         for key in frames.values():
-            counts = [count for each in found for count in each[key]]
+            counts = [count for report in reports for count in report[key]]
             cells.append(f"{min(counts)}/{statistics.median(counts):.0f}/{max(counts)}")
         aligned = [f"{cell:>{len(head)}}" for cell, head in zip(cells, headings, strict=True)]
         print(f"{ratio:<5g} " + " ".join(aligned))

@@ -1,12 +1,12 @@
-"""Prints how long compression of one video takes, in each form, on three kinds of tokens.
+"""Prints the time to compress one video, by implementation, on three kinds of tokens.
 
     python -m bench.compress [--shape T P D] [--dtype bfloat16] [--device cuda]
         [--tokens KIND ...] [--forms NAME ...] [--json FILE]
 
-On a GPU times are those of CUDA events, from the call to its end, host work included, and memory is
-what a form takes beside the tokens, a kept CUDA graph and the result included. Clustered
-tokens are what video looks like to the method: every frame shows the same 200 things, with noise.
-Alike are those of a still video: so many are equal that equal merges must be put in order.
+On a GPU, times are of CUDA events from the call to its end, with the host's work. Memory excludes
+the tokens and includes the result and a kept CUDA graph. Clustered tokens resemble a video: every
+frame shows the same 200 objects with noise. Alike tokens resemble a still video: many are equal, so
+equal merges must be ordered.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def make_tokens(kind: str, shape: tuple[int, int, int], seed: int) -> torch.Tens
 
 
 def measure(form: Callable[[torch.Tensor], Any], tokens: torch.Tensor, repeats: int) -> list[float]:
-    """Return the milliseconds of each call after two to warm up."""
+    """Return the milliseconds of each call after two warm-up calls."""
     times = []
     for turn in range(repeats + 2):
         if tokens.is_cuda:
@@ -78,7 +78,7 @@ def measure(form: Callable[[torch.Tensor], Any], tokens: torch.Tensor, repeats: 
 
 
 def memory(device: str, peak: bool = False) -> int:
-    """Return the MiB that tensors take on a GPU, or took at most since the last call without."""
+    """Return the MiB of tensors on a GPU; with ``peak`` the maximum since the last call without."""
     if not device.startswith("cuda"):
         return 0
     if peak:

@@ -1,9 +1,9 @@
-"""Prints how long our loader and vLLM's OpenCV loader take to sample frames of a video.
+"""Prints the time in which our loader and vLLM's OpenCV loader sample frames of a video.
 
     python -m bench.decode [--json FILE] [--repeats N] [--frames N] [--quick]
 
-Both loaders run in turns on the same bytes, in one process. Each clip is one that a loader may find
-hard: few frames, many pixels, few or many key frames, groups of pictures that are not closed.
+Both loaders take turns on the same bytes in one process. Each clip is hard for a loader in its own
+way: few frames, many pixels, few or many key frames, groups of pictures that are not closed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CLIPS: dict[str, dict[str, Any]] = {
 
 
 def measure(data: bytes, num_frames: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run per loader, the loaders taking turns after one run each to warm up."""
+    """Return the seconds of each run by loader; loaders take turns after a warm-up run each."""
     seconds: dict[str, list[float]] = {name: [] for name in LOADERS}
     for turn in range(repeats + 1):
         for name in LOADERS:
@@ -67,7 +67,7 @@ def measure(data: bytes, num_frames: int, repeats: int) -> dict[str, list[float]
 def measure_concurrent(
     data: bytes, num_frames: int, repeats: int, num_threads: int
 ) -> dict[str, list[float]]:
-    """Seconds per loader to load the same video in some threads at once, each once."""
+    """Return the seconds by loader to load one video in several threads at once, once in each."""
     seconds: dict[str, list[float]] = {name: [] for name in LOADERS}
     with ThreadPoolExecutor(num_threads) as pool:
         for _ in range(repeats):
@@ -100,7 +100,7 @@ def main() -> None:
             data = make_clip(Path(folder, f"clip{suffix}"), **clip).read_bytes()
             runs = {name: measure(data, arguments.frames, arguments.repeats)}
             if len(rows) == 0:
-                # As many as vLLM loads at once in an API server.
+                # The number of videos that an API server loads at once.
                 for number in (2, 8):
                     runs[f"{name}, {number} at once"] = measure_concurrent(
                         data, arguments.frames, arguments.repeats, number

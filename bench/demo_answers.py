@@ -2,9 +2,9 @@
 
     python -m bench.demo_answers [--clips N] [--methods METHOD ...] [--retention-ratio R ...]
 
-Clips are made up, of seeds that training never saw. An answer is right if greedy decoding would
-give exactly it. Tokens, compression and order of rows are those that are served;
-``bench.accuracy`` asks the same through a server, which takes longer.
+Clips are synthetic, from seeds that training never saw. An answer is right if greedy decoding gives
+exactly the expected one. Tokens, compression and order of rows are those of a server.
+``bench.accuracy`` asks the same questions through a server, which takes longer.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ DEFAULT_METHODS = (
     "uniform+merge",
 )
 FIRST_SEED = 10**6
-"""Counted from the split's first. ``bench.world.heldout`` takes those before."""
+"""Index of the first clip in the split; ``bench.world.heldout`` uses the clips before it."""
 
 Counts = dict[str, dict[str, list[int]]]
 """Right answers and questions, by "METHOD RATIO" and skill."""
 
 
 def count(split: str, num_clips: int, methods: list[str], ratios: list[float]) -> Counts:
-    """Return the counts of each method and ratio, and of all tokens as "whole"."""
+    """Return the counts of each method and ratio, and those without compression as "whole"."""
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     model = PackedModel(load(CHECKPOINT), Encoder(tokenizer).prefix)
     begin = SEEDS[split].start + FIRST_SEED

@@ -1,7 +1,7 @@
 """Makes the clip that the demo sends: ``python -m bench.demo_clip scissor_vllm/demo/clip.mp4``.
 
-A held-out clip of the made-up world, which the demo model was never trained on. Also printed: what
-can be asked about it, of which ``scissor_vllm/demo/client.py`` asks one.
+It is a held-out clip of the synthetic world, on which the demo model was never trained. The command
+also prints the questions about the clip, of which ``scissor_vllm/demo/client.py`` asks one.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Prints what one video costs the API server's CPU before the engine has it, stock against ours.
+"""Prints the API server's CPU time for one video before it reaches the engine, stock and ours.
 
     python -m bench.front_end [--threads N] [--frames N] [--size WxH] [--repeats N] [--burst N]
         [--json FILE]
 
-The stages are run as the server runs them, on one clip in the shapes of LLaVA-OneVision-7B, stock
-and ours in turns: decode the file, name it for vLLM's caches, prepare it (Hugging Face's processor,
-placeholders), and send it through vLLM's serializer and a socket. The last line is what the model
-has to do instead, here on the CPU; a GPU does it in a fraction of a millisecond.
+The stages run as in the server, on one clip in the shapes of LLaVA-OneVision-7B. Stock and ours
+take turns. The stages are: decode the file, hash it for vLLM's caches, prepare it (Hugging Face's
+processor, placeholders), and send it through vLLM's serializer and a socket. The last line is the
+work that moves to the model, here on the CPU. A GPU does it in a fraction of a millisecond.
 
-With ``--burst`` also so many videos that come at once, in the threads that a server has: when the
-first of them is ready for the engine, which has nothing to do until then, and when the last.
+``--burst N`` also prepares N videos at once, in the threads of a server. It prints when the first
+and when the last video is ready for the engine.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from scissor_vllm.worker.video_pixels import take_video_pixels
 
 RATIO = 0.1
 MEDIA_THREADS = 8
-"""vLLM's VLLM_MEDIA_LOADING_THREAD_COUNT; one more prepares what they decoded."""
+"""vLLM's VLLM_MEDIA_LOADING_THREAD_COUNT; one more thread prepares the decoded videos."""
 BURSTS = 3
 
 _UNNAMED = {"video": ["request-0"]}
-"""As with all caches off, where vLLM names each item by its request."""
+"""Without caches vLLM names each item by its request."""
 
 
 class Link:
-    """A socket between two processes' ends, as vLLM has one from API server to engine."""
+    """A socket like vLLM's from the API server to the engine, with both ends in this process."""
 
     def __init__(self, folder: str) -> None:
         context = zmq.Context(io_threads=2)
@@ -64,7 +64,7 @@ class Link:
         self._decoder = MsgpackDecoder(MultiModalKwargsItem)
 
     def send(self, item: MultiModalKwargsItem) -> tuple[MultiModalKwargsItem, int]:
-        """Return what arrives, and the number of bytes that it took."""
+        """Return the received item and the number of bytes sent."""
         frames: list[Any] = []
         thread = threading.Thread(
             target=lambda: frames.extend(self._receiver.recv_multipart(copy=False))
@@ -78,7 +78,7 @@ class Link:
 
 
 class Way:
-    """A request's way to the engine: a video loader and a processor."""
+    """A request's path to the engine: a video loader and a processor."""
 
     def __init__(self, loader: str, processor: Any, options: dict[str, object]) -> None:
         self.loader = VIDEO_LOADER_REGISTRY.load(loader)
@@ -121,7 +121,7 @@ class Way:
         return ProcessorInputs(prompt, items, hf_processor_mm_kwargs=self.options)
 
     def burst(self, data: bytes, num_frames: int, num_videos: int) -> list[float]:
-        """Return after how many milliseconds each of some videos is prepared that come at once."""
+        """Return when each of ``num_videos`` simultaneous videos is prepared, in milliseconds."""
         decoders, preparer = ThreadPoolExecutor(MEDIA_THREADS), ThreadPoolExecutor(1)
         begin = time.perf_counter()
 
@@ -136,11 +136,11 @@ class Way:
 
         with decoders, preparer:
             decoded = [decoders.submit(decode) for _ in range(num_videos)]
-            return sorted(each.result().result() for each in decoded)
+            return sorted(video.result().result() for video in decoded)
 
 
 def make_ways(model: Path) -> dict[str, Way]:
-    """Return stock's way and ours, of one model."""
+    """Return stock's path and ours for one model."""
     register()
     config = ModelConfig(model=str(model), mm_processor_cache_gb=0)
     ours = MULTIMODAL_REGISTRY.create_processor(config)
@@ -153,7 +153,7 @@ def make_ways(model: Path) -> dict[str, Way]:
 
 
 def print_stages(runs: dict[str, list[dict[str, float]]]) -> None:
-    """Print each stage's median, and that of the stages before the engine together."""
+    """Print each stage's median, and the sum of the medians before the engine."""
     medians = {
         name: {stage: statistics.median(run[stage] for run in rows) for stage in rows[0]}
         for name, rows in runs.items()
@@ -167,7 +167,7 @@ def print_stages(runs: dict[str, list[dict[str, float]]]) -> None:
 
 
 def print_bursts(bursts: dict[str, list[list[float]]]) -> None:
-    """Print when the first and the last video of a burst are ready, by the median of bursts."""
+    """Print when the first and the last video of a burst are ready, as medians over bursts."""
     num_videos = len(bursts["stock"][0])
     for place, name in ((0, "first"), (-1, "last")):
         before, after = (

@@ -1,10 +1,10 @@
-"""Runs all tests that need a GPU, and keeps their counts with what they ran on.
+"""Runs all tests that need a GPU, and writes their counts with the hardware and versions.
 
     python -m bench.gpu_tests [--output FILE] [PYTEST ARGUMENT ...]
 
-It needs a CUDA device, torch, Triton and pytest. Test files that import what is not installed, vLLM
-mostly, are left out, and the result names them with the reason. Without ``--output`` the result is
-``bench/results/gpu-tests-GPU-COMMIT.json``. It ends with 1 if a test failed or none ran.
+It needs a CUDA device, torch, Triton and pytest. Test files that import a missing package, usually
+vLLM, are left out, and the result names them with the reason. Without ``--output`` the result is
+``bench/results/gpu-tests-GPU-COMMIT.json``. The exit status is 1 if a test failed or none ran.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Counter:
         self.seconds: dict[str, float] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a test by its call, or by what kept it from one."""
+        """Count a test by the outcome of its call, or of its setup if it was not called."""
         if report.when == "call":
             self.seconds[report.nodeid] = round(report.duration, 2)
         if report.when != "call" and report.passed:
@@ -49,7 +49,7 @@ class Counter:
 
 
 def gpu_test_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the files with GPU tests that import here, and why the others do not."""
+    """Return the files with GPU tests that can be imported, and the other files with the reason."""
     files, left_out = [], {}
     for path in sorted(folder.glob("test_*.py")):
         if not _IS_GPU_TEST.search(path.read_text()):
@@ -66,7 +66,7 @@ def gpu_test_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def default_output(result: dict[str, Any]) -> Path:
-    """Return where a result is kept."""
+    """Return the default path of a result."""
     gpu = re.sub(r"[^a-z0-9]+", "-", str(result["gpu"]).lower().removeprefix("nvidia ")).strip("-")
     commit = str(result["environment"].get("commit") or "unknown")[:7]
     return ROOT / "bench" / "results" / f"gpu-tests-{gpu}-{commit}.json"

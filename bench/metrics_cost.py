@@ -1,12 +1,12 @@
-"""Prints what metrics and traces cost a chat with a video, beside what the whole chat takes.
+"""Prints the time of metrics and traces for a chat with a video, and the time of the whole chat.
 
     python -m bench.metrics_cost [--base-url URL] [--repeats N] [--json FILE]
 
-The cost is the time of all that is recorded for one streamed answer of 64 tokens about one new
-video: stages, caches, threshold, tokens, ratios, outcome, into files that several processes share
-(``PROMETHEUS_MULTIPROC_DIR``), and with tracing on, the span. On a GPU it includes what the host
-launches for stages and threshold. The whole chat is asked of a server, if one is named: the demo's
-clip at ratio 0.1, streamed, of as many tokens, with all caches warm, so as short as it can be.
+The cost is the time to record one streamed answer of 64 tokens about one new video: stages, caches,
+threshold, tokens, ratios, outcome and, with tracing on, the span. Metrics go to files that several
+processes share (``PROMETHEUS_MULTIPROC_DIR``). On a GPU the cost includes launches for stages and
+threshold. With ``--base-url`` a server answers a whole chat of 64 tokens about the demo's clip at
+ratio 0.1, streamed, with all caches warm, which is the shortest chat.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ async def _stream() -> AsyncIterator[str]:
 
 
 class Recorded:
-    """All that is recorded for one chat."""
+    """Records one chat as the API server and the worker do."""
 
     def __init__(self, device: torch.device, endpoint: str | None) -> None:
         self._device = device
@@ -72,7 +72,7 @@ class Recorded:
         self._number = 0
 
     def in_api_server(self) -> None:
-        """Follow a streamed answer to its end, and time the two stages before it."""
+        """Time the two stages before a streamed answer, and record the answer's outcome."""
         metrics.count_cache_query("frames", is_hit=False)
         for stage in ("decode", "preprocess"):
             with metrics.CLOCK.stage(stage):
@@ -89,11 +89,11 @@ class Recorded:
         asyncio.run(_read(response.body_iterator))
 
     def nothing_in_api_server(self) -> None:
-        """Read the same answer."""
+        """Read the same answer without records."""
         asyncio.run(_read(_stream()))
 
     def in_worker(self) -> None:
-        """Time the tower's and the compression's stage, and record what was found."""
+        """Time the stages of tower and compression, and record cache queries and threshold."""
         self._number += 1
         self._features.put(self._number, torch.zeros(8))
         metrics.count_cache_query("features", is_hit=False)
@@ -103,13 +103,13 @@ class Recorded:
             with metrics.CLOCK.stage(stage, self._device):
                 pass
         if self._device.type == "cuda":
-            found = torch.where(self._flags == 0, self._threshold, float("nan"))
-            metrics.THRESHOLDS.read(found)
+            threshold = torch.where(self._flags == 0, self._threshold, float("nan"))
+            metrics.THRESHOLDS.read(threshold)
         else:
             metrics.record_threshold(0.8)
 
     def nothing_in_worker(self) -> None:
-        """Keep a video's features all the same."""
+        """Cache a video's features without records."""
         self._number += 1
         self._features.put(self._number, torch.zeros(8))
 
@@ -120,7 +120,7 @@ async def _read(events: Any) -> None:
 
 
 def seconds_of(work: Callable[[], None], repeats: int) -> list[float]:
-    """Return how long each of so many calls takes, after some that are not counted."""
+    """Return the seconds of each call, after warm-up calls."""
     times = []
     for number in range(repeats + repeats // 10):
         start = time.perf_counter()
@@ -136,7 +136,7 @@ class _Nowhere(SpanExporter):
 
 
 def measure_cost(repeats: int) -> dict[str, list[float]]:
-    """Return seconds of each call, by what it does."""
+    """Return the seconds of each call, by what it records."""
     provider = TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(_Nowhere()))
     trace.set_tracer_provider(provider)
@@ -152,7 +152,7 @@ def measure_cost(repeats: int) -> dict[str, list[float]]:
 
 
 def measure_chats(base_url: str, repeats: int) -> list[float]:
-    """Return seconds of each of so many chats, one after the other."""
+    """Return the seconds of each of ``repeats`` chats, one after the other."""
     client = OpenAI(base_url=f"{base_url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "unused"))
     model = client.models.list().data[0].id
     video = base64.b64encode(CLIP.read_bytes()).decode()
@@ -183,7 +183,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for all times")
     args = parser.parse_args()
     times = measure_cost(args.repeats)
-    median = {name: statistics.median(each) for name, each in times.items()}
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
     for name, seconds in median.items():
         print(f"{name:30} {seconds * 1e6:8.0f} us")
     nothing = median["API server, nothing recorded"] + median["worker, nothing recorded"]
@@ -204,7 +204,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        # prometheus_client chooses files or memory when it is imported: begin anew with the folder.
+        # prometheus_client chooses files or memory at its import, so the process starts again.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-cost-")
         os.execv(sys.executable, [sys.executable, "-m", "bench.metrics_cost", *sys.argv[1:]])
     sys.exit(main())

@@ -1,6 +1,6 @@
-"""What a Qwen-VL video processor takes of a CPU, as vLLM calls it and with frames left as they are.
+"""Prints the CPU time of a Qwen-VL video processor as vLLM calls it, and with frames as output.
 
-Run ``python -m bench.qwen_processor``. Both make uint8, which vLLM normalizes on the device.
+Run ``python -m bench.qwen_processor``. Both outputs are uint8, which vLLM normalizes on the device.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PROCESSORS = {
 
 
 class _Holder:
-    """A processor, of which the video processor alone is used."""
+    """Stands for a processor; only its video processor is used."""
 
     def __init__(self, video_processor: Any) -> None:
         self.video_processor = video_processor
 
 
 def milliseconds(video_processor: Any, video: np.ndarray) -> float:
-    """Return the least CPU time of some rounds, in this thread."""
+    """Return the least CPU time of several rounds, in this thread."""
     taken = []
     for _ in range(ROUNDS):
         begin = time.thread_time()

@@ -1,10 +1,10 @@
-"""Prints how long Qwen2.5-VL-7B's tower takes as vLLM runs it, and with aligned MLPs.
+"""Prints the time of Qwen2.5-VL-7B's tower with vLLM's MLPs and with aligned MLPs.
 
     python -m bench.qwen_tower [--repeats 20] [--json FILE]
 
 The tower has random weights on a GPU, in bfloat16, and encodes 32 frames of 756x420 pixels. Both
-take turns; times are those of CUDA events. Outside of a server vLLM runs its slower norms and
-activations, so the share that is gained differs there.
+take turns; times are those of CUDA events. Outside of a server vLLM runs slower norms and
+activations, so a server gains another share.
 """
 
 from __future__ import annotations

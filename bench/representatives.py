@@ -1,13 +1,12 @@
-"""Compares whose place a merged token could take, by what a language model then makes of it.
+"""Compares rules for the position of a merged token, by their effect on a language model.
 
     python -m bench.representatives [--clips N] [--models N] [--ratios R ...] [--json FILE]
 
-Made-up clips and questions go through Qwen2.5-VL's architecture, small and with random weights:
-with all tokens of the video, and with merged ones at the places that a rule says. The distance is
-that of the last layer's states of the question, relative to their norm. The merged tokens are the
-same by every rule and in the order of their places: what differs between two rules is the doing of
-place and order alone, and the last rule tells these apart. Means over clips and models, intervals
-of 95 % (bootstrap over clips, paired).
+Synthetic clips and questions pass a small Qwen2.5-VL with random weights, once with all tokens of
+the video and once with merged tokens at the positions of a rule. The distance is that of the last
+layer's states of the question, relative to their norm. All rules have the same merged tokens,
+ordered by position. So rules differ in position and order only, and the last rule separates these
+two. The results are means over clips and models with 95 % intervals (paired bootstrap over clips).
 """
 
 from __future__ import annotations
@@ -55,13 +54,13 @@ VISION: dict[str, Any] = {
     "fullatt_block_indexes": [1],
 }
 ATTENTION_SPREAD = 1.8
-"""Of queries' and keys' weights: with orthogonal ones all tokens are attended to alike."""
+"""Gain of queries' and keys' weights; without it attention is almost uniform."""
 NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Video:
-    """A clip as the tower sees it."""
+    """A clip's tokens and positions."""
 
     tokens: torch.Tensor
     """(T, P, D)."""
@@ -70,19 +69,19 @@ class Video:
 
 
 Rule = Callable[[Video, CompressedTokens], torch.Tensor]
-"""Returns the member whose place each row takes, (K,) int64."""
+"""Returns the member whose position each row takes, (K,) int64."""
 
 
 def nearest(video: Video, compressed: CompressedTokens) -> torch.Tensor:
-    """Return the member most like the row."""
+    """Return the member that is most similar to each row."""
     return representative_members(video.tokens, compressed)
 
 
 def by_score(score: Callable[[Video, torch.Tensor], torch.Tensor]) -> Rule:
-    """Return the rule that takes the member of highest score, of equals the first.
+    """Return the rule that takes the member with the highest score, the first of equals.
 
     Args:
-        score: a video and the numbers of a row's members, (n,), to a score of each.
+        score: returns the scores (n,) of a video's row, given the indices (n,) of its members.
     """
 
     def rule(video: Video, compressed: CompressedTokens) -> torch.Tensor:
@@ -97,19 +96,19 @@ def by_score(score: Callable[[Video, torch.Tensor], torch.Tensor]) -> Rule:
 
 
 def likeness_to_all(video: Video, members: torch.Tensor) -> torch.Tensor:
-    """Return the mean cosine of each member with all of them: the medoid has the highest."""
+    """Return the mean cosine of each member with all members; the medoid has the highest."""
     rows = normalize(video.tokens.flatten(0, 1)[members], dim=-1)
     return (rows @ rows.T).mean(1)
 
 
 def nearness_to_centre(video: Video, members: torch.Tensor) -> torch.Tensor:
-    """Return how near each member is to the mean place, in tokens and temporal patches."""
+    """Return how near each member is to the mean position, in tokens and temporal patches."""
     places = video.places[members].float()
     return -(places - places.mean(0)).square().sum(1)
 
 
 def chance(video: Video, members: torch.Tensor) -> torch.Tensor:
-    """Return numbers that have nothing to do with the members but follow from them."""
+    """Return pseudo-random scores that the members determine."""
     generator = torch.Generator().manual_seed(int(members.sum()))
     return torch.rand(len(members), generator=generator)
 
@@ -128,11 +127,11 @@ RULES: dict[str, Rule] = {
 ARRANGEMENTS = {rule: (rule, rule) for rule in RULES} | {
     "nearest, in first's order": ("nearest", "first")
 }
-"""By whose place a row is placed, and by whose it is put in order."""
+"""Rules for a row's position and for its order."""
 
 
 def build_model(seed: int) -> Any:
-    """Return a small Qwen2.5-VL whose weights tell patches and places apart."""
+    """Return a small Qwen2.5-VL whose weights distinguish patches and positions."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     config = Qwen2_5_VLConfig(
@@ -150,7 +149,7 @@ def build_model(seed: int) -> Any:
 
 
 def encode(model: Any, processor: Any, seed: int) -> tuple[Video, list[int]]:
-    """Return a made-up clip's tokens, and a question about it as bytes."""
+    """Return a synthetic clip's tokens, and a question about it as bytes."""
     scene = sample_scene(seed)
     frames = render([scene], "cpu")[0].permute(0, 3, 1, 2)
     inputs = processor([frames], return_tensors="pt", do_sample_frames=False)
@@ -165,13 +164,13 @@ def encode(model: Any, processor: Any, seed: int) -> tuple[Video, list[int]]:
 def hidden_states(
     model: Any, rows: torch.Tensor, places: torch.Tensor, end: int, question: list[int]
 ) -> torch.Tensor:
-    """Return the last layer's states of the question behind a video, (n, D).
+    """Return the last layer's states of the question after a video, (n, D).
 
     Args:
         model: of `build_model`.
         rows: (K, D) of the video.
-        places: (K, 3) of the rows, in order.
-        end: the first position behind the video, the same whatever is kept of it.
+        places: (K, 3), positions of the rows, in order.
+        end: first position after the uncompressed video.
         question: bytes.
     """
     text = model.get_input_embeddings()(torch.tensor(question))
@@ -183,7 +182,7 @@ def hidden_states(
 
 
 def distances(model: Any, video: Video, question: list[int], ratio: float) -> Iterator[float]:
-    """Yield for each arrangement how far the question's states are from the whole video's."""
+    """Yield for each arrangement the distance of the question's states to those of all tokens."""
     end = int(video.places.max()) + 1
     flat = video.tokens.flatten(0, 1)
     whole = hidden_states(model, flat, video.places, end, question)
@@ -197,7 +196,7 @@ def distances(model: Any, video: Video, question: list[int], ratio: float) -> It
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Return the interval of 95 % of a mean over clips."""
+    """Return the 95 % interval of a mean over clips."""
     rng = np.random.default_rng(0)
     chosen = rng.integers(0, len(differences), (NUM_RESAMPLES, len(differences)))
     low, high = np.quantile(differences[chosen].mean(1), [0.025, 0.975])
@@ -216,20 +215,20 @@ def main() -> None:
     from transformers import Qwen2VLVideoProcessor
 
     processor = Qwen2VLVideoProcessor()
-    found = np.zeros((len(args.ratios), args.clips, len(ARRANGEMENTS)))
+    sums = np.zeros((len(args.ratios), args.clips, len(ARRANGEMENTS)))
     work = tqdm(total=args.models * args.clips, unit="clip", disable=None)
     for seed in range(args.models):
         model = build_model(seed)
         for clip in range(args.clips):
             video, question = encode(model, processor, clip)
             for number, ratio in enumerate(args.ratios):
-                found[number, clip] += list(distances(model, video, question, ratio))
+                sums[number, clip] += list(distances(model, video, question, ratio))
             work.update()
-    found /= args.models
+    sums /= args.models
     work.close()
     rows = []
     print("ratio  rule                       distance   more than nearest (95 %)")
-    for ratio, of_clips in zip(args.ratios, found, strict=True):
+    for ratio, of_clips in zip(args.ratios, sums, strict=True):
         for index, rule in enumerate(ARRANGEMENTS):
             more = of_clips[:, index] - of_clips[:, 0]
             low, high = interval(more)

@@ -1,10 +1,11 @@
-"""Serves a model in several ways in turn, loads each alike, and prints one table.
+"""Runs several servers of a model in turn under the same load, and prints one table.
 
     python -m bench.serving PLAN.toml MODEL [--output FILE] [--only LABEL ...] [--videos FOLDER]
 
-A plan names servers and what is measured of each; see ``bench/serving-7b.toml``. The first is what
-the others are compared with. Each is started, swept by ``scissor-vllm bench``, and stopped with all
-of its processes. Cells that the result file has are left: after an abort, the same command goes on.
+A plan names servers and the sweeps of each, see ``bench/serving-7b.toml``. The first server is the
+baseline. Each server is started, measured by ``scissor-vllm bench``, and stopped with all of its
+processes. Cells in the result file are not measured again, so the same command resumes an aborted
+run.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _stock_command() -> list[str]:
-    """Return vLLM's own command; the model follows.
+    """Return vLLM's own serve command; the model follows.
 
-    Its CPU build has another distribution's name than the command asks for, and only a server.
+    The command ``vllm`` looks up a distribution name that the CPU build does not have, so that
+    build starts its server module.
     """
     try:
         version("vllm")
@@ -44,7 +46,7 @@ COMMANDS = {
     "scissor-vllm": [sys.executable, "-m", "scissor_vllm.cli", "serve"],
 }
 ENVIRONMENT = {
-    # An installed plugin is loaded by every vLLM that names none.
+    # Without VLLM_PLUGINS, vLLM loads every installed plugin.
     "vllm": {"VLLM_PLUGINS": ""},
     "scissor-vllm": {},
 }
@@ -63,16 +65,16 @@ class Sweep:
     retention_ratios: list[str]
     concurrencies: list[str]
     camera: str | None = None
-    """``--camera`` of made clips, whose results then have a file of their own."""
+    """``--camera`` of generated clips, whose results have a separate file."""
 
     def output(self, path: Path) -> Path:
-        """Return the file of its results, given the plan's."""
+        """Return the sweep's result file, given the plan's."""
         return path if self.camera is None else path.with_stem(f"{path.stem}-{self.camera}")
 
 
 @dataclass(frozen=True)
 class Server:
-    """One way to serve the model, and what is measured of it."""
+    """A server of the model, and its sweeps."""
 
     label: str
     command: list[str]
@@ -82,7 +84,7 @@ class Server:
 
 
 def read_plan(path: Path) -> tuple[list[Server], list[str]]:
-    """Return the servers of a plan, and options of all sweeps.
+    """Return the servers of a plan, and the options of all sweeps.
 
     Raises:
         PlanError: the file is no plan; the message names the entry.
@@ -135,10 +137,10 @@ def _texts(values: Sequence[object]) -> list[str]:
 
 @contextmanager
 def serving(server: Server, model: str, port: int, log: Path, timeout: float) -> Iterator[str]:
-    """Yield the base URL of a running server; at the end none of its processes is left.
+    """Yield the base URL of a running server, and stop all of its processes at the end.
 
     Raises:
-        RuntimeError: it ended, or did not answer in time; the message ends with its log.
+        RuntimeError: the server ended or did not answer in time; the message ends with its log.
     """
     command = [*server.command, model, *server.options, "--served-model-name", SERVED_NAME]
     print(f"\n{server.label}: {shlex.join(command)}", flush=True)
@@ -156,7 +158,7 @@ def serving(server: Server, model: str, port: int, log: Path, timeout: float) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; 1 if a server could not be measured."""
+    """Measure; return 1 if a server could not be measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("plan", type=Path)
     parser.add_argument("model", help="a name or a folder")

@@ -1,10 +1,10 @@
-"""What the plugin adds in the API server to chats that ask nothing of it, beside a real chat.
+"""Prints what the plugin adds to a chat without our fields, and the time of a real chat.
 
-Run ``python -m bench.stock_cost``. It times what differs from vLLM on the way of a text chat and of
-an image chat (the request's class, its parameters, the route, the processor's entry), each beside
-vLLM's own in alternation, and then the same chats on a server of the demo model. A model of 7B
-takes longer, so its share is smaller. The answer of 2.3 MB with log probabilities is timed at the
-route: it passes as it is.
+Run ``python -m bench.stock_cost``. It times the parts of the API server that differ from vLLM for a
+text chat and an image chat: request class, parameters, route and the processor's entry. Each part
+alternates with vLLM's. Then a server of the demo model answers the same chats. A 7B model takes
+longer, so the plugin's share is smaller. The route is also timed with an answer of 2.3 MB with log
+probabilities, which passes unchanged.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def image_messages() -> list[dict[str, Any]]:
 
 
 def added_microseconds(ours: Callable[[], Any], stock: Callable[[], Any]) -> float:
-    """Return how much longer ours takes, by the fastest of batches in alternation."""
+    """Return the difference between ours and stock, by the fastest of alternating batches."""
     taken: dict[Callable[[], Any], list[float]] = {ours: [], stock: []}
     for _ in range(BATCHES):
         for call, times in taken.items():
@@ -66,7 +66,7 @@ def added_microseconds(ours: Callable[[], Any], stock: Callable[[], Any]) -> flo
 
 
 def request_cost(messages: list[dict[str, Any]]) -> float:
-    """Return what our request class adds: its validation and its parameters for the renderer."""
+    """Return what our request class adds: validation and parameters for the renderer."""
     body = {"model": "demo", "messages": messages, "max_tokens": 16, "temperature": 0}
 
     def make(kind: Any) -> Callable[[], Any]:
@@ -76,7 +76,7 @@ def request_cost(messages: list[dict[str, Any]]) -> float:
 
 
 def route_cost(messages: list[dict[str, Any]], answer: JSONResponse) -> float:
-    """Return what our route adds around vLLM's, which answers at once here."""
+    """Return what our route adds to vLLM's, which here answers at once."""
 
     async def create(request: Any, raw_request: Any) -> JSONResponse:
         return answer

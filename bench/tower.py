@@ -1,12 +1,11 @@
-"""Prints how long SigLIP's encoder takes as vLLM runs it, with fewer passes over memory, and with
-patches left out.
+"""Prints the time of SigLIP's encoder: vLLM's, fused, and with merged patches.
 
     python -m bench.tower [--frames 32] [--computed-shares 0.5] [--repeats 20] [--json FILE]
 
 LLaVA-OneVision-7B's tower (SigLIP so400m, 384 pixels) with random weights on a GPU, in bfloat16.
-All take turns, so that a clock that changes is the same for all; times are those of CUDA events.
-Errors are relative to the same weights in float32; where patches are left out, to the same patches
-left out. Which are is drawn: time depends on their number alone.
+All cases take turns, so a changing clock affects all of them. Times are those of CUDA events.
+Errors are relative to the same weights in float32, with the same merged patches. Merged patches are
+drawn at random, because time depends on their number only.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SO400M = SiglipVisionConfig(
 
 
 def make_siglip(config: Any) -> Any:
-    """Return vLLM's SigLIP tower, without what pools an image to one vector."""
+    """Return vLLM's SigLIP tower without its pooling head."""
     from vllm.model_executor.models.siglip import SiglipVisionModel
 
     return SiglipVisionModel(config, use_head=False)
@@ -50,7 +49,7 @@ def make_tower(
     seed: int = 0,
     make: Callable[[Any], Any] = make_siglip,
 ) -> Any:
-    """Return vLLM's tower with matrices of deviation 0.02, as ``model_shapes/weights.py`` does."""
+    """Return vLLM's tower with random matrices of standard deviation 0.02, see ``model_shapes``."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         ensure_model_parallel_initialized,
@@ -81,9 +80,9 @@ def make_tower(
 
 
 def draw_anchors(num_frames: int, num_places: int, share: float, seed: int = 0) -> torch.Tensor:
-    """Return anchors, int64 (T, P), of which about a share of all patches is computed.
+    """Return anchors, int64 (T, P), with which the tower computes about ``share`` of all patches.
 
-    Groups are as long as the share needs.
+    Low shares use longer groups of frames.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(num_frames, num_places, generator=generator)
@@ -105,7 +104,7 @@ def draw_anchors(num_frames: int, num_places: int, share: float, seed: int = 0) 
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """Return how long a run took on the GPU."""
+    """Return the milliseconds of a run on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()

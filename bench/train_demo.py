@@ -1,12 +1,11 @@
-"""Trains the demo model from random weights on made-up clips and writes it with its record.
+"""Trains the demo model from random weights on synthetic clips, and writes it with its record.
 
     python -m bench.train_demo --output DIR [--seed 0] [--minutes-limit M]
         [--steps N] [--batch-size B] [--checkpoint DIR]
 
-Runs on one GPU, or slowly on the CPU. Clips are sampled by worker processes and painted on the
-device. Checkpoints go to DIR while it runs, so that an abort leaves one. The learning rate follows
-the steps, or the time where M minutes are the nearer end: a slow machine gets a short training, not
-an unfinished one.
+It runs on one GPU, or slowly on the CPU. Worker processes sample clips, and the device paints them.
+Checkpoints are written to DIR during training. The learning rate follows the steps, or the time if
+M minutes end first: a slow machine completes a shorter training.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ METHODS = ("scc", "uniform")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How it is trained."""
+    """Settings of the training."""
 
     seed: int = 0
     steps: int = 8800
@@ -76,25 +75,26 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.98)
     max_gradient_norm: float = 1.0
     row_length: int = 324
-    """Tokens of questions about a clip. With the clip's, always 4 more than a multiple of 8, they
-    make one: masked attention reads no other length as it lies."""
+    """Tokens of questions about a clip. With the clip's tokens, 4 more than a multiple of 8, they
+    are a multiple of 8, which masked attention needs to avoid a copy."""
     reading_weight: float = 1.0
-    """Of the loss of naming what each token shows; it shrinks to nothing."""
+    """Initial weight of the loss of naming what each token shows; it falls to 0."""
     where_weight: float = 0.3
-    """Of the loss of saying where each token lies; likewise."""
+    """Initial weight of the loss of locating each token; it falls to 0."""
     length_weight: float = 0.1
-    """Of the loss that keeps a video's tokens as long as words."""
+    """Weight of the loss that keeps the norm of a video's tokens near that of words."""
     place_weight: float = 0.1
-    """Of tokens that show but a place, in the loss of naming: most do."""
+    """Weight of tokens that show only background in the loss of naming; most tokens do."""
     seconds_for_the_end: float = 45.0
-    """Kept of the limit for the last validation."""
+    """Part of the limit that is reserved for the last validation."""
     free_time: float = 0.1
-    """Share of the time after which it counts: a start is slow, and steps alone are repeatable."""
+    """Share of the time limit after which time counts. Before it only steps count, because the
+    start is slow and steps are repeatable."""
 
 
 @dataclass
 class Progress:
-    """What training has seen so far."""
+    """Counts of the training so far."""
 
     step: int = 0
     num_clips: int = 0
@@ -120,12 +120,12 @@ class Trainer:
         """Build the model.
 
         Args:
-            recipe: how to train it.
-            size: its widths and depths.
-            device: where to train it.
-            start: by the monotonic clock, from which the recipe's limit counts.
-            compiled_num_frames: of PackedModel.
-            checkpoint: to begin with, of the same size; by default with random weights.
+            recipe: settings of the training.
+            size: the model's widths and depths.
+            device: device of the training.
+            start: begin of the recipe's time limit, by the monotonic clock.
+            compiled_num_frames: see PackedModel.
+            checkpoint: initial weights of the same size; random weights by default.
         """
         self.recipe, self.size, self.device, self.start = recipe, size, device, start
         self.tokenizer = build_tokenizer(VOCABULARY)
@@ -165,14 +165,14 @@ class Trainer:
         ]
 
     def done(self) -> float:
-        """Return the part of the training that is done, by steps or by time, 0 to 1."""
+        """Return the completed fraction of the training, by steps or by time."""
         limit = self.recipe.minutes_limit * 60 - self.recipe.seconds_for_the_end
         free = self.recipe.free_time
         time_spent = ((time.monotonic() - self.start) / max(limit, 1e-3) - free) / (1 - free)
         return min(1.0, max(self.progress.step / self.recipe.steps, time_spent))
 
     def learning_rate(self, done: float) -> float:
-        """Return the rate: a straight rise, level for half of the training, a half cosine down."""
+        """Return the learning rate: linear warm-up, constant until half of the training, cosine."""
         recipe = self.recipe
         falling = max(0.0, 2 * done - 1)
         warm = min(1.0, (self.progress.step + 1) / recipe.num_warmup_steps)
@@ -180,7 +180,7 @@ class Trainer:
         return warm * (recipe.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * falling)))
 
     def train_step(self, batch: Batch) -> None:
-        """Learn from one batch."""
+        """Do one optimizer step."""
         self.model.train()
         done = self.done()
         for group in self.optimizer.param_groups:
@@ -206,18 +206,18 @@ class Trainer:
         flat = tokens.flatten(0, 2)
         reading_loss = self.reader(flat, classes.flatten(), words, self.recipe.place_weight)
         where_loss = self.place_reader(tokens)
-        each = F.cross_entropy(
+        token_losses = F.cross_entropy(
             logits.flatten(0, 1),
             questions.labels.flatten(),
             ignore_index=IGNORED,
             reduction="none",
         )
-        losses = self._losses_of_skills(each, questions)
+        losses = self._losses_of_skills(token_losses, questions)
         self._loss_sums[:, :-2] += losses.detach()
         reading = reading_loss.detach()
         self._loss_sums[0, -2:] += torch.stack([reading, where_loss.detach()])
         self._loss_sums[1, -2:] += 1
-        # Some skills are asked about ten times as often as others: the root evens that out a bit.
+        # Some skills have ten times the questions of others: the root reduces the imbalance.
         shares = losses[1].sqrt()
         answer_loss = (losses[0] / losses[1].clamp(min=1) * shares).sum() / shares.sum()
         return (
@@ -228,17 +228,17 @@ class Trainer:
         )
 
     @staticmethod
-    def _losses_of_skills(each: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
+    def _losses_of_skills(losses: torch.Tensor, questions: PackedQuestions) -> torch.Tensor:
         """Return the sum of the tokens' losses and their number, (2, skills + 1)."""
         skills = questions.skills.flatten()
         is_answer = (questions.labels.flatten() != IGNORED).float()
-        sums = torch.zeros(2, EXERCISE + 1, device=each.device)
-        return sums.index_add(1, skills, torch.stack([each, is_answer]))
+        sums = torch.zeros(2, EXERCISE + 1, device=losses.device)
+        return sums.index_add(1, skills, torch.stack([losses, is_answer]))
 
     def take_losses(self) -> dict[str, float]:
         """Return the mean losses since the last call: of skills, lessons and all answers.
 
-        Read together and seldom: the device would have to be waited for at each step.
+        Losses are read rarely and together, because each read synchronizes with the device.
         """
         sums, counts = self._loss_sums.tolist()
         self._loss_sums.zero_()
@@ -253,12 +253,14 @@ class Trainer:
 
 
 def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return scores as JSON takes them."""
-    return {way: {skill: asdict(s) for skill, s in each.items()} for way, each in scores.items()}
+    """Return scores as plain dictionaries for JSON."""
+    return {
+        way: {skill: asdict(s) for skill, s in by_skill.items()} for way, by_skill in scores.items()
+    }
 
 
 class Run:
-    """One training: the loop, what it prints and what it writes."""
+    """One training: its loop, its output and its files."""
 
     def __init__(self, args: argparse.Namespace, trainer: Trainer) -> None:
         """Make the validation clips."""
@@ -277,7 +279,7 @@ class Run:
         return make_batches(self.tokenizer, seeds, size, num_frames=self.args.num_frames)
 
     def train(self, batches: Iterator[Batch], curriculum: Curriculum) -> None:
-        """Train to the last step or the end of time."""
+        """Train to the last step or to the time limit."""
         trainer, args = self.trainer, self.args
         begin = time.monotonic()
         for batch in batches:
@@ -297,22 +299,22 @@ class Run:
         trainer.progress.training_seconds = time.monotonic() - begin
 
     def finish(self) -> None:
-        """Write the last checkpoint, judge it as it is on disk, write the record and the card."""
+        """Write the last checkpoint, validate it from disk, write the record and the card."""
         self._save()
         trainer, device = self.trainer, self.trainer.device
         saved = PackedModel(load(self.args.output), trainer.encoder.prefix).to(device)
         del trainer.optimizer
-        few = self._final_batches(self.args.compressed_clips)
+        batches = self._final_batches(self.args.compressed_clips)
         ways = validation.compressors(METHODS, RATIOS)
         final = validation.accuracy(saved, self._final_batches(self.args.final_clips), device)
         print(f"saved model: {_line(final['whole'])}", flush=True)
-        compressed = validation.accuracy(saved, few, device, ways)
+        compressed = validation.accuracy(saved, batches, device, ways)
         for name, scores in compressed.items():
             print(f"  {name:14} {_line(scores)}", flush=True)
         self.final = {
             "final_validation": plain(final),
             "compressed_validation": plain(compressed),
-            "similarity": validation.similarity(saved, few[:4], device),
+            "similarity": validation.similarity(saved, batches[:4], device),
             "num_validation_clips": self.args.final_clips * len(SKILLS),
             "num_compressed_clips": self.args.compressed_clips * len(SKILLS),
         }
@@ -423,9 +425,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     args = parse(argv)
     torch.set_float32_matmul_precision("high")
-    # A layer that does not compile on some machine is worth a slower step, not the training.
+    # If a layer does not compile, training is slower, but it goes on.
     torch._dynamo.config.suppress_errors = True
-    # It plans anew for every shape, and validation brings many.
+    # cuDNN's attention makes a plan for every shape, and validation has many.
     torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     device = torch.device(args.device)
@@ -445,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     backend = build_tokenizer(VOCABULARY).backend_tokenizer
     loader = batch_loader(BatchMaker(backend, recipe.row_length), curriculum, args.num_workers)
-    # The workers are forked here, before there is a CUDA context they could not share.
+    # Workers are forked here, because a forked process cannot use an existing CUDA context.
     batches = iter(loader)
     compiled = args.num_frames if args.compile else None
     trainer = Trainer(

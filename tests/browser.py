@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its own protocol, for tests of pages."""
+"""A headless Chromium for tests of pages, driven by the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SECONDS = 60
 
 def find_browser() -> str:
     """Return the path of a Chromium; skip the test where there is none."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    browser = next(filter(None, map(shutil.which, NAMES)), None)
+    if browser is None:
         pytest.skip(f"needs a browser, none of {', '.join(NAMES)} is installed (Debian: chromium)")
-    return found
+    return browser
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Page:
     connection: ClientConnection
     session: str
     complaints: list[str] = field(default_factory=list)
-    """What the browser wrote to its console: errors, and what a page's policy refused."""
+    """Console messages of the browser: errors, and violations of the page's policy."""
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(10))
 
     def command(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Page:
         self.wait("document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
-        """Return what an expression is worth, promises awaited."""
+        """Return the value of an expression; promises are awaited."""
         answer = self.command(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -59,7 +59,7 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Return when an expression is true."""
+        """Wait until an expression is true."""
         deadline = time.monotonic() + SECONDS
         while not self.evaluate(condition):
             if time.monotonic() > deadline:
@@ -68,15 +68,15 @@ class Page:
             time.sleep(0.05)
 
     def text(self, selector: str) -> str:
-        """Return an element's text as it is seen."""
+        """Return an element's visible text."""
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     def focus(self, selector: str) -> None:
-        """Put the keyboard's focus on an element."""
+        """Focus an element."""
         self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
 
     def press(self, key: str) -> None:
-        """Press a key that has a name."""
+        """Press a named key."""
         codes = {"Tab": 9, "Enter": 13, "Escape": 27, "PageDown": 34, "End": 35, "Home": 36}
         codes.update({"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40})
         for kind in ("keyDown", "keyUp"):
@@ -91,7 +91,7 @@ class Page:
             )
 
     def type(self, text: str) -> None:
-        """Type into what has the focus."""
+        """Type into the focused element."""
         self.command("Input.insertText", text=text)
 
     def choose_file(self, selector: str, path: Path) -> None:
@@ -101,7 +101,7 @@ class Page:
         self.command("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
     def set_width(self, width: int, height: int = 800) -> None:
-        """Show the page as on a screen of this size in pixels."""
+        """Set the size of the screen in pixels."""
         self.command(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -111,7 +111,7 @@ class Page:
         )
 
     def prefer(self, color_scheme: str) -> None:
-        """Prefer "light" or "dark" pages."""
+        """Set the preferred color scheme, "light" or "dark"."""
         feature = {"name": "prefers-color-scheme", "value": color_scheme}
         self.command("Emulation.setEmulatedMedia", features=[feature])
 
@@ -123,7 +123,7 @@ class Page:
 
 @contextmanager
 def open_page(folder: Path, *, width: int = 1200, height: int = 900) -> Iterator[Page]:
-    """Yield a page of a browser of its own, which keeps its profile in a folder."""
+    """Yield a page of a new browser with its profile in a folder."""
     flags = [
         "--headless=new",
         "--remote-debugging-port=0",
@@ -146,7 +146,9 @@ def open_page(folder: Path, *, width: int = 1200, height: int = 900) -> Iterator
         with connect(f"ws://127.0.0.1:{port}{path}", max_size=None) as connection:
             page = Page(connection, "")
             pages = page.command("Target.getTargets")["targetInfos"]
-            target = next(each["targetId"] for each in pages if each["type"] == "page")
+            target = next(
+                candidate["targetId"] for candidate in pages if candidate["type"] == "page"
+            )
             attached = page.command("Target.attachToTarget", targetId=target, flatten=True)
             page.session = attached["sessionId"]
             for domain in ("Page", "Runtime", "Log", "DOM"):
@@ -158,7 +160,7 @@ def open_page(folder: Path, *, width: int = 1200, height: int = 900) -> Iterator
 
 
 def _address(file: Path, process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """Return port and path that a browser wrote when it was ready."""
+    """Return the port and the path that a browser writes when it is ready."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         lines = file.read_text().split("\n") if file.exists() else []

@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry traces over HTTP that keeps what it gets."""
+"""A collector of OpenTelemetry traces over HTTP that stores their spans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAIT_SECONDS = 60
 
 @dataclass(frozen=True)
 class TraceSpan:
-    """A span as the collector got it."""
+    """A received span."""
 
     name: str
     trace: str
@@ -29,13 +29,13 @@ class TraceSpan:
 
 @dataclass
 class Collector:
-    """An OTLP collector over HTTP that keeps spans."""
+    """An OTLP collector over HTTP that stores spans."""
 
     url: str = ""
     spans: list[TraceSpan] = field(default_factory=list)
 
     def take(self, body: bytes) -> None:
-        """Keep the spans of an export."""
+        """Store the spans of an export."""
         request = ExportTraceServiceRequest.FromString(body)
         for resource in request.resource_spans:
             for scope in resource.scope_spans:
@@ -46,8 +46,10 @@ class Collector:
                         id=span.span_id.hex(),
                         parent=span.parent_span_id.hex(),
                         attributes={
-                            each.key: getattr(each.value, str(each.value.WhichOneof("value")))
-                            for each in span.attributes
+                            attribute.key: getattr(
+                                attribute.value, str(attribute.value.WhichOneof("value"))
+                            )
+                            for attribute in span.attributes
                         },
                         seconds=(span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
                     )
@@ -55,20 +57,20 @@ class Collector:
                 ]
 
     def of_trace(self, trace: str, num_spans: int) -> dict[str, TraceSpan]:
-        """Return a trace's spans by name, once there are so many."""
+        """Return a trace's spans by name; wait until there are as many as given."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
-            found = [span for span in self.spans if span.trace == trace]
-            if len(found) >= num_spans:
+            spans = [span for span in self.spans if span.trace == trace]
+            if len(spans) >= num_spans:
                 break
             time.sleep(0.2)
-        assert len(found) == num_spans, found
-        return {span.name: span for span in found}
+        assert len(spans) == num_spans, spans
+        return {span.name: span for span in spans}
 
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """Yield a collector that listens."""
+    """Yield a running collector."""
     kept = Collector()
 
     class Handler(BaseHTTPRequestHandler):

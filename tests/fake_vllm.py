@@ -42,25 +42,25 @@ scissor_vllm:video_stage_seconds_sum{{stage="tower"}} {half}
 
 @dataclass
 class FakeServer:
-    """What the server was asked, and how it is to answer."""
+    """The requests that the server received, and how it answers."""
 
     base_url: str = ""
     compresses: bool = True
-    """Whether it is ours: it knows ratios, and its /metrics has our stages."""
+    """Whether it has the plugin: it accepts ratios, and its /metrics has our stages."""
     has_metrics: bool = True
     token_seconds: float = 0.0
-    """Before each token."""
+    """Seconds before each token."""
     metrics_seconds: float = 0.0
-    """From an answer to its place in /metrics."""
+    """Seconds from an answer until /metrics counts it."""
     refuse: Callable[[dict[str, Any]], str | None] = lambda body: None
-    """The reason of a 400 to this body, None to answer it."""
+    """Returns the reason of a 400 for this body, None to answer it."""
     break_off: Callable[[dict[str, Any]], bool] = lambda body: False
-    """Whether the answer to this body ends in an error after its first token."""
+    """Returns whether the answer to this body ends in an error after its first token."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     answer: Callable[[dict[str, Any]], str] = lambda body: "a"
-    """The text of an answer that is not streamed."""
+    """Returns the text of an answer that is not streamed."""
     keep: Callable[[float], int] = lambda ratio: int(NUM_VIDEO_TOKENS * ratio)
-    """How many of the video tokens are kept at a ratio."""
+    """Returns the number of video tokens kept at a ratio."""
     num_answered: int = 0
     most_in_flight: int = 0
     _in_flight: int = 0
@@ -68,7 +68,7 @@ class FakeServer:
 
     @property
     def ratios(self) -> list[float | None]:
-        """What the requests asked for."""
+        """The ratios of the requests."""
         return [body.get("retention_ratio") for body in self.bodies]
 
     @property
@@ -78,7 +78,7 @@ class FakeServer:
 
     @contextmanager
     def taking(self, body: dict[str, Any]) -> Iterator[None]:
-        """Keep a request and count those that are taken at once."""
+        """Store a request, and count the requests in flight."""
         with self._lock:
             self.bodies.append(body)
             self._in_flight += 1
@@ -95,7 +95,7 @@ class FakeServer:
             self.num_answered += 1
 
     def metrics(self) -> str:
-        """Return the /metrics."""
+        """Return the text of /metrics."""
         text = METRICS + (STAGES if self.compresses else "")
         return text.format(count=self.num_answered, half=self.num_answered / 2)
 
@@ -119,9 +119,9 @@ class FakeServer:
 
     def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
         ratio = body.get("retention_ratio") or 1.0
-        kept, made = self.keep(ratio), body["max_completion_tokens"]
-        counts = {"prompt_tokens": 20 + kept, "completion_tokens": made}
-        usage: dict[str, Any] = {"usage": {**counts, "total_tokens": 20 + kept + made}}
+        kept, num_output_tokens = self.keep(ratio), body["max_completion_tokens"]
+        counts = {"prompt_tokens": 20 + kept, "completion_tokens": num_output_tokens}
+        usage: dict[str, Any] = {"usage": {**counts, "total_tokens": 20 + kept + num_output_tokens}}
         if self.compresses:
             usage["video_compression"] = {
                 "retention_ratio": ratio,

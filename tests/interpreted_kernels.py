@@ -1,11 +1,11 @@
 """Laws of the CUDA kernels, run by Triton's interpreter on the CPU with tiny inputs.
 
-A process has Triton's interpreter from its start or not, so ``test_interpreted_kernels.py`` runs
-this file in a process of its own:
+Triton chooses its interpreter when it is imported, so ``test_interpreted_kernels.py`` runs this
+file in a separate process:
 
     TRITON_INTERPRET=1 python -m tests.interpreted_kernels [LAW ...]
 
-It prints a line of JSON for each law: its name, and the error or null.
+It prints a line of JSON for each law, with its name and the error or null.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_tokens(
 
 
 def near_still(seed: int) -> torch.Tensor:
-    """Return a bfloat16 clip whose frames differ by single bits: its counts are not monotone."""
+    """Return a bfloat16 clip whose frames differ by single bits, so counts are not monotone."""
     generator = torch.Generator().manual_seed(seed)
     num_frames, per_frame = (int(torch.randint(2, 5, (), generator=generator)) for _ in range(2))
     scene = torch.randn(1, per_frame, 4, generator=generator)
@@ -64,14 +64,14 @@ def near_still(seed: int) -> torch.Tensor:
 
 
 class Kernels:
-    """The device's path on the CPU, by the interpreter."""
+    """The device's kernels on the CPU, by the interpreter."""
 
     def __init__(self) -> None:
         from scissor_vllm.compression import cuda
         from scissor_vllm.compression.cuda import kernels, linkage, video, workspace
 
         _patch_triton_once()
-        # Small tiles, so that few tokens take several of each.
+        # Small tiles, so that few tokens need several tiles.
         linkage._TILE, linkage._DEPTH = 16, 32
         linkage._CHUNK, linkage._TILE_ELEMENTS, linkage._MIN_LANES = 8, 64, 16
         workspace.LANES = (8, 16, 64, 128, 1024, 4096)
@@ -81,16 +81,16 @@ class Kernels:
         self.launched: set[str] = set()
         self.all: set[str] = set()
         for module in pkgutil.iter_modules(kernels.__path__):
-            found = import_module(f"{kernels.__name__}.{module.name}")
-            for name, kernel in vars(found).items():
+            loaded_module = import_module(f"{kernels.__name__}.{module.name}")
+            for name, kernel in vars(loaded_module).items():
                 if name.endswith("_kernel"):
                     self.all.add(name)
-                    setattr(found, name, _Recorded(name, kernel, self.launched))
+                    setattr(loaded_module, name, _Recorded(name, kernel, self.launched))
 
     def loaded(
         self, tokens: torch.Tensor, num_retained: int, window: int | None = None, **options: Any
     ) -> tuple[Any, Any]:
-        """Return a video and its search, which was started."""
+        """Return a video and its started search."""
         from scissor_vllm.compression.cuda.search import Search
         from scissor_vllm.compression.cuda.video import Video
 
@@ -119,10 +119,10 @@ class Kernels:
 
 
 def _patch_triton_once() -> None:
-    """Have Triton's interpreter replace its language once, not at each call of a function.
+    """Make Triton's interpreter patch its language once, and not at each call of a function.
 
-    That takes more time than all that the kernels do. Without this internal of Triton's the laws
-    hold as well, and take longer.
+    The patch takes more time than the kernels. This uses an internal function of Triton. Without it
+    the laws hold too, but take longer.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -134,7 +134,7 @@ def _patch_triton_once() -> None:
     patched: set[int] = set()
 
     def patch_once(function: Any) -> Any:
-        # It replaces what it finds in the modules that the function sees.
+        # The interpreter patches the modules that the function uses.
         seen = {
             id(module)
             for module in modules
@@ -149,7 +149,7 @@ def _patch_triton_once() -> None:
 
 
 class _Recorded:
-    """A kernel that remembers that it was launched."""
+    """A kernel that records its launches."""
 
     def __init__(self, name: str, kernel: Any, launched: set[str]) -> None:
         self._name, self._kernel, self._launched = name, kernel, launched
@@ -270,7 +270,7 @@ def and_so_does_one_with_windows() -> None:
 
 
 def check_saved(name: str) -> None:
-    """Check a clip on which one row of K was zeros once."""
+    """Check a clip for which a search once left a row of zeros."""
     saved = np.load(DATA / f"fewer-than-k-{name}.npz")
     tokens = torch.from_numpy(saved["tokens"])
     if name == "windows":
@@ -313,7 +313,7 @@ def where_parts_are_missing_rows_are_tokens_and_the_outcome_says_so() -> None:
         tokens = make_tokens(5, 0.3, (2, 5), dtype)
         video, _ = KERNELS.loaded(tokens, 4)
         workspace = video.passes.workspace
-        # What no search may leave: 4 parts where 6 are asked for.
+        # A search must not leave 4 parts if K is 6.
         workspace.shape[layout.RETAINED] = 6
         workspace.outcome.zero_()
         parts.summary_kernel[1,](
@@ -347,7 +347,7 @@ def budgets_of_many_kinds_give_what_the_cpu_gives() -> None:
         for kept in budgets:
             check_budget(tokens, kept)
         if len(tokens.flatten(0, 1).unique(dim=0)) == tokens[..., 0].numel():
-            # Equal pairs of unlike windows differ in last bits.
+            # Equal pairs of different windows differ in the last bits.
             check_budget(tokens, budgets[-1], window=2)
             check_budget(tokens, max(budgets[-1], len(tokens)), window=1)
 
@@ -358,7 +358,7 @@ def average_linkage_joins_what_the_cpu_joins_to_the_last_bit() -> None:
     zeroed = (noise * (torch.arange(3) > 0)[:, None, None]).bfloat16()
     check_linkage(noise, 0.0)
     check_linkage(zeroed, 0.15)
-    # Copies; and tokens that are all equally far from each other.
+    # Copies, and tokens with equal distances.
     check_linkage(make_tokens(5, 0.0, (3, 7)), 0.0)
     check_linkage(torch.eye(15).view(3, 5, 15), 0.0)
 
@@ -421,7 +421,7 @@ LAWS[every_kernel_was_launched.__name__] = every_kernel_was_launched
 
 
 def main(names: list[str]) -> None:
-    """Run laws, all but the slow ones by default."""
+    """Run the named laws, by default all that are not slow."""
     scc.EXHAUSTIVE_TOKENS = 0
     for name in names or LAWS:
         error, begin = None, time.perf_counter()

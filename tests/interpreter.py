@@ -1,4 +1,4 @@
-"""Triton's kernels on the CPU: a process has Triton's interpreter from its start or not."""
+"""Runs Triton's kernels on the CPU, in a new process: Triton chooses its interpreter at import."""
 
 from __future__ import annotations
 

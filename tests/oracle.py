@@ -1,7 +1,7 @@
-"""Semantic connected components said slowly: float64, union-find, Kruskal, every threshold tried.
+"""A slow, plain oracle of semantic connected components: float64, every threshold is tried.
 
-The tests hold the package against this file, so it shares no code with it and prefers being obvious
-to being fast: a few hundred tokens are its size. Tokens are numpy arrays (T, P, D).
+Tests compare the package with this file. So it shares no code with the package, and is simple
+rather than fast: it takes a few hundred tokens. Tokens are numpy arrays (T, P, D).
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Result:
-    """What is left of T x P tokens: K rows, and who went where."""
+    """The compression of T x P tokens: K rows, and the row of each token."""
 
     tokens: Floats  # (K, D)
     assignment: NDArray[np.int64]  # (T*P,)
     threshold: float
-    # How far the answer is from being another one, in units of cosine: the least distance of any
-    # edge from the threshold and of any token's best representative from its second best. A float32
-    # computation cannot be blamed for deciding otherwise where this is about 1e-6.
+    # Distance to another result in units of cosine: the least distance of any edge from the
+    # threshold, and of any token's best representative from its second best. At about 1e-6 a
+    # float32 computation may decide differently.
     margin: float
 
 
@@ -38,7 +38,7 @@ class Partition:
         return i
 
     def union(self, i: int, j: int) -> bool:
-        """Whether i and j were apart until now."""
+        """Join i and j; return whether they were in different sets."""
         i, j = self.find(i), self.find(j)
         if i == j:
             return False
@@ -55,9 +55,9 @@ class Partition:
 
 
 def cosines(x: Floats, y: Floats) -> Floats:
-    """Cosine of every row of x with every row of y, in [-1, 1]; a zero row has cosine 0 with all.
+    """Return the cosine of every row of x with every row of y; a zero row has cosine 0 with all.
 
-    Rounded to twelve decimals: what is equal in exact arithmetic is then equal here.
+    Cosines are rounded to twelve decimals, so values that are equal in exact arithmetic are equal.
     """
 
     def unit(rows: Floats) -> Floats:
@@ -113,9 +113,9 @@ def spatial_step(tokens: Floats, tau: float) -> tuple[Floats, NDArray[np.int64],
 def merge(
     tokens: Floats, representatives: Floats, window_of: tuple[ArrayLike, ArrayLike] | None = None
 ) -> tuple[Floats, NDArray[np.int64], float]:
-    """Rows, assignment and margin after every token joined the representative of highest cosine.
+    """Return rows, assignment and margin after each token joined its most similar representative.
 
-    Where the windows of tokens and representatives are given, that of its own window.
+    If windows are given, the representative is of the token's window.
     """
     cosine = cosines(tokens, representatives)
     if window_of is not None:
@@ -134,24 +134,24 @@ def merge(
 
 
 def scc(tokens: ArrayLike, tau: float, window: int | None = None) -> Result:
-    """The paper's form: how many rows there are follows from the threshold."""
+    """Return the paper's result at a threshold, which determines the number of rows."""
     return two_steps(tokens, tau, None, window)
 
 
 def scc_budget(
     tokens: ArrayLike, k: int, tau: float | None = None, window: int | None = None
 ) -> Result:
-    """Exactly k rows: the smallest threshold that leaves k or more, then the strongest merges.
+    """Return exactly k rows: the smallest threshold with k or more, then the strongest merges.
 
-    A caller who knows the threshold passes it as tau.
+    A caller that knows the threshold passes it as tau.
     """
     return two_steps(tokens, smallest_threshold(tokens, k) if tau is None else tau, k, window)
 
 
 def two_steps(frames: ArrayLike, tau: float, k: int | None, window: int | None = None) -> Result:
-    """Both steps at tau; with a k, temporal merges go on until k components are left.
+    """Return both steps' result at tau; with a k, temporal merges continue until k are left.
 
-    Nothing of two windows of so many frames is joined, or merged into one row.
+    Tokens of different windows are neither joined nor merged.
     """
     tokens = np.asarray(frames, dtype=np.float64)
     x, frame_of, margin = spatial_step(tokens, tau)
@@ -184,7 +184,7 @@ def two_steps(frames: ArrayLike, tau: float, k: int | None, window: int | None =
 
 
 def count(tokens: ArrayLike, tau: float) -> int:
-    """How many components the two steps leave at tau."""
+    """Return the number of components that the two steps leave at tau."""
     x, _, _ = spatial_step(np.asarray(tokens, dtype=np.float64), tau)
     return components(cosines(x, x), tau).num_sets
 
@@ -232,9 +232,9 @@ def edge_margin(cosine: Floats, tau: float) -> float:
 
 
 def mean_margin(x: Floats, sets: list[list[int]]) -> float:
-    """In [0, 1]: the part of the members' length that the shortest mean keeps.
+    """Return the least ratio, in [0, 1], of a mean's length to its members' length.
 
-    Members that cancel leave a mean that is mostly rounding, and so are its cosines.
+    If members cancel, their mean and its cosines are mostly rounding errors.
     """
     least = 1.0
     for members in sets:

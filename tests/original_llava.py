@@ -1,7 +1,7 @@
-"""A tiny checkpoint in LLaVA-OneVision's original format, and what it computes, in plain torch.
+"""A tiny checkpoint in LLaVA-OneVision's original format, and its forward pass in plain torch.
 
-The forward knows neither transformers' nor vLLM's models: it reads the weights by their original
-names and follows the papers of SigLIP, LLaVA-OneVision and Qwen2.
+The forward pass uses neither transformers' nor vLLM's models. It reads the weights by their
+original names and follows the papers of SigLIP, LLaVA-OneVision and Qwen2.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import Qwen2Tokenizer
 Weights = Mapping[str, Tensor]
 
 IMAGE_SIZE, PATCH = 100, 14
-"""Pixels that no number of patches fills, and patches that no number of pools does, as in the real
-one: 7 x 7 patches, pooled to 4 x 4."""
+"""As in the real model, patches do not fill the pixels, nor pools the patches: 7 x 7 patches are
+pooled to 4 x 4."""
 TOKENS_PER_FRAME = 16
 VISION_WIDTH, VISION_HEADS, VISION_LAYERS = 64, 2, 3
 WIDTH, HEADS, KEY_HEADS, LAYERS, INNER = 128, 4, 2, 2, 160
@@ -138,7 +138,7 @@ def _language_shapes(num_layers: int, inner: int) -> dict[str, tuple[int, ...]]:
 
 
 def _drawn(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """Return weights large enough that every one of them shows in what is computed."""
+    """Return weights that are large enough for each to affect the result."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
@@ -151,8 +151,9 @@ def _drawn(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor
 
 
 def original_weights(seed: int = 0, *, tower: bool = True) -> dict[str, Tensor]:
-    """Return a checkpoint's weights as the original trainer saves them: the tower without its last
-    layer and head, or, frozen, not at all.
+    """Return a checkpoint's weights as the original trainer saves them.
+
+    The tower has no last layer and no head. A frozen tower is left out.
     """
     shapes = _language_shapes(LAYERS, INNER)
     if tower:
@@ -161,13 +162,13 @@ def original_weights(seed: int = 0, *, tower: bool = True) -> dict[str, Tensor]:
 
 
 def large_weights(num_layers: int, inner: int) -> dict[str, Tensor]:
-    """Return weights that differ from :func:`original_weights` by the size of the MLPs."""
+    """Return weights with other MLP sizes than :func:`original_weights`."""
     shapes = _language_shapes(num_layers, inner) | _tower_shapes(TOWER, VISION_LAYERS - 1)
     return {name: torch.full(shape, 0.01) for name, shape in shapes.items()}
 
 
 def siglip_weights(seed: int = 1) -> dict[str, Tensor]:
-    """Return the weights of a SigLIP repository: a whole tower, its head, and its text side."""
+    """Return the weights of a SigLIP repository: tower, head and text model."""
     shapes = _tower_shapes("vision_model.", VISION_LAYERS)
     shapes |= {"vision_model.head.probe": (1, 1, VISION_WIDTH), "logit_scale": (1,)}
     shapes |= {"text_model.final_layer_norm.weight": (VISION_WIDTH,)}
@@ -175,7 +176,7 @@ def siglip_weights(seed: int = 1) -> dict[str, Tensor]:
 
 
 def as_frozen_tower(siglip: Weights) -> dict[str, Tensor]:
-    """Return a SigLIP repository's weights as if a checkpoint had them."""
+    """Return a SigLIP repository's weights by their names in a checkpoint."""
     prefix = "vision_model."
     return {
         TOWER + name.removeprefix(prefix): weight
@@ -227,7 +228,7 @@ def save_weights(
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write a Qwen tokenizer of 256 bytes and three special tokens, no merges."""
+    """Write a Qwen tokenizer of 256 bytes and three special tokens, without merges."""
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -240,11 +241,11 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# What the original computes.
+# The original forward pass.
 
 
 def video_rows(weights: Weights, pixels: Tensor) -> Tensor:
-    """Return (T*P, D), the newline not among them, from normalized pixels (T, 3, H, W)."""
+    """Return tokens (T*P, D) without the newline, from normalized pixels (T, 3, H, W)."""
     features = _projected(weights, _vision_features(weights, pixels))
     side = IMAGE_SIZE // PATCH
     grid = features.view(len(pixels), side, side, -1).permute(0, 3, 1, 2)
@@ -253,7 +254,7 @@ def video_rows(weights: Weights, pixels: Tensor) -> Tensor:
 
 
 def _vision_features(weights: Weights, pixels: Tensor) -> Tensor:
-    """Return what enters the last of SigLIP's layers, (T, patches, width)."""
+    """Return the input of SigLIP's last layer, (T, patches, width)."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, weights[f"{TOWER}{name}.weight"], weights[f"{TOWER}{name}.bias"])
@@ -285,14 +286,14 @@ def _projected(weights: Weights, features: Tensor) -> Tensor:
 
 
 def embedded(weights: Weights, token_ids: Tensor, video_token: int, rows: Tensor) -> Tensor:
-    """Return (N, D): the tokens' embeddings, those of a video's tokens replaced by its rows."""
+    """Return embeddings (N, D) of a prompt's tokens, with a video's rows at its tokens."""
     embeds = weights["model.embed_tokens.weight"][token_ids].clone()
     embeds[token_ids == video_token] = rows
     return embeds
 
 
 def logits(weights: Weights, embeds: Tensor) -> Tensor:
-    """Return (N, vocabulary), the language model's answer to every position."""
+    """Return the language model's logits at every position, (N, vocabulary)."""
     x = embeds
     cos, sin = _rotation(len(x))
     for layer in range(LAYERS):

@@ -1,5 +1,7 @@
-"""A real Prometheus for tests: the one in the ``PATH``, or Debian's package, unpacked
-under ``$XDG_CACHE_HOME/scissor_vllm``. No root is needed, nothing is installed.
+"""A real Prometheus for tests: from the ``PATH``, or from Debian's package.
+
+The package is unpacked under ``$XDG_CACHE_HOME/scissor_vllm``, without root and without
+installation.
 """
 
 from __future__ import annotations
@@ -36,24 +38,24 @@ DOWNLOAD_SECONDS = 300
 START_SECONDS = 60
 SCRAPE_SECONDS = 1
 NUM_STEPS = 120
-"""Points of a line."""
+"""Number of points of a line."""
 
 
 class PrometheusError(Exception):
-    """There is no Prometheus, or it does not answer."""
+    """Prometheus is missing or does not answer."""
 
 
 # --- a Prometheus ---------------------------------------------------------------------------------
 
 
 def find_prometheus(program: str = "prometheus") -> Path:
-    """Return a program of Prometheus' (also "promtool"), downloaded if there is none.
+    """Return the path of "prometheus" or "promtool", downloaded if it is missing.
 
     Raises:
-        PrometheusError: there is none, and none could be downloaded.
+        PrometheusError: the program is missing and could not be downloaded.
     """
-    if found := present_prometheus(program):
-        return found
+    if path := present_prometheus(program):
+        return path
     root = _cache()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as folder:
@@ -64,9 +66,9 @@ def find_prometheus(program: str = "prometheus") -> Path:
 
 
 def present_prometheus(program: str) -> Path | None:
-    """Return a program of Prometheus' that needs no download, None if there is none."""
-    if found := shutil.which(program):
-        return Path(found)
+    """Return the path of a program that needs no download, None without one."""
+    if path := shutil.which(program):
+        return Path(path)
     kept = _cache() / program
     return kept if kept.exists() else None
 
@@ -85,11 +87,11 @@ def _download(folder: Path) -> Path:
             )
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True)
-    own = ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={folder}")
-    # Where apt's lists are empty, as in most images, they are fetched beside the system's.
+    apt_options = ("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={folder}")
+    # Most images have no lists of apt. They are fetched into a folder beside the system's.
     attempts: tuple[Sequence[Sequence[str]], ...] = (
         [("apt-get", "download", PACKAGE)],
-        [("apt-get", *own, "update"), ("apt-get", *own, "download", PACKAGE)],
+        [("apt-get", *apt_options, "update"), ("apt-get", *apt_options, "download", PACKAGE)],
     )
     for commands in attempts:
         runs = [_run(command, folder) for command in commands]
@@ -103,7 +105,7 @@ def _download(folder: Path) -> Path:
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
-    """Return what a command says of its failure."""
+    """Return a command's error message."""
     try:
         run = subprocess.run(
             command,
@@ -120,7 +122,7 @@ def _run(command: Sequence[str], folder: Path) -> str:
 
 @contextmanager
 def scraping(program: Path, base_url: str) -> Iterator[str]:
-    """Yield the URL of a Prometheus that scrapes a server, by the configuration of ``deploy/``.
+    """Yield the URL of a Prometheus that scrapes a server with the configuration of ``deploy/``.
 
     Raises:
         PrometheusError: it does not start.
@@ -164,7 +166,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     raise PrometheusError(f"Prometheus did not start:\n{log.read_text()[-2000:]}")
 
 
-# --- what it answers ------------------------------------------------------------------------------
+# --- queries --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Span:
-    """The time that is shown."""
+    """The time range of a query."""
 
     start: float
     end: float
@@ -206,24 +208,24 @@ def load_panels() -> list[dict[str, Any]]:
 
 
 def ask(url: str, panel: dict[str, Any], span: Span) -> list[Line]:
-    """Return what Prometheus answers to a panel's queries.
+    """Return Prometheus' answers to a panel's queries.
 
     Raises:
-        PrometheusError: it refuses a query.
+        PrometheusError: Prometheus refuses a query.
     """
     return [line for target in panel.get("targets", ()) for line in ask_target(url, target, span)]
 
 
 def ask_target(url: str, target: dict[str, Any], span: Span) -> list[Line]:
-    """Return the answer to one query: over time, or at its end if it is instant."""
+    """Return the answer to one query: over the range, or at its end for an instant query."""
     query = span.filled(target["expr"])
     if target.get("instant"):
-        found = _get(url, "query", query=query, time=span.end)
-        answers = [(each["metric"], [each["value"]]) for each in found]
+        series = _get(url, "query", query=query, time=span.end)
+        answers = [(one_series["metric"], [one_series["value"]]) for one_series in series]
     else:
         times = {"start": span.start, "end": span.end, "step": span.step}
-        found = _get(url, "query_range", query=query, **times)
-        answers = [(each["metric"], each["values"]) for each in found]
+        series = _get(url, "query_range", query=query, **times)
+        answers = [(one_series["metric"], one_series["values"]) for one_series in series]
     return [
         Line(
             legend=_filled_in(target["legendFormat"], labels),
@@ -254,7 +256,7 @@ def _get(url: str, route: str, **parameters: object) -> list[dict[str, Any]]:
 
 
 def buckets(lines: list[Line]) -> tuple[list[str], list[float]]:
-    """Return a histogram's buckets that hold anything, and how much each holds alone."""
+    """Return a histogram's buckets that are not empty, with the count of each alone."""
     ordered = sorted(lines, key=lambda line: float(line.labels["le"]))
     totals = [0.0, *(line.values[-1] for line in ordered)]
     counts = [after - before for before, after in pairwise(totals)]

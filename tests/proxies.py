@@ -1,4 +1,4 @@
-"""The proxies of ``deploy/``, started in front of a stand-in server, and raw requests to them."""
+"""Starts the proxies of ``deploy/`` in front of a stand-in server, and sends raw requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_SECONDS = 30
 
 
 def tool(name: str) -> str:
-    """Return the path of a program that deploy/cpu/requirements-dev.txt brings."""
+    """Return the path of a program of deploy/cpu/requirements-dev.txt."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -35,7 +35,7 @@ def tool(name: str) -> str:
 
 
 def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command; what it printed is in the failure."""
+    """Run a command; a failure shows its output."""
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, timeout=300, **options
     )
@@ -45,7 +45,7 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
 
 @dataclass
 class StandIn:
-    """A server that answers everything and remembers what it was asked, and from where."""
+    """A server that answers every request, and stores the requests with their sources."""
 
     port: int
     asked: list[str] = field(default_factory=list)
@@ -53,12 +53,12 @@ class StandIn:
     keys: list[str | None] = field(default_factory=list)
     content_type: str = "application/json"
     answering: threading.Event = field(default_factory=threading.Event)
-    """Set: requests are answered. Cleared: they wait."""
+    """Set: requests are answered. Cleared: requests wait."""
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[StandIn]:
-    """Yield a server that answers 200 to everything, with the size of the body."""
+    """Yield a server that answers every request with 200 and the size of its body."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -82,7 +82,7 @@ def stand_in() -> Iterator[StandIn]:
         do_POST = do_GET  # noqa: N815
 
         def _read_body(self) -> int | None:
-            """Return the size of the body, None if the proxy broke it off."""
+            """Return the size of the body, None if the proxy ended it early."""
             if "chunked" not in self.headers.get("Transfer-Encoding", ""):
                 length = int(self.headers.get("Content-Length", 0))
                 return length if len(self.rfile.read(length)) == length else None
@@ -123,7 +123,7 @@ def free_port() -> int:
 def running(
     command: list[str], environment: Mapping[str, str], port: int, log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a program once it listens on a port, and end it afterwards."""
+    """Yield a program when it listens on a port, and end it afterwards."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env=dict(environment), stdout=output, stderr=subprocess.STDOUT
@@ -151,7 +151,7 @@ class Caddy:
     port: int
     alive_port: int
     folder: Path
-    """With ``keys``, ``server-key`` and ``certificates`` in it."""
+    """Folder with ``keys``, ``server-key`` and ``certificates``."""
     process: subprocess.Popen[bytes]
 
 
@@ -205,7 +205,7 @@ def request(
     tls: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
 ) -> Answer:
-    """Return the answer to a request; the path is sent as it stands."""
+    """Return the answer to a request; the path is sent unchanged."""
     connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
     options: dict[str, Any] = {"timeout": 30}
     if tls is not None:
@@ -217,8 +217,8 @@ def request(
         connection.request(method, path, body, headers, encode_chunked=isinstance(body, Iterator))
         response = connection.getresponse()
         # Names of headers in lower case.
-        found = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, found, response.read().decode())
+        response_headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, response_headers, response.read().decode())
     finally:
         connection.close()
 
@@ -226,16 +226,16 @@ def request(
 def ask(
     port: int, path: str, method: str = "GET", body: bytes | None = None, key: str | None = KEY
 ) -> tuple[int, str]:
-    """Return status and body; the path is sent as it stands."""
+    """Return status and body; the path is sent unchanged."""
     answer = request(port, path, method, body, key)
     return answer.status, answer.body
 
 
 def receive(connection: socket.socket, wanted: bytes) -> None:
-    """Read until something has come."""
+    """Return the received bytes, once they contain ``wanted``."""
     connection.settimeout(30)
-    found = b""
-    while wanted not in found:
+    received = b""
+    while wanted not in received:
         part = connection.recv(4096)
-        assert part, found
-        found += part
+        assert part, received
+        received += part

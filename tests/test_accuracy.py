@@ -1,4 +1,4 @@
-"""Accuracy is asked for as said, scored as said, and nothing of it is lost or counted silently."""
+"""Questions are asked and scored as documented, and no answer is lost or miscounted."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def right(body: dict[str, Any]) -> str:
 
 
 def right_above(ratio: float) -> Callable[[dict[str, Any]], str]:
-    """Answer correctly from a ratio on, below it only what is asked of even questions."""
+    """Answer all questions correctly from a ratio on, below it only those with even numbers."""
 
     def answer(body: dict[str, Any]) -> str:
         even = int(asked(body).split(":")[0]) % 2 == 0
@@ -187,10 +187,10 @@ def test_any_text_can_be_scored(text: str) -> None:
 
 def test_wilson_is_the_published_interval() -> None:
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
-    found = wilson(81, 263)
-    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
-    found = wilson(0, 20)
-    assert (round(found.low, 4), round(found.high, 4)) == (0.0, 0.1611)
+    interval = wilson(81, 263)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.2553, 0.3662)
+    interval = wilson(0, 20)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.0, 0.1611)
     assert wilson(20, 20).low < 1.0 == wilson(20, 20).high
     assert math.isnan(wilson(0, 0).value)
 
@@ -216,12 +216,12 @@ def test_an_interval_is_as_wide_as_the_spread_of_sets_like_it() -> None:
     bootstrap = Bootstrap(range(150), skills, num_resamples=4000)
     covered = 0
     for _ in range(200):
-        found = bootstrap.mean((rng.random(150) < chance).astype(float))
-        covered += found.low <= 0.75 <= found.high
+        drawn = bootstrap.mean((rng.random(150) < chance).astype(float))
+        covered += drawn.low <= 0.75 <= drawn.high
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_questions_about_one_video_share_its_fate() -> None:
+def test_the_bootstrap_resamples_videos_with_all_of_their_questions() -> None:
     correct = np.tile([1.0, 0.0], 40).repeat(5)
     together = Bootstrap(np.arange(80).repeat(5).tolist(), ["a"] * 400).mean(correct)
     alone = Bootstrap(range(400), ["a"] * 400).mean(correct)
@@ -232,13 +232,13 @@ def test_videos_with_several_skills_are_drawn_among_themselves() -> None:
     videos = np.arange(60).repeat(2).tolist()
     skills = ["a", "b"] * 60
     correct = np.array([float(video % 3 == 0) for video in videos])
-    found = Bootstrap(videos, skills).mean(correct)
-    assert found.value == pytest.approx(1 / 3)
+    mean = Bootstrap(videos, skills).mean(correct)
+    assert mean.value == pytest.approx(1 / 3)
     expected = 2 * 1.96 * (1 / 3 * 2 / 3 / 60) ** 0.5
-    assert found.high - found.low == pytest.approx(expected, rel=0.15)
+    assert mean.high - mean.low == pytest.approx(expected, rel=0.15)
 
 
-def test_a_paired_difference_is_surer_than_two_means() -> None:
+def test_a_paired_difference_has_a_narrower_interval_than_two_means() -> None:
     rng = np.random.default_rng(1)
     first = (rng.random(300) < 0.5).astype(float)
     second = first.copy()
@@ -334,20 +334,20 @@ def test_every_question_is_asked_at_every_ratio_and_recorded(
     assert sorted(path.name for path in result.parent.iterdir()) == ["result.csv", "result.json"]
 
 
-def test_one_failure_is_tried_again_and_a_second_is_told_and_counted_nowhere(
+def test_a_failed_request_is_retried_once_and_a_second_failure_is_reported_and_not_scored(
     run: Callable[..., int], result: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: Counter[str] = Counter()
+    num_tries: Counter[str] = Counter()
 
     def refuse(body: dict[str, Any]) -> str | None:
         number = asked(body).split(":")[0]
-        seen[number] += 1
-        return "too busy" if number == "2" or (number == "3" and seen[number] == 1) else None
+        num_tries[number] += 1
+        return "too busy" if number == "2" or (number == "3" and num_tries[number] == 1) else None
 
     with fake_server(answer=right, refuse=refuse) as fake:
         status = run(fake, "--retention-ratio", "0.5")
     assert status == 1
-    assert (seen["2"], seen["3"], seen["4"]) == (2, 2, 1)
+    assert (num_tries["2"], num_tries["3"], num_tries["4"]) == (2, 2, 1)
     (measured,) = read_results(result).runs
     assert "too busy" in (measured.answers["q2", 0.5].error or "")
     assert measured.answers["q2", 0.5].correct is None
@@ -359,9 +359,7 @@ def test_one_failure_is_tried_again_and_a_second_is_told_and_counted_nowhere(
     assert (cell.num_answered, cell.num_failed, cell.accuracy.value) == (5, 1, 1.0)
 
 
-def test_the_same_command_goes_on_with_what_is_missing(
-    run: Callable[..., int], result: Path
-) -> None:
+def test_the_same_command_asks_only_what_is_missing(run: Callable[..., int], result: Path) -> None:
     def refuse(body: dict[str, Any]) -> str | None:
         return "gone" if asked(body).startswith("2:") else None
 
@@ -375,11 +373,11 @@ def test_the_same_command_goes_on_with_what_is_missing(
         assert fake.bodies == []
 
 
-def test_a_killed_run_keeps_every_answer_it_had(run: Callable[..., int], result: Path) -> None:
+def test_a_killed_run_loses_no_answer(run: Callable[..., int], result: Path) -> None:
     with fake_server(answer=right) as fake:
         run(fake, "--retention-ratio", "0.5")
     whole = read_results(result)
-    # What a kill leaves: no answers in the file, all but the end of the last in the journal.
+    # A kill leaves no answers in the file, and a journal whose last line is cut.
     answers = list(whole.runs[0].answers.values())
     whole.runs[0].answers = {}
     whole.save()
@@ -426,7 +424,7 @@ def test_a_server_that_keeps_another_number_of_tokens_is_refused(
     assert "must keep 50 of 100 video tokens at ratio 0.5, it reports 60" in capsys.readouterr().err
 
 
-def test_a_dead_server_ends_the_run_and_not_question_by_question(
+def test_a_dead_server_ends_the_run_after_a_few_failures(
     run: Callable[..., int],
     result: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -526,7 +524,7 @@ def test_methods_are_served_in_turn_compared_and_not_measured_again(
     assert not fake_serve.exists()
 
 
-def test_a_method_is_not_gone_on_with_other_flags_of_the_server(
+def test_a_method_is_not_resumed_with_other_server_flags(
     fake_serve: Path, folder: Path, result: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--questions", str(folder), "--output", str(result), "--methods", "scc"]
@@ -540,7 +538,7 @@ def test_a_method_is_not_gone_on_with_other_flags_of_the_server(
 
 @pytest.fixture
 def two_labels(run: Callable[..., int], result: Path) -> Path:
-    """A result file: `scc` is right from 0.1 on, `uniform` from 0.5 on."""
+    """A result file in which `scc` is right from 0.1 on, and `uniform` from 0.5 on."""
     ratios = ("--retention-ratio", "1.0", "0.5", "0.1", "0.05")
     for label, ratio in (("uniform", 0.5), ("scc", 0.1)):
         with fake_server(answer=right_above(ratio)) as fake:
@@ -556,7 +554,7 @@ def test_the_table_says_where_a_method_is_ahead_and_where_not(two_labels: Path) 
     assert "| uniform | 100.0 (100.0 to 100.0)" in text
 
 
-def test_relative_accuracy_is_by_the_same_labels_own_at_one(two_labels: Path) -> None:
+def test_relative_accuracy_is_relative_to_the_same_label_at_ratio_one(two_labels: Path) -> None:
     summary = Summary([read_results(two_labels)])
     relatives = {
         (label, ratio): cell.relative.value
@@ -611,9 +609,9 @@ def test_the_summary_is_what_the_load_tests_plot_reads(two_labels: Path, tmp_pat
     assert main(["summary", str(two_labels), "--output", str(path)]) == 0
     entries = read_accuracy(path)
     assert len(entries) == 8
-    found = {(e["method"], e["retention_ratio"]): e for e in entries}
-    assert found["scc", 0.1]["accuracy"] == 1.0
-    assert found["uniform", 0.1]["low"] < 0.5 < found["uniform", 0.1]["high"]
+    by_cell = {(e["method"], e["retention_ratio"]): e for e in entries}
+    assert by_cell["scc", 0.1]["accuracy"] == 1.0
+    assert by_cell["uniform", 0.1]["low"] < 0.5 < by_cell["uniform", 0.1]["high"]
 
 
 def test_plots_have_a_panel_a_skill_and_a_line_a_label(
@@ -649,19 +647,26 @@ def test_the_commonest_answer_is_counted_by_the_form_of_the_question(
     with fake_server(answer=right) as fake:
         where = ["--base-url", fake.base_url, "--questions", str(folder), "--output", str(result)]
         assert main(["run", *where, "--retention-ratio", "0.5"]) == 0
-    # All free answers are 3 and all letters B: who says so without looking is always right.
+    # All free answers are 3 and all letters B, so constant answers are always right.
     assert Summary([read_results(result)]).commonest_share("count") == 1.0
 
 
 def test_results_about_other_questions_do_not_compare(
     two_labels: Path, run: Callable[..., int], folder: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other.json"
+    other_result = tmp_path / "other.json"
     with fake_server(answer=right) as fake:
-        where = ["--base-url", fake.base_url, "--questions", str(folder), "--output", str(other)]
+        where = [
+            "--base-url",
+            fake.base_url,
+            "--questions",
+            str(folder),
+            "--output",
+            str(other_result),
+        ]
         assert main(["run", *where, "--num-per-skill", "3", "--retention-ratio", "0.5"]) == 0
     with pytest.raises(HarnessError, match="only results about the same questions compare"):
-        Summary([read_results(two_labels), read_results(other)])
+        Summary([read_results(two_labels), read_results(other_result)])
     with pytest.raises(HarnessError, match="'uniform' twice"):
         Summary([read_results(two_labels)] * 2)
 

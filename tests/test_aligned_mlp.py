@@ -1,4 +1,4 @@
-"""MLPs with aligned rows: the values of vLLM's, and out of the way of other layers."""
+"""MLPs with aligned rows give vLLM's values, and leave other layers alone."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_on_a_gpu_they_are_as_near_to_exact_as_vllm() -> None:
             ours = mlp(x.bfloat16()).float()
         gate, up = (x.bfloat16().float() @ mlp.gate_up_proj.weight.float().t()).chunk(2, dim=-1)
         exact = (torch.nn.functional.silu(gate) * up) @ mlp.down_proj.weight.float().t()
-        error, vllms = ((each - exact).norm() / exact.norm() for each in (ours, stock))
+        error, vllms = ((output - exact).norm() / exact.norm() for output in (ours, stock))
         assert error < 1.05 * vllms
         patches = random_patches((2, 10, 14), device).bfloat16()
         whole = tower(patches, grid_thw=[[2, 10, 14]]).float()

@@ -1,4 +1,4 @@
-"""The ratio that a server chooses, under a simulated load: an engine serves a prompt at a time."""
+"""The ratio that a server chooses, under simulated load: the engine serves one prompt at a time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from scissor_vllm.retention import num_retained_tokens
 from tests.serving import Server
 
 NUM_TOKENS = 6272
-"""Of a video of 32 frames, for LLaVA-OneVision-7B."""
+"""Tokens of a video of 32 frames with LLaVA-OneVision-7B."""
 PER_PROMPT, PER_TOKEN = 0.059, 26e-6
-"""Seconds: 0.222 for a whole video and 0.075 at 0.1, as one H200 takes under load."""
+"""Seconds on a loaded H200: 0.222 for an uncompressed video and 0.075 at 0.1."""
 PREPARATION = 0.1
-"""Seconds that a request takes before its ratio is chosen."""
+"""Seconds from a request's arrival until its ratio is chosen."""
 
 
 def service(num_tokens: int) -> float:
@@ -81,8 +81,8 @@ class Simulation:
         queue: list[tuple[int, int, float, float]] = []
         busy = False
 
-        def push(at: float, kind: str, what: Any = None) -> None:
-            heapq.heappush(events, (at, next(number), kind, what))
+        def push(at: float, kind: str, payload: Any = None) -> None:
+            heapq.heappush(events, (at, next(number), kind, payload))
 
         def start() -> None:
             nonlocal busy
@@ -91,7 +91,7 @@ class Simulation:
 
         push(0.0, "arrival")
         while events:
-            self.now, _, kind, what = heapq.heappop(events)
+            self.now, _, kind, payload = heapq.heappop(events)
             if kind == "arrival":
                 push(self.now + PREPARATION * rng.uniform(0.5, 1.5), "choice", self.now)
                 after = self.now + rng.expovariate(rate(self.now))
@@ -100,9 +100,9 @@ class Simulation:
             elif kind == "choice":
                 owner = rng.randrange(self.num_servers)
                 length = rng.choice(self.lengths)
-                ratio = self.fixed or self.servers[owner].choose([length], self.now - what)
+                ratio = self.fixed or self.servers[owner].choose([length], self.now - payload)
                 kept = num_retained_tokens(length, ratio)
-                queue.append((owner, kept, ratio, what))
+                queue.append((owner, kept, ratio, payload))
                 self.pending[owner].append(kept)
                 if not busy:
                     start()
@@ -114,15 +114,15 @@ class Simulation:
                 busy = False
                 if queue:
                     start()
-        return sorted(served, key=lambda one: one.arrival)
+        return sorted(served, key=lambda request: request.arrival)
 
 
 def p95(served: list[Served]) -> float:
-    return quantiles([one.ttft for one in served], n=20)[-1]
+    return quantiles([request.ttft for request in served], n=20)[-1]
 
 
 def between(served: list[Served], begin: float, end: float) -> list[Served]:
-    return [one for one in served if begin <= one.arrival < end]
+    return [request for request in served if begin <= request.arrival < end]
 
 
 def changes(served: list[Served]) -> int:
@@ -140,7 +140,7 @@ def num_servers(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.mark.parametrize("rate", [6, 8, 10, 11])
-def test_the_goal_holds_at_rates_at_which_whole_videos_miss_it_by_far(
+def test_the_target_holds_at_rates_at_which_uncompressed_videos_miss_it(
     rate: float, num_servers: int, tmp_path: Path
 ) -> None:
     auto = Simulation(num_servers=num_servers, folder=tmp_path)
@@ -148,8 +148,10 @@ def test_the_goal_holds_at_rates_at_which_whole_videos_miss_it_by_far(
     whole = Simulation(num_servers=num_servers, fixed=1.0).run(lambda _: rate, 60 * MINUTES)
     assert p95(whole) > 10 * auto.target
     assert p95(served) <= auto.target
-    # As high as the rate lets it be: the engine has no more than 30 % of its time left.
-    busy = rate * mean(service(num_retained_tokens(NUM_TOKENS, one.ratio)) for one in served)
+    # The ratio is nearly as high as the rate allows: the engine is idle for at most 30 %.
+    busy = rate * mean(
+        service(num_retained_tokens(NUM_TOKENS, request.ratio)) for request in served
+    )
     assert busy > 0.7
 
 
@@ -159,17 +161,17 @@ def test_without_a_queue_the_ratio_is_the_highest(
 ) -> None:
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = simulation.run(lambda _: rate, 60 * MINUTES)
-    assert mean(one.ratio for one in served) > 0.98
+    assert mean(request.ratio for request in served) > 0.98
 
 
 @pytest.mark.parametrize("rate", [4, 6, 8, 10])
-def test_at_one_rate_the_ratio_does_not_swing(
+def test_at_a_constant_rate_the_ratio_does_not_oscillate(
     rate: float, num_servers: int, tmp_path: Path
 ) -> None:
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = between(simulation.run(lambda _: rate, 60 * MINUTES), 60, 60 * MINUTES)
     steps = simulation.servers[0].steps
-    counts = [sum(one.ratio == step for one in served) for step in steps]
+    counts = [sum(request.ratio == step for request in served) for step in steps]
     neighbours = [sum(counts[i : i + 3]) for i in range(len(steps))]
     assert max(neighbours) > 0.9 * len(served)
     if num_servers == 1:
@@ -177,9 +179,9 @@ def test_at_one_rate_the_ratio_does_not_swing(
         assert changes(served) / (MINUTES - 1) < 60
 
 
-def test_beyond_the_lowest_ratios_capacity_every_request_gets_the_lowest() -> None:
+def test_above_capacity_every_request_gets_the_lowest_ratio() -> None:
     served = Simulation().run(lambda _: 20, 120)
-    assert {one.ratio for one in between(served, 20, 120)} == {0.1}
+    assert {request.ratio for request in between(served, 20, 120)} == {0.1}
 
 
 # When the rate changes.
@@ -188,31 +190,31 @@ def test_beyond_the_lowest_ratios_capacity_every_request_gets_the_lowest() -> No
 def test_after_a_burst_the_ratio_comes_back(num_servers: int, tmp_path: Path) -> None:
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = simulation.run(lambda now: 11 if 60 <= now < 120 else 1, 240)
-    assert mean(one.ratio for one in between(served, 0, 60)) > 0.97
+    assert mean(request.ratio for request in between(served, 0, 60)) > 0.97
     burst = between(served, 65, 120)
-    assert mean(one.ratio for one in burst) < 0.4
-    # The first seconds, in which the rate is not known yet, included.
+    assert mean(request.ratio for request in burst) < 0.4
+    # This includes the first seconds, in which the rate is unknown.
     assert p95(between(served, 60, 120)) <= 1.2 * simulation.target
-    assert mean(one.ratio for one in between(served, 165, 240)) > 0.97
+    assert mean(request.ratio for request in between(served, 165, 240)) > 0.97
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_burst_of_seconds_is_met_by_the_backlog(seed: int) -> None:
+def test_a_short_burst_lowers_the_ratio_by_its_backlog(seed: int) -> None:
     simulation = Simulation(seed=seed)
     served = simulation.run(lambda now: 12 if 60 <= now < 63 else 1, 120)
     burst = between(served, 60, 63)
     assert len(burst) > 10
     assert burst[0].ratio == 1.0
-    assert max(one.ttft for one in burst) <= simulation.target
-    assert min(one.ratio for one in burst) < 1.0
-    assert {one.ratio for one in between(served, 90, 120)} == {1.0}
+    assert max(request.ttft for request in burst) <= simulation.target
+    assert min(request.ratio for request in burst) < 1.0
+    assert {request.ratio for request in between(served, 90, 120)} == {1.0}
 
 
 # One request.
 
 
 class Engine:
-    """An engine of which a test says what it does."""
+    """An engine that a test controls."""
 
     def __init__(self, target: float = 1.0, bounds: tuple[float, float] = (0.1, 1.0)) -> None:
         self.now = 100.0
@@ -223,7 +225,7 @@ class Engine:
         return len(self.waiting), sum(self.waiting)
 
     def answer(self, num_tokens: int, seconds: float, times: int = 1) -> None:
-        """Answer requests that come one after the other, one a minute."""
+        """Answer requests one after the other, one in a minute."""
         for _ in range(times):
             self.now += 60
             ratio = self.auto.choose([num_tokens], 0.01)
@@ -231,7 +233,7 @@ class Engine:
             self.auto.record_first_tokens(1, num_retained_tokens(num_tokens, ratio))
 
 
-def test_a_long_video_gets_less_than_a_short_one_where_it_would_be_late() -> None:
+def test_a_long_video_gets_a_lower_ratio_than_a_short_one_if_it_would_be_late() -> None:
     engine = Engine()
     for num_tokens, seconds in ((1000, 0.15), (4000, 0.45)) * 20:
         engine.answer(num_tokens, seconds)
@@ -248,7 +250,7 @@ def test_a_video_that_was_fetched_too_slowly_is_not_compressed_for_it() -> None:
     assert engine.auto.choose([1000], 30.0) == 1.0
 
 
-def test_a_video_that_is_named_alone_gets_the_ratio_of_all() -> None:
+def test_a_video_of_unknown_length_gets_the_ratio_of_all_requests() -> None:
     engine = Engine()
     assert engine.auto.choose([None], 0.01) == 1.0
     engine.answer(1000, 0.2, times=20)
@@ -269,13 +271,13 @@ def test_an_idle_time_before_a_prompt_is_not_the_engines_work() -> None:
 
 
 def test_a_preview_changes_nothing() -> None:
-    engine, other = Engine(), Engine()
-    for one in (engine, other):
-        one.answer(1000, 0.3, times=5)
-    engine.waiting = other.waiting = [1000] * 3
+    engine, untouched = Engine(), Engine()
+    for simulated in (engine, untouched):
+        simulated.answer(1000, 0.3, times=5)
+    engine.waiting = untouched.waiting = [1000] * 3
     for _ in range(100):
         assert engine.auto.preview([1000], 0.01) < 1.0
-    assert engine.auto.choose([1000], 0.01) == other.auto.choose([1000], 0.01)
+    assert engine.auto.choose([1000], 0.01) == untouched.auto.choose([1000], 0.01)
 
 
 @pytest.mark.parametrize(
@@ -297,10 +299,10 @@ def test_the_steps_are_few_and_within_the_bounds(
     assert engine.auto.choose([1000], 0.01) == steps[-1]
 
 
-# What it is decided from.
+# The input of the decision.
 
 
-def test_costs_of_a_prompt_and_of_a_token_are_told_apart() -> None:
+def test_costs_of_a_prompt_and_of_a_token_are_estimated_separately() -> None:
     rng = random.Random(0)
     costs = CostModel()
     for _ in range(400):
@@ -323,7 +325,7 @@ def test_costs_are_never_negative_and_of_one_length_exact() -> None:
     assert costs.per_token > 0
 
 
-def test_requests_that_came_while_nobody_looked_count_as_spread_over_that_time() -> None:
+def test_arrivals_between_two_observations_count_as_evenly_spread() -> None:
     rate = _Rate(0.0)
     rate.observe(1000.0, 1000)
     assert rate.per_second == pytest.approx(1.0, rel=0.05)
@@ -345,10 +347,10 @@ def test_requests_on_their_way_to_the_engine_count() -> None:
 
 def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
     now = 100.0
-    one, other = (SharedLoad(tmp_path, name, clock=lambda: now) for name in ("one", "other"))
-    one.publish(Load(1, 2, 30, 400, 5, 99.0))
+    first, second = (SharedLoad(tmp_path, name, clock=lambda: now) for name in ("one", "other"))
+    first.publish(Load(1, 2, 30, 400, 5, 99.0))
     both = Load(11, 22, 330, 4400, 55, 99.0, 100.0)
-    assert other.publish(Load(10, 20, 300, 4000, 50, 98.0)) == both
+    assert second.publish(Load(10, 20, 300, 4000, 50, 98.0)) == both
     # A process that is gone, and a file of another program.
     (whole, *_) = tmp_path.iterdir()
     (tmp_path / "scissor-load-999999999-x").write_bytes(whole.read_bytes())
@@ -357,24 +359,24 @@ def test_servers_see_each_others_load_while_it_is_fresh(tmp_path: Path) -> None:
     (tmp_path / "scissor-load-copy-x").write_bytes(whole.read_bytes())
     (tmp_path / "scissor-load-1-gone").symlink_to(tmp_path / "gone")
     now = 102.0
-    assert one.publish(Load(1, 2, 30, 400, 5, 99.0)) == both._replace(updated=now)
+    assert first.publish(Load(1, 2, 30, 400, 5, 99.0)) == both._replace(updated=now)
     # What has come stays counted.
     for now in (140.0, 3.0):
         alone = Load(1, 2, 30, 400, 5, 2.0)
-        assert one.publish(alone) == alone._replace(num_arrived=11, updated=now)
+        assert first.publish(alone) == alone._replace(num_arrived=11, updated=now)
     assert SharedLoad(None).publish(alone) == alone
 
 
-def test_what_another_server_told_a_moment_after_the_look_holds(tmp_path: Path) -> None:
+def test_a_load_slightly_newer_than_the_clock_is_accepted(tmp_path: Path) -> None:
     now, later = 100.0, 100.5
-    one = SharedLoad(tmp_path, "one", clock=lambda: now)
-    other = SharedLoad(tmp_path, "other", clock=lambda: later)
-    other.publish(Load(num_pending=2))
-    assert one.publish(Load(num_pending=1)).num_pending == 3
+    reader = SharedLoad(tmp_path, "one", clock=lambda: now)
+    writer = SharedLoad(tmp_path, "other", clock=lambda: later)
+    writer.publish(Load(num_pending=2))
+    assert reader.publish(Load(num_pending=1)).num_pending == 3
     # Before a reboot.
     later = 102.0
-    other.publish(Load(num_pending=2))
-    assert one.publish(Load(num_pending=1)).num_pending == 1
+    writer.publish(Load(num_pending=2))
+    assert reader.publish(Load(num_pending=1)).num_pending == 1
 
 
 # Over HTTP.
@@ -412,7 +414,7 @@ def test_a_server_tells_what_it_chose(page_server: Server, tmp_path: Path) -> No
         assert compression["num_retained_video_tokens"] == kept
 
 
-def test_a_server_that_chooses_none_says_so(server: Server, tmp_path: Path) -> None:
+def test_a_server_without_auto_refuses_it_with_the_remedy(server: Server, tmp_path: Path) -> None:
     clip = make_clip(tmp_path / "clip.mp4", width=60, height=48, num_frames=2)
     for parts in ((clip, "x"), ("x",)):
         with pytest.raises(openai.BadRequestError, match="have the operator set --auto-retention"):

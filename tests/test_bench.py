@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they write says where it was measured."""
+"""The benchmarks run, and their results name the host and the commit."""
 
 from __future__ import annotations
 
@@ -77,20 +77,20 @@ def test_random_weights_fill_a_models_shapes_and_follow_the_seed(tmp_path: Path)
     for folder, seed in zip(folders, (1, 1, 2), strict=True):
         shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.safetensors"))
         save_weights(folder, seed)
-    one, same, other = (load_file(folder / "model.safetensors") for folder in folders)
+    first, same_seed, other_seed = (load_file(folder / "model.safetensors") for folder in folders)
     loaded = LlavaOnevisionForConditionalGeneration.from_pretrained(folders[0])
     tied = {"lm_head.weight"} if loaded.config.tie_word_embeddings else set()
-    assert len(one) == len(loaded.state_dict().keys() - tied)
-    assert "language_model.model.embed_tokens.weight" in one
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    matrices = [name for name, weight in one.items() if weight.ndim > 1]
-    assert not any(torch.equal(one[name], other[name]) for name in matrices)
-    spread = torch.cat([one[name].flatten().float() for name in matrices]).std()
+    assert len(first) == len(loaded.state_dict().keys() - tied)
+    assert "language_model.model.embed_tokens.weight" in first
+    assert all(torch.equal(first[name], same_seed[name]) for name in first)
+    matrices = [name for name, weight in first.items() if weight.ndim > 1]
+    assert not any(torch.equal(first[name], other_seed[name]) for name in matrices)
+    spread = torch.cat([first[name].flatten().float() for name in matrices]).std()
     assert spread == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_a_kept_result_names_its_hardware_and_its_commit(path: Path) -> None:
+def test_a_result_file_names_its_hardware_and_its_commit(path: Path) -> None:
     result = json.loads(path.read_text())
     runs = result["runs"] if "questions" in result else [result]
     assert runs

@@ -29,7 +29,7 @@ BUILDERS: dict[str, Callable[[Path], Any] | None] = {
 
 
 class Processor:
-    """A family's processor, with a cache of its own if that is wanted."""
+    """A family's processor, with a cache if requested."""
 
     def __init__(self, model: Path, has_cache: bool, **settings: Any) -> None:
         config = ModelConfig(model=str(model), dtype="float32", mm_processor_kwargs=settings)
@@ -96,7 +96,9 @@ def processor(request: pytest.FixtureRequest, model: Path) -> Processor:
     return Processor(model, request.param)
 
 
-def test_videos_keep_their_shares_whichever_are_in_the_cache(processor: Processor) -> None:
+def test_videos_keep_the_same_share_of_a_budget_with_and_without_cache_hits(
+    processor: Processor,
+) -> None:
     for num_frames in ((12,), (12, 4), (4, 12, 8), (8,), (12, 4)):
         whole, _, _, whole_length = processor.run(num_frames)
         num_tokens = [count for count, _ in whole]
@@ -149,7 +151,7 @@ def test_a_video_that_is_named_alone_has_the_ratio_where_the_budget_is_the_defau
         run(processor, None, max_retained_video_tokens=10**6)
 
 
-def test_an_identity_tells_how_many_tokens_are_kept(processor: Processor) -> None:
+def test_the_cache_key_depends_on_the_number_of_kept_tokens(processor: Processor) -> None:
     with_others = processor.run((12, 4), max_retained_video_tokens=23)
     kept = with_others[0][0][1]
     again = processor.run((12,), max_retained_video_tokens=kept)
@@ -165,7 +167,7 @@ def test_an_identity_tells_how_many_tokens_are_kept(processor: Processor) -> Non
         assert (plain[0], plain[1]) == (loose[0], loose[1])
 
 
-def test_a_field_of_the_body_comes_before_an_option(processor: Processor) -> None:
+def test_a_field_of_the_body_overrides_a_processor_option(processor: Processor) -> None:
     counts, _, report, _ = processor.run(
         (12,), {"max_retained_video_tokens": 15}, max_retained_video_tokens=14
     )

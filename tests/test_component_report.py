@@ -1,4 +1,4 @@
-"""The report on components: known tokens have known numbers, and every video is in the file."""
+"""The report on components: known statistics of known tokens, and every video in the file."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def test_a_chain_is_seen_in_the_largest_component() -> None:
     # Seven tokens 10 degrees apart are one chain; those at 120 and 170 stay single.
     tokens = at_angles([0, 10, 20, 30, 40, 50, 60, 120, 170])
     report = describe(tokens, [1 / 3], ["scc"])
-    (found,) = report["ratios"]
-    assert found["num_retained"] == 3
-    assert cos_degrees(50) <= found["threshold"] < cos_degrees(10)
-    assert found["largest_share"] == pytest.approx(7 / 9)
-    assert found["singleton_share"] == pytest.approx(2 / 3)
+    (statistics,) = report["ratios"]
+    assert statistics["num_retained"] == 3
+    assert cos_degrees(50) <= statistics["threshold"] < cos_degrees(10)
+    assert statistics["largest_share"] == pytest.approx(7 / 9)
+    assert statistics["singleton_share"] == pytest.approx(2 / 3)
     # Of the chain's 21 pairs those up to 40 degrees apart are above a threshold just above cos 50.
-    assert found["largest_linked"] == pytest.approx(18 / 21)
-    assert found["largest_least_cosine"] == pytest.approx(cos_degrees(60))
-    assert found["largest_num_frames"] == 1
-    assert found["rows_of_a_frame"] == [3]
-    assert found["rows_begun_in_a_frame"] == [3]
+    assert statistics["largest_linked"] == pytest.approx(18 / 21)
+    assert statistics["largest_least_cosine"] == pytest.approx(cos_degrees(60))
+    assert statistics["largest_num_frames"] == 1
+    assert statistics["rows_of_a_frame"] == [3]
+    assert statistics["rows_begun_in_a_frame"] == [3]
     share = np.array([7, 1, 1]) / 9
-    assert found["entropy_bits"] == pytest.approx(-(share * np.log2(share)).sum())
+    assert statistics["entropy_bits"] == pytest.approx(-(share * np.log2(share)).sum())
 
 
 def test_cosines_are_told_by_the_kind_of_pair() -> None:
@@ -50,14 +50,14 @@ def test_files_of_tokens_are_reported_video_by_video(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = torch.Generator().manual_seed(0)
-    one, other = torch.randn(4, 9, 8, generator=draw), torch.randn(1, 5, 8, generator=draw)
-    torch.save({"one": one, "other": other}, tmp_path / "two.pt")
-    np.savez(tmp_path / "third.npz", third=one.numpy())
+    first, second = torch.randn(4, 9, 8, generator=draw), torch.randn(1, 5, 8, generator=draw)
+    torch.save({"one": first, "other": second}, tmp_path / "two.pt")
+    np.savez(tmp_path / "third.npz", third=first.numpy())
     report = tmp_path / "report.json"
     files = [str(tmp_path / name) for name in ("two.pt", "third.npz")]
     main(["--tokens", *files, "--ratios", "0.5", "0.25", "--json", str(report), "--device", "cpu"])
     saved = json.loads(report.read_text())
     assert [video["video"] for video in saved["videos"]] == ["two one", "two other", "third third"]
     assert saved["videos"][0]["ratios"] == saved["videos"][2]["ratios"]
-    assert [each["num_retained"] for each in saved["videos"][1]["ratios"]] == [3, 2]
+    assert [ratio_report["num_retained"] for ratio_report in saved["videos"][1]["ratios"]] == [3, 2]
     assert "3 videos" in capsys.readouterr().out

@@ -20,9 +20,9 @@ from tests import oracle
 
 SIMILARITY = scissor_vllm.compression.similarity
 
-# What float32 may get wrong: a decision by less than this in cosine is not held against it.
+# Differences of cosines below this may be decided either way in float32.
 UNDECIDED = 3e-6
-# How far above the exact breakpoint a found threshold may be reported.
+# Largest distance of a reported threshold above the exact breakpoint.
 ABOVE_BREAKPOINT = 1e-4
 
 
@@ -37,7 +37,7 @@ def laws(max_examples: int) -> settings:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: threads would only wait for each other."""
+    """Use one thread: with thousands of tiny products threads only wait for each other."""
     with num_threads(1):
         yield
 
@@ -60,8 +60,8 @@ def make_clip(kind: str, num_frames: int, size: int, width: int, seed: int) -> n
         chosen = rng.integers(len(prototypes), size=shape[:2])
         clip = (prototypes[chosen] + rng.choice([0.05, 0.2, 0.5]) * noise) * lengths
     elif kind == "duplicates":
-        few = rng.standard_normal((max(1, num_frames * size // 3), width))
-        clip = few[rng.integers(len(few), size=shape[:2])]
+        prototypes = rng.standard_normal((max(1, num_frames * size // 3), width))
+        clip = prototypes[rng.integers(len(prototypes), size=shape[:2])]
     elif kind == "constant frames":
         clip = np.broadcast_to(rng.standard_normal((num_frames, 1, width)), shape)
     elif kind == "constant":
@@ -113,10 +113,10 @@ def clips(
 
 def clear_threshold(clip: np.ndarray, quantile: float) -> float:
     """Return a threshold midway between two neighbouring cosines of tokens that share a frame."""
-    found = {-0.999, 0.999}
+    cosines = {-0.999, 0.999}
     for frame in clip.astype(np.float64):
-        found.update(oracle.cosines(frame, frame)[np.triu_indices(len(frame), 1)].tolist())
-    values = sorted(v for v in found if -0.999 <= v <= 0.999)
+        cosines.update(oracle.cosines(frame, frame)[np.triu_indices(len(frame), 1)].tolist())
+    values = sorted(v for v in cosines if -0.999 <= v <= 0.999)
     at = min(int(quantile * (len(values) - 1)), len(values) - 2)
     return (values[at] + values[at + 1]) / 2
 
@@ -146,10 +146,10 @@ def cos_degrees(angle: float) -> float:
 
 
 def assert_is(out: CompressedTokens, expected: oracle.Result, clip: np.ndarray) -> None:
-    """The same rows, in the same order, from the same tokens."""
+    """Assert the same rows, in the same order, from the same tokens."""
     assert out.tokens.shape == expected.tokens.shape
     assert out.assignment.tolist() == expected.assignment.tolist()
-    # A row is as exact as the largest number that it was averaged from.
+    # A row is as exact as the largest of its averaged values.
     flat = np.abs(clip.reshape(-1, clip.shape[-1]).astype(np.float64))
     for k, row in enumerate(expected.tokens):
         members = flat[expected.assignment == k]
@@ -163,7 +163,7 @@ def found_threshold(out: CompressedTokens) -> float:
 
 
 def assert_same(out: CompressedTokens, other: CompressedTokens) -> None:
-    """Bitwise the same result."""
+    """Assert bitwise equal results."""
     assert torch.equal(out.tokens, other.tokens)
     assert out.tokens.dtype == other.tokens.dtype
     assert torch.equal(out.assignment, other.assignment)
@@ -171,7 +171,7 @@ def assert_same(out: CompressedTokens, other: CompressedTokens) -> None:
 
 
 def assert_equivalent(out: CompressedTokens, other: CompressedTokens) -> None:
-    """The same decisions, and rows that differ by rounding alone."""
+    """Assert equal decisions, and rows that differ by rounding only."""
     assert torch.equal(out.assignment, other.assignment)
     torch.testing.assert_close(out.tokens, other.tokens, rtol=1e-5, atol=1e-6)
     assert out.similarity_threshold == pytest.approx(other.similarity_threshold, abs=1e-5)
@@ -278,7 +278,7 @@ def test_opposite_tokens_stay_apart_at_threshold_minus_one(method: Method) -> No
 
 
 @both
-def test_a_zero_token_is_like_nothing_itself_included(method: Method) -> None:
+def test_a_zero_token_is_similar_to_no_token_not_even_itself(method: Method) -> None:
     clip = torch.tensor([[[0.0, 0], [0, 2], [0, 0]], [[0, 0], [0, 4], [5, 0]]])
     out = method(clip, 0.0)
     assert out.rows == [[0, 0], [0, 3], [0, 0], [0, 0], [5, 0]]
@@ -383,8 +383,8 @@ def test_a_budget_takes_the_smallest_threshold_where_the_count_is_not_monotone(
 def test_the_threshold_found_is_the_smallest_where_the_count_is_not_monotone() -> None:
     smallest = oracle.smallest_threshold(NOT_MONOTONE.numpy(), 3)
     assert smallest == pytest.approx(0.7433, abs=1e-4)
-    found = found_threshold(compress(NOT_MONOTONE, num_retained=3))
-    assert smallest - 1e-6 <= found <= smallest + ABOVE_BREAKPOINT + 1e-6
+    threshold = found_threshold(compress(NOT_MONOTONE, num_retained=3))
+    assert smallest - 1e-6 <= threshold <= smallest + ABOVE_BREAKPOINT + 1e-6
 
 
 @both_budgets
@@ -522,10 +522,10 @@ def test_a_budgets_threshold_is_the_smallest_that_leaves_enough(
     # Not where two breakpoints, one of them decisive, are one to float32.
     near = starts[starts <= smallest + ABOVE_BREAKPOINT]
     assume((np.diff(near) > 1e-5).all())
-    found = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
-    assert smallest - 1e-6 <= found <= smallest + ABOVE_BREAKPOINT + 1e-6
+    threshold = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
+    assert smallest - 1e-6 <= threshold <= smallest + ABOVE_BREAKPOINT + 1e-6
     # The step that it was reported from is the step that it lies in.
-    assert oracle.count(clip, found) == oracle.count(clip, smallest)
+    assert oracle.count(clip, threshold) == oracle.count(clip, smallest)
 
 
 @laws(150)
@@ -644,7 +644,7 @@ def test_blocks_give_the_oracles_answer(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation made."""
+    """Records the number of elements of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -698,7 +698,7 @@ class NumOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_alike_tokens_are_not_searched_weight_by_weight() -> None:
+def test_a_search_over_equal_tokens_does_not_visit_each_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(1, 1, 32, generator=generator)
     tokens = one + 0.01 * torch.randn(8, 49, 32, generator=generator)
@@ -751,17 +751,17 @@ def test_just_below_a_larger_clips_threshold_fewer_are_left(
 ) -> None:
     clip = make_clip(kind, num_frames, size, 16, seed)
     k = data.draw(st.integers(2, num_frames * size - 1))
-    found = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
+    threshold = found_threshold(compress(torch.from_numpy(clip), num_retained=k))
     # The breakpoint that it was reported from is the nearest of those below.
     frames = clip.astype(np.float64)
-    representatives, _, _ = oracle.spatial_step(frames, found)
+    representatives, _, _ = oracle.spatial_step(frames, threshold)
     breaks = oracle.spanning_weights(representatives)
     for frame in frames:
         breaks += oracle.spanning_weights(frame)
-    below = sorted((b for b in breaks if b <= found + 1e-7), reverse=True)
+    below = sorted((b for b in breaks if b <= threshold + 1e-7), reverse=True)
     assume(len(below) > 1 and below[0] - below[1] > 4e-6)
-    assert found - below[0] <= ABOVE_BREAKPOINT + 1e-6
-    assert oracle.count(clip, found + 1e-7) >= k
+    assert threshold - below[0] <= ABOVE_BREAKPOINT + 1e-6
+    assert oracle.count(clip, threshold + 1e-7) >= k
     assert oracle.count(clip, below[0] - 2e-6) < k
 
 
@@ -839,7 +839,7 @@ def test_scale_of_the_tokens_does_not_matter(
     assert scaled.similarity_threshold == out.similarity_threshold
 
 
-# --- nothing around the call matters, and the call changes nothing --------------------------------
+# --- no global state affects a call, and a call changes none --------------------------------------
 
 
 def small_clip() -> torch.Tensor:

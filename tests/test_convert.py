@@ -1,5 +1,6 @@
-"""Original checkpoints, converted: the same features, logits and counts; every weight accounted
-for; errors that name what is wrong.
+"""Converted checkpoints have the original's features, logits and counts.
+
+Every weight is accounted for, and errors name the cause.
 """
 
 from __future__ import annotations
@@ -137,12 +138,12 @@ def test_a_tower_that_was_trained_is_not_replaced_by_its_repositorys(
 
 
 def test_the_named_tower_has_the_shapes_of_transformers_own_conversion() -> None:
-    config = original.original_config(mm_vision_tower="google/siglip-so400m-patch14-384")
-    made = converted_config(config, tower_config(config, None), Newlines(True, True), (1, 2))
+    source = original.original_config(mm_vision_tower="google/siglip-so400m-patch14-384")
+    config = converted_config(source, tower_config(source, None), Newlines(True, True), (1, 2))
     public = LlavaOnevisionConfig()
-    assert made.vision_config.to_dict() == public.vision_config.to_dict()
-    assert made.vision_feature_layer == public.vision_feature_layer
-    assert made.vision_feature_select_strategy == public.vision_feature_select_strategy
+    assert config.vision_config.to_dict() == public.vision_config.to_dict()
+    assert config.vision_feature_layer == public.vision_feature_layer
+    assert config.vision_feature_select_strategy == public.vision_feature_select_strategy
 
 
 # Weights: all accounted for, none touched.
@@ -157,9 +158,9 @@ def test_every_weight_is_there_with_its_checksum_and_none_is_changed(
     source = original.save_original(tmp_path / "source", stored, 2, torch_dtype="bfloat16")
     report = convert(source, tmp_path / "out", vision_tower=siglip, max_shard_bytes=300_000)
     assert json.loads((tmp_path / "out" / REPORT).read_text()) == report
-    made = converted_weights(tmp_path / "out")
-    assert made.keys() == report["weights"].keys()
-    for name, weight in made.items():
+    converted = converted_weights(tmp_path / "out")
+    assert converted.keys() == report["weights"].keys()
+    for name, weight in converted.items():
         entry = report["weights"][name]
         assert torch.equal(weight, stored[entry["from"]])
         assert entry["sha256"] == command_checksum(weight)
@@ -450,7 +451,7 @@ def test_a_system_message_takes_the_place_of_the_usual_one(with_newline: Path) -
     )
 
 
-def test_how_answers_are_drawn_and_the_trainers_own_model_type_are_no_obstacle(
+def test_sampling_settings_and_the_trainers_model_type_are_accepted(
     tmp_path: Path, weights: Weights, siglip: Path
 ) -> None:
     source = original.save_original(tmp_path / "source", weights, model_type="llava_qwen")

@@ -1,4 +1,4 @@
-"""CPUs are counted as a container sees them: by affinity and by the quota of control groups."""
+"""The number of CPUs follows the affinity and the quota of control groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README and the docs say of names, flags, metrics, results and links is so."""
+"""Names, flags, metrics, results and links in the README and the docs are correct."""
 
 from __future__ import annotations
 

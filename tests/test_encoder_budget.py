@@ -1,4 +1,4 @@
-"""Videos that a step of the engine may encode, counted as the tower sees them."""
+"""The videos that a step of the engine may encode, counted in tokens before compression."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBERS = itertools.count()
 
 
 def make_request(*videos: tuple[int, int | None]) -> Any:
-    """A request of videos (K, N); N is None for what is no video of ours."""
+    """A request of videos (K, N); N is None for other inputs."""
     name = f"request-{next(_NUMBERS)}"
     features = [
         SimpleNamespace(
@@ -36,7 +36,7 @@ def make_request(*videos: tuple[int, int | None]) -> Any:
 
 
 class Step:
-    """What vLLM's scheduler does in one step."""
+    """Do one step as vLLM's scheduler does."""
 
     def __init__(self, manager: UncompressedBudgetCacheManager) -> None:
         self.manager = manager
@@ -52,9 +52,11 @@ class Step:
 
 def make_manager(cache_size: int = 10 * BUDGET) -> UncompressedBudgetCacheManager:
     config: Any = None
-    made = UncompressedBudgetCacheManager.create_manager(cache_size=cache_size, vllm_config=config)
-    assert isinstance(made, UncompressedBudgetCacheManager)
-    return made
+    manager = UncompressedBudgetCacheManager.create_manager(
+        cache_size=cache_size, vllm_config=config
+    )
+    assert isinstance(manager, UncompressedBudgetCacheManager)
+    return manager
 
 
 def test_a_step_encodes_as_many_frames_as_at_ratio_one() -> None:

@@ -1,4 +1,4 @@
-"""Text within a video: on its way to the worker, and among the rows."""
+"""Text within a video: sent to the worker, and inserted among the rows."""
 
 from __future__ import annotations
 
@@ -71,8 +71,10 @@ def test_a_row_stands_in_the_run_of_its_members_frame(tokens: list[int], which: 
         "twice": [everything[0], everything[0]],
     }[which]
     rows = -torch.tensor(members, dtype=torch.float32)[:, None]
-    made, numbers = Model()._among_text(rows, torch.tensor(members), text_within(tokens, PAD))
-    assert (made.flatten().tolist(), numbers.tolist()) == laid_out(tokens, members)
+    laid_out_rows, numbers = Model()._among_text(
+        rows, torch.tensor(members), text_within(tokens, PAD)
+    )
+    assert (laid_out_rows.flatten().tolist(), numbers.tolist()) == laid_out(tokens, members)
 
 
 def test_glms_images_are_no_runs_of_its_videos() -> None:

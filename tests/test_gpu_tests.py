@@ -1,4 +1,4 @@
-"""The command that runs all GPU tests: which files it takes, and what it counts."""
+"""The command that runs all GPU tests: its choice of files, and its counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a search is captured in a CUDA graph, by a stand-in for graphs: no GPU is needed."""
+"""When a search is captured in a CUDA graph, checked with stand-ins for graphs, without a GPU."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> graphs.SharedSearches:
 def test_a_kind_is_captured_when_it_comes_again_and_then_replayed(
     searches: graphs.SharedSearches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[FakeGraph] = []
+    graphs_captured: list[FakeGraph] = []
 
     def captured(key: Any, launch: Any) -> FakeGraph:
-        made.append(FakeGraph())
-        return made[-1]
+        graphs_captured.append(FakeGraph())
+        return graphs_captured[-1]
 
     monkeypatch.setattr(searches, "_captured", captured)
     launched: list[int] = []
     for number in range(graphs.USES_BEFORE_CAPTURE + 3):
         searches.start(("a",), partial(launched.append, number))
     assert launched == list(range(graphs.USES_BEFORE_CAPTURE))
-    assert [graph.num_replays for graph in made] == [3]
+    assert [graph.num_replays for graph in graphs_captured] == [3]
     searches.start(("b",), partial(launched.append, -1))
     assert launched[-1] == -1
 

@@ -1,4 +1,4 @@
-"""Setting up: one clear line for what is missing, and no touch where nothing is broken."""
+"""The installer: one line with the remedy for each missing thing, and no change if all is well."""
 
 from __future__ import annotations
 

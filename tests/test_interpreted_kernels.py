@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, by Triton's interpreter: laws of ``interpreted_kernels.py``."""
+"""Runs the laws of ``interpreted_kernels.py``: CUDA kernels on the CPU by Triton's interpreter."""
 
 from __future__ import annotations
 

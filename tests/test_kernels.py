@@ -1,4 +1,4 @@
-"""The GPU's search against that of the CPU, on a GPU."""
+"""Searches on a GPU give the CPU's results."""
 
 from __future__ import annotations
 
@@ -275,21 +275,21 @@ def test_a_served_video_of_larger_frames_is_refused() -> None:
 def test_a_found_threshold_gives_the_same_again_in_bfloat16() -> None:
     tokens = make_video(60, 0.5, 9).cuda()
     for kept in (20, 100, 333, 1000):
-        found = compress(tokens, num_retained=kept)
-        again = compress(tokens, similarity_threshold=found.similarity_threshold)
+        by_budget = compress(tokens, num_retained=kept)
+        again = compress(tokens, similarity_threshold=by_budget.similarity_threshold)
         assert len(again.tokens) >= kept
         if len(again.tokens) == kept:
-            assert torch.equal(again.assignment, found.assignment)
+            assert torch.equal(again.assignment, by_budget.assignment)
 
 
 @gpu
 def test_two_calls_give_bitwise_the_same() -> None:
     tokens = make_video(60, 0.5, 10).cuda()
-    one = compress(tokens, num_retained=77)
+    first = compress(tokens, num_retained=77)
     for _ in range(5):
-        other = compress(tokens, num_retained=77)
-        assert torch.equal(one.tokens, other.tokens)
-        assert torch.equal(one.assignment, other.assignment)
+        second = compress(tokens, num_retained=77)
+        assert torch.equal(first.tokens, second.tokens)
+        assert torch.equal(first.assignment, second.assignment)
 
 
 @gpu

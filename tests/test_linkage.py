@@ -276,9 +276,9 @@ def test_cuda_makes_the_same_groups_to_the_last_bit(kind: str, exponent: float) 
     assert torch.equal(on_gpu.parent.cpu(), on_cpu.parent)
     assert torch.equal(on_gpu.height.cpu(), on_cpu.height)
     for k in (1, 3, 108, 540, 1080):
-        expected, found = cut(on_cpu, tokens, k), cut(on_gpu, tokens.cuda(), k)
-        assert torch.equal(found.assignment.cpu(), expected.assignment)
-        torch.testing.assert_close(found.tokens.cpu(), expected.tokens)
+        expected, on_cuda = cut(on_cpu, tokens, k), cut(on_gpu, tokens.cuda(), k)
+        assert torch.equal(on_cuda.assignment.cpu(), expected.assignment)
+        torch.testing.assert_close(on_cuda.tokens.cpu(), expected.tokens)
 
 
 @pytest.mark.gpu

@@ -96,6 +96,6 @@ def test_weights_named_as_transformers_saves_them_give_the_same_answers(
 def test_show_draws_the_tokens_that_transformers_gives_a_video(families: dict[str, Family]) -> None:
     family = families["llava_next_video"]
     expected = video_tokens(family, TALL)
-    made = Encoder(str(family.folder)).encode(TALL.pixels())
-    assert made.tokens.shape[:2] == (7, made.rows * made.columns) == (7, 16)
-    torch.testing.assert_close(made.tokens, expected, atol=1e-4, rtol=1e-4)
+    shown = Encoder(str(family.folder)).encode(TALL.pixels())
+    assert shown.tokens.shape[:2] == (7, shown.rows * shown.columns) == (7, 16)
+    torch.testing.assert_close(shown.tokens, expected, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The load test sends what it says, measures what vLLM's client measures, and loses nothing."""
+"""The load test sends what its result records, measures as vLLM's client, and loses no result."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SMALL = ClipShape(width=96, height=64, num_frames=8, fps=8)
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of clips of one second."""
-    made = make_clips(tmp_path_factory.mktemp("bench-clips"), NUM_VIDEOS, SMALL)
-    return made[0].path.parent
+    generated = make_clips(tmp_path_factory.mktemp("bench-clips"), NUM_VIDEOS, SMALL)
+    return generated[0].path.parent
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_stages_are_the_differences_that_a_cell_made(bench: Callable[..., Any]) 
 
 
 def test_metrics_are_added_over_engines_and_none_after_a_restart() -> None:
-    one = (METRICS + STAGES).format(count=3, half=1.5)
+    one_engine = (METRICS + STAGES).format(count=3, half=1.5)
     second = "".join(
         line.replace('engine="0"', 'engine="1"') + "\n"
         for line in METRICS.format(count=5, half=2.5).splitlines()
@@ -346,13 +346,13 @@ def test_metrics_are_added_over_engines_and_none_after_a_restart() -> None:
 scissor_vllm:video_cache_hits_total{cache="frames",pid="1"} 1.0
 scissor_vllm:video_cache_hits_total{cache="frames",pid="2"} 2.0
 """
-    both = parse_metrics(one + second + caches)
+    both = parse_metrics(one_engine + second + caches)
     assert both.counters['scissor_vllm:video_cache_hits{cache="frames"}'] == 3.0
     assert both.histograms["vllm:request_queue_time_seconds"] == (4.0, 8.0)
     assert both.histograms['scissor_vllm:video_stage_seconds{stage="tower"}'] == (1.5, 3.0)
     assert both.counters["vllm:prefix_cache_queries"] == 8.0
     assert both.num_kv_cache_tokens == 3200
-    assert difference(both, parse_metrics(one)) is None
+    assert difference(both, parse_metrics(one_engine)) is None
     assert difference(None, both) is None
 
 
@@ -809,9 +809,9 @@ def test_each_part_says_what_it_needs(tmp_path: Path, measured: Path) -> None:
     run = run_without(("vllm",))
     assert run.returncode == 1
     assert "vllm is not installed here" in run.stderr
-    made = run_without(("av",), "clips", str(tmp_path))
-    assert made.returncode == 1
-    assert "pip install av" in made.stderr
+    clips_run = run_without(("av",), "clips", str(tmp_path))
+    assert clips_run.returncode == 1
+    assert "pip install av" in clips_run.stderr
     drawn = run_without(("matplotlib",), "plot", str(measured))
     assert drawn.returncode == 1
     assert "pip install 'scissor-vllm[bench]'" in drawn.stderr

@@ -209,14 +209,14 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(tmp_path: Pat
     )
     merging = [answers[0] for answers in first]
     changed = []
-    for question, one, other in zip(together, plain, merging, strict=True):
-        assert one.num_prompt_tokens == other.num_prompt_tokens, question
-        if largest_difference(one, other) > 1e-4:
+    for question, expected, actual in zip(together, plain, merging, strict=True):
+        assert expected.num_prompt_tokens == actual.num_prompt_tokens, question
+        if largest_difference(expected, actual) > 1e-4:
             changed.append((question.media[0], question.ratio))
     assert changed == [(still, 0.25), (still, 0.1)]
     for answers in (batch, again[::-1]):
-        for one, other in zip(merging, answers, strict=True):
-            assert largest_difference(one, other) < 1e-4
+        for expected, actual in zip(merging, answers, strict=True):
+            assert largest_difference(expected, actual) < 1e-4
 
 
 @pytest.mark.server
@@ -242,8 +242,8 @@ def test_features_that_are_kept_know_whether_patches_were_merged(tmp_path: Path)
         ]
         for size in (0.1, 0)
     )
-    for one, other in zip(kept, fresh, strict=True):
-        assert largest_difference(one, other) < 1e-4
+    for cached, encoded in zip(kept, fresh, strict=True):
+        assert largest_difference(cached, encoded) < 1e-4
 
 
 @pytest.mark.gpu
@@ -264,14 +264,14 @@ def test_on_a_gpu_leaving_patches_out_adds_no_rounding_of_its_own() -> None:
     with torch.inference_mode():
         for context in (fused_encoder, lambda model: merging_encoder(model, anchors)):
             with context(tower):
-                found = tower(pixels).float()
+                tokens = tower(pixels).float()
             # Of the float32 tower the layers are vLLM's own where nothing is left out.
             if context is fused_encoder:
                 expected = exact(pixels.float())
             else:
                 with context(exact):
                     expected = exact(pixels.float())
-            errors.append(float((found - expected).norm() / expected.norm()))
+            errors.append(float((tokens - expected).norm() / expected.norm()))
     whole, merged = errors
     assert merged < 1.5 * whole
     assert merged < 0.05

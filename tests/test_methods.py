@@ -167,9 +167,9 @@ def test_random_keeps_for_a_larger_budget_what_it_keeps_for_a_smaller_one(
     num_frames: int, per_frame: int, data: st.DataObject
 ) -> None:
     tokens = torch.zeros(num_frames, per_frame, 1)
-    few, many = sorted([data.draw(budgets(tokens)), data.draw(budgets(tokens))])
+    smaller, larger = sorted([data.draw(budgets(tokens)), data.draw(budgets(tokens))])
     select = get_compressor("random")
-    assert set(kept_tokens(select(tokens, few))) <= set(kept_tokens(select(tokens, many)))
+    assert set(kept_tokens(select(tokens, smaller))) <= set(kept_tokens(select(tokens, larger)))
 
 
 def test_random_chooses_otherwise_for_another_shape() -> None:

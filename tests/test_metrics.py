@@ -1,4 +1,4 @@
-"""Metrics: what is recorded, in which process, and that a GPU is never waited for."""
+"""Metrics: what each process records, without a wait for the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GPU = torch.device("cuda")
 
 
 class Recording(StageClock):
-    """A clock that keeps what it records."""
+    """A clock that stores its records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def test_a_stage_that_fails_is_not_recorded() -> None:
     assert clock.seconds == []
 
 
-def test_a_stage_of_what_is_done_for_no_request_is_not_recorded() -> None:
+def test_stages_outside_of_requests_are_not_recorded() -> None:
     clock = Recording()
     with clock.silenced(), clock.stage("preprocess"):
         pass
@@ -61,7 +61,7 @@ def test_a_stage_of_what_is_done_for_no_request_is_not_recorded() -> None:
 
 
 class FakeEvent:
-    """A CUDA event that happens when told; waiting for it is an error."""
+    """A CUDA event that a test completes; a wait for it is an error."""
 
     made: list[FakeEvent]
 
@@ -94,7 +94,7 @@ def run(clock: StageClock, name: str) -> None:
         pass
 
 
-def test_a_stage_on_a_gpu_is_read_by_a_later_one_once_it_has_ended(gpu: Any) -> None:
+def test_a_gpus_stage_is_read_at_a_later_call_without_waiting(gpu: Any) -> None:
     clock = Recording()
     run(clock, "tower")
     run(clock, "compress")
@@ -108,7 +108,7 @@ def test_a_stage_on_a_gpu_is_read_by_a_later_one_once_it_has_ended(gpu: Any) -> 
     assert clock.seconds == [("tower", 0.25), ("compress", 0.25)]
 
 
-def test_stages_of_a_gpu_that_lags_behind_are_left_out(
+def test_stages_are_dropped_if_the_gpu_lags_behind(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "_MAX_UNREAD", 3)
@@ -131,7 +131,7 @@ def test_nothing_is_marked_in_a_graph_that_is_captured(
 
 
 class RecordingReader(ThresholdReader):
-    """A reader that keeps what it records."""
+    """A reader that stores its records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def on_device(threshold: float) -> torch.Tensor:
     return torch.tensor(threshold, dtype=torch.float64)
 
 
-def test_a_threshold_of_a_gpu_is_read_by_a_later_one_once_it_is_there(gpu: Any) -> None:
+def test_a_gpus_threshold_is_read_at_a_later_call_without_waiting(gpu: Any) -> None:
     reader = RecordingReader()
     reader.read(on_device(0.8))
     reader.read(on_device(0.7))
@@ -158,7 +158,7 @@ def test_a_threshold_of_a_gpu_is_read_by_a_later_one_once_it_is_there(gpu: Any) 
     assert reader.thresholds == [0.8, 0.7, 0.6]
 
 
-def test_thresholds_of_a_gpu_that_lags_behind_are_left_out(
+def test_thresholds_are_dropped_if_the_gpu_lags_behind(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "_MAX_UNREAD", 3)
@@ -229,7 +229,7 @@ print(generate_latest(registry).decode())
 """
 
 
-def test_processes_add_up_and_leave_nothing_behind() -> None:
+def test_metrics_of_processes_are_summed_and_their_files_removed() -> None:
     environment: dict[str, str] = {}
 
     def python(code: str, *arguments: str) -> str:

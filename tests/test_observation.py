@@ -1,4 +1,4 @@
-"""What an operator sees of a server: its counters, in Prometheus and on the dashboard, and traces.
+"""What an operator sees of a server: counters in Prometheus, the dashboard and traces.
 
 ``page_server`` has two API-server processes and a metrics directory that the operator named.
 """
@@ -107,12 +107,12 @@ def counters(url: str, span: Span) -> dict[str, float]:
     names += "|video_cache_cross_ratio_hits_total"
     query = f'{{__name__=~"scissor_vllm:({names})"}}'
     lines = ask_target(url, {"expr": query, "legendFormat": "", "instant": True}, span)
-    found = {}
+    values = {}
     for line in lines:
         name = line.labels["__name__"].removeprefix("scissor_vllm:")
         reason = line.labels.get("reason")
-        found[name + (f'{{reason="{reason}"}}' if reason else "")] = line.values[-1]
-    return {name: value for name, value in found.items() if value}
+        values[name + (f'{{reason="{reason}"}}' if reason else "")] = line.values[-1]
+    return {name: value for name, value in values.items() if value}
 
 
 def has_data(url: str, target: dict[str, Any], span: Span) -> bool:
@@ -190,10 +190,10 @@ def test_two_api_servers_count_and_cache_as_one(
             page_server.ask(clips["tall"], "What?", ratio=ratio)
     after = counted(page_server)
     added = {name: round(after[name] - before[name], 6) for name in after}
-    decoded, found = added.pop("decode"), added.pop("frames hits")
+    decoded, num_hits = added.pop("decode"), added.pop("frames hits")
     # Each API server keeps frames of its own, the one worker the features.
     assert 1 <= decoded <= 2
-    assert found == len(ratios) - decoded
+    assert num_hits == len(ratios) - decoded
     assert added == {
         "video_tokens_total": num_tokens * len(ratios),
         "retained_video_tokens_total": sum(kept),
@@ -254,7 +254,7 @@ def test_without_a_trace_of_the_client_both_spans_are_of_one(
     ours: list[TraceSpan] = []
     while not ours and time.monotonic() < deadline:
         time.sleep(0.2)
-        ours = [each for each in collector.spans[before:] if each.name == "video_compression"]
+        ours = [span for span in collector.spans[before:] if span.name == "video_compression"]
     assert ours[0].parent == ""
     spans = collector.of_trace(ours[0].trace, 2)
     assert spans["llm_request"].parent == ours[0].id

@@ -1,4 +1,4 @@
-"""What becomes of a chat is counted once, whichever way it ends; and why it was refused."""
+"""Each chat's outcome is counted exactly once, with the reason of a refusal."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NO_ROOM = (
     "The decoder prompt contains a(n) {} item with 3873 embedding tokens, which exceeds the "
     "pre-allocated encoder cache size 2048."
 )
-"""vLLM's words for media that no step of the engine takes."""
+"""vLLM's error for media that are too large for any step of the engine."""
 VIDEO = {"type": "video_url", "video_url": {"url": "data:"}}
 
 
 class Counted:
-    """What was counted since it was made."""
+    """Counts since the object was made."""
 
     def __init__(self) -> None:
         self._before = self._now()

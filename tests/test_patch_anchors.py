@@ -1,4 +1,4 @@
-"""Which patches take an anchor's values: a plain oracle, and what goes to the engine."""
+"""Patches that take an anchor's values: a plain oracle, and the fields that reach the engine."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def oracle(frames: Frames) -> npt.NDArray[np.int64]:
             change[place] = ((patch(frame, place) - anchor) ** 2).mean()
             moved[place] = max((np.diff(anchor, axis=axis) ** 2).mean() for axis in (0, 1))
         matches = change <= THRESHOLD
-        noise = np.quantile(change, NOISE_QUANTILE)
+        noise = float(np.quantile(change, NOISE_QUANTILE))
         textured = moved > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
         told = textured.mean() >= MIN_TEXTURED
         stands = not told or (change < moved / 2)[textured].mean() >= MIN_STILL

@@ -47,12 +47,19 @@ def frames(num_frames: int, height: int, width: int) -> torch.Tensor:
 
 def patches_in_the_model(changed: Any, output: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return patches as the model makes them of what the changed processor sends."""
-    own = changed.video_processor
+    video_processor = changed.video_processor
     _, height, width = output["video_grid_thw"][0].tolist()
     sent = output["pixel_values_videos"]
-    shape = PatchShape(own.patch_size, own.temporal_patch_size, own.merge_size)
-    scale = own.pixel_normalization if sent.dtype == torch.uint8 else None
-    return shape.patches_of(sent, (height * own.patch_size, width * own.patch_size), scale, dtype)
+    shape = PatchShape(
+        video_processor.patch_size, video_processor.temporal_patch_size, video_processor.merge_size
+    )
+    scale = video_processor.pixel_normalization if sent.dtype == torch.uint8 else None
+    return shape.patches_of(
+        sent,
+        (height * video_processor.patch_size, width * video_processor.patch_size),
+        scale,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("size", [(12, 200, 320), (7, 400, 120), (2, 64, 64)])

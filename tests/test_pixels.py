@@ -1,4 +1,4 @@
-"""uint8 frames between the processes: the tower gets stock's pixels to the bit."""
+"""uint8 frames travel between processes, and the tower gets stock vLLM's pixels bit for bit."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_requests_resampling_is_followed(demo: Processors) -> None:
     )
 
 
-def test_frames_that_may_not_be_written_to_are_taken_as_they_are(demo: Processors) -> None:
+def test_read_only_frames_are_accepted(demo: Processors) -> None:
     video = frames(3, 100, 120)
     video.flags.writeable = False
     before = video.copy()
@@ -238,7 +238,7 @@ def test_where_torch_has_no_integer_resize_stocks_order_of_channels_is_kept(
 def test_frames_travel_as_bytes(demo: Processors) -> None:
     (item,) = demo.run(demo.ours, {"video": [frames(5, 50, 60)]})["video"]
     counts = {NUM_RETAINED, NUM_VIDEO_TOKENS}
-    # Kept whole, it is looked for in no cache, so nothing is hashed.
+    # An uncompressed video is not cached, so nothing is hashed.
     assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, *counts}
     sent = item[VIDEO_FRAMES].data
     assert (sent.dtype, tuple(sent.shape)) == (torch.uint8, (5, SIDE, SIDE, 3))
@@ -266,8 +266,8 @@ def test_memory_is_profiled_with_frames_as_they_will_travel(demo: Processors) ->
 def test_frames_and_stocks_pixels_never_share_a_batch(demo: Processors) -> None:
     video = frames(2, 50, 60)
     items = [
-        demo.run(demo.ours, {"video": [each]})["video"][0]
-        for each in (video, video, video.astype(np.float32), video)
+        demo.run(demo.ours, {"video": [item]})["video"][0]
+        for item in (video, video, video.astype(np.float32), video)
     ]
     batches = list(group_and_batch_mm_items(items))
     assert [count for count, _ in batches] == [2, 1, 1]
@@ -276,7 +276,7 @@ def test_frames_and_stocks_pixels_never_share_a_batch(demo: Processors) -> None:
     assert torch.equal(batched_pixels(pixels[0])[1], pixels[2][0].whole())
 
 
-# Recognized again.
+# Keys of the feature cache.
 
 
 def identity(processors: Processors, video: Any, **options: object) -> bytes:
@@ -292,10 +292,10 @@ def identity(processors: Processors, video: Any, **options: object) -> bytes:
 
 def test_a_video_is_recognized_by_its_pixels_alone(demo: Processors, tmp_path: Path) -> None:
     video = frames(3, 120, 100)
-    own = identity(demo, video)
+    key = identity(demo, video)
     # The ratio is no part of it, nor is a container: only what the tower sees.
     for same in (identity(demo, video.copy(), retention_ratio=0.1), identity(demo, [*video])):
-        assert same == own
+        assert same == key
     changed = video.copy()
     changed[1, 40:50, 40:50] ^= 1
     mean, std = SIGLIP
@@ -307,13 +307,13 @@ def test_a_video_is_recognized_by_its_pixels_alone(demo: Processors, tmp_path: P
         identity(demo, video, resample=BILINEAR),
         identity(Processors(model), video),
     ]
-    assert len({own, *others}) == 6
+    assert len({key, *others}) == 6
 
 
 def test_frames_that_repeat_travel_once_where_the_video_is_compressed(demo: Processors) -> None:
-    few = frames(3, 120, 100)
+    different = frames(3, 120, 100)
     # The same again later is not found: each is compared with the one before it.
-    video = few[[0, 0, 0, 1, 2, 2, 0]]
+    video = different[[0, 0, 0, 1, 2, 2, 0]]
     (item,) = demo.run(demo.ours, {"video": [video]}, retention_ratio=0.5)["video"]
     assert item[FRAME_OF].data.tolist() == [0, 0, 0, 1, 2, 2, 3]
     assert len(item[VIDEO_FRAMES].data) == 4
@@ -327,18 +327,18 @@ def test_frames_that_repeat_travel_once_where_the_video_is_compressed(demo: Proc
     assert len(encoded) == 4
     assert torch.equal(pixels.repeated(encoded), pixels.whole())
 
-    for ratio, other in ((1.0, video), (0.5, few)):
-        (item,) = demo.run(demo.ours, {"video": [other]}, retention_ratio=ratio)["video"]
+    for ratio, sent in ((1.0, video), (0.5, different)):
+        (item,) = demo.run(demo.ours, {"video": [sent]}, retention_ratio=ratio)["video"]
         assert FRAME_OF not in item
-        assert len(item[VIDEO_FRAMES].data) == len(other)
+        assert len(item[VIDEO_FRAMES].data) == len(sent)
 
-    both = demo.run(demo.ours, {"video": [video, few]}, retention_ratio=0.5)["video"]
+    both = demo.run(demo.ours, {"video": [video, different]}, retention_ratio=0.5)["video"]
     assert [item[FRAME_OF].data.tolist() for item in both] == [[0, 0, 0, 1, 2, 2, 3], [0, 1, 2]]
 
 
 def test_repeats_are_part_of_what_a_video_is_recognized_by(demo: Processors) -> None:
-    few = frames(2, 120, 100)
-    videos = [few[order] for order in ([0, 1], [0, 0, 1], [0, 1, 1])]
+    different = frames(2, 120, 100)
+    videos = [different[order] for order in ([0, 1], [0, 0, 1], [0, 1, 1])]
     assert len({identity(demo, video, retention_ratio=0.5) for video in videos}) == 3
 
 
@@ -351,14 +351,14 @@ def test_every_hash_that_vllm_offers_tells_videos_apart(algorithm: str) -> None:
 @pytest.mark.parametrize(
     "config", [{"mm_processor_cache_gb": 0}, {"mm_processor_kwargs": {"video_feature_cache_gb": 0}}]
 )
-def test_where_nothing_is_kept_nothing_is_hashed(config: dict[str, Any]) -> None:
+def test_without_a_feature_cache_nothing_is_hashed(config: dict[str, Any]) -> None:
     processors = Processors(demo_model_path(), **config)
     data = {"video": [frames(2, 9, 9)]}
     (item,) = processors.run(processors.ours, data, retention_ratio=0.5)["video"]
     assert VIDEO_IDENTITY not in item
 
 
-# What goes stock's way.
+# Processed by vLLM.
 
 
 def channels_first(video: npt.NDArray[np.uint8]) -> torch.Tensor:
@@ -376,7 +376,7 @@ def channels_first(video: npt.NDArray[np.uint8]) -> torch.Tensor:
     ],
     ids=["float", "grey", "channels first", "three rows"],
 )
-def test_other_frames_go_stocks_way(demo: Processors, video: Any) -> None:
+def test_other_kinds_of_frames_are_processed_by_vllm(demo: Processors, video: Any) -> None:
     assert_stocks_way(demo, video)
 
 
@@ -408,7 +408,7 @@ def assert_stocks_way(processors: Processors, video: Any, **options: object) -> 
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options_that_touch_more_than_the_resize_go_stocks_way(
+def test_options_beyond_the_resize_are_processed_by_vllm(
     demo: Processors, options: dict[str, object]
 ) -> None:
     assert_stocks_way(demo, frames(2, 50, 60), **options)
@@ -421,13 +421,13 @@ def test_the_operators_options_count_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["do_rescale", "do_normalize"])
-def test_a_checkpoint_that_leaves_a_step_out_goes_stocks_way(tmp_path: Path, setting: str) -> None:
+def test_a_checkpoint_without_a_step_is_processed_by_vllm(tmp_path: Path, setting: str) -> None:
     assert_stocks_way(
         Processors(checkpoint(tmp_path / "model", **{setting: False})), frames(2, 50, 60)
     )
 
 
-def test_a_processor_of_other_arithmetic_goes_stocks_way(demo: Processors) -> None:
+def test_a_processor_with_other_arithmetic_is_processed_by_vllm(demo: Processors) -> None:
     class Other(type(demo.ours.info.get_hf_processor().video_processor)):  # type: ignore[misc]
         def rescale_and_normalize(self, images: torch.Tensor, *settings: Any) -> torch.Tensor:
             same = super().rescale_and_normalize(images, *settings)

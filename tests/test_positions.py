@@ -1,4 +1,4 @@
-"""M-RoPE positions that travel with a video's rows, and the members that stand for them."""
+"""M-RoPE positions that travel with a video's rows, and the representative members of rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def nearest_member(tokens: torch.Tensor, compressed: CompressedTokens, row: int)
 
 @pytest.mark.parametrize("method", ["scc", "uniform", "random", "l2norm", "uniform+merge"])
 @pytest.mark.parametrize("num_retained", [1, 5, 23, 60])
-def test_a_row_stands_where_its_nearest_member_does(method: str, num_retained: int) -> None:
+def test_a_row_has_the_position_of_its_nearest_member(method: str, num_retained: int) -> None:
     tokens = seeded(5, 12, 16)
     compressed = get_compressor(method)(tokens, num_retained)
     members = representative_members(tokens, compressed).tolist()
@@ -54,14 +54,14 @@ def test_a_row_stands_where_its_nearest_member_does(method: str, num_retained: i
     ]
 
 
-def test_a_row_without_members_stands_where_the_row_before_it_does() -> None:
+def test_a_row_without_members_has_the_position_of_the_row_before_it() -> None:
     tokens = seeded(1, 4, 8)
     rows = torch.cat([seeded(1, 8), tokens[0, 2:3], seeded(1, 8), tokens[0, 1:2]])
     compressed = CompressedTokens(rows, torch.tensor([-1, 3, 1, 1]))
     assert representative_members(tokens, compressed).tolist() == [0, 2, 2, 1]
 
 
-def test_of_equal_members_the_first_stands_for_the_row() -> None:
+def test_of_equally_near_members_the_first_gives_the_position() -> None:
     tokens = seeded(1, 1, 8).expand(3, 4, 8)
     assert representative_members(tokens, compress(tokens, num_retained=1)).tolist() == [0]
 
@@ -108,7 +108,7 @@ def test_a_part_of_a_video_goes_to_its_own_place(num_computed: int) -> None:
     assert positions == [0, 1, 2, 12, 41, 42, 43, 44, 45, 46, 85]
 
 
-def test_text_stands_behind_the_whole_video_whatever_was_merged() -> None:
+def test_text_after_a_video_continues_after_the_whole_video() -> None:
     for carried in ([rows_of(0, 0, 0, 0)], [rows_of(0, 0, 0, 39)], []):
         positions, delta = place(carried, 0)
         assert positions[5:8] == [42, 43, 44]
@@ -121,7 +121,7 @@ def test_a_prompt_that_ends_in_a_video_goes_on_behind_the_whole_video() -> None:
     assert delta == 1 + 40 - 3
 
 
-def test_rows_that_fit_nowhere_change_nothing() -> None:
+def test_rows_without_a_matching_run_change_no_position() -> None:
     positions, _ = place([rows_of(0, 1, 2, 3, 4)], 0)
     assert positions == POSITIONS[0].tolist()
 
@@ -139,8 +139,8 @@ def test_an_uncompressed_prompt_has_all_tokens_of_its_videos() -> None:
         *(TEXT, TEXT, *[VIDEO] * 6, TEXT, IMAGE, TEXT),
         *(*[VIDEO] * 4, TEXT),
     ]
-    places = [each.mm_position for each in full.features]
-    assert [(each.offset, each.length) for each in places] == [(9, 1), (2, 6), (11, 4)]
+    places = [place.mm_position for place in full.features]
+    assert [(place.offset, place.length) for place in places] == [(9, 1), (2, 6), (11, 4)]
     assert full.kept.tolist() == [0, 1, 2, 4, 6, 8, 9, 10, 11, 13, 15]
     assert [full.tokens[i] for i in full.kept] == PROMPT
 
@@ -229,8 +229,8 @@ def test_the_v2_runner_gets_values_and_positions_of_every_chunk(
         cleaned = pruner.recompute(gathered, batch, states)
         for rows, (offset, part) in zip(cleaned, parts.items(), strict=True):
             assert torch.equal(rows, values[offset][part])
-        for rows, own in zip(pruner.strip(gathered), cleaned, strict=True):
-            assert torch.equal(rows, own)
+        for rows, expected_rows in zip(pruner.strip(gathered), cleaned, strict=True):
+            assert torch.equal(rows, expected_rows)
         if gathered:
             assert rope.delta == 86 - len(PROMPT)
     assert rope.positions[0].tolist() == [0, 1, 2, 12, 41, 42, 43, 44, 50, 52, 85]

@@ -1,4 +1,4 @@
-"""Servers that the benchmarks start: none is left behind, none is taken for another."""
+"""Servers that benchmarks start are stopped at the end, and not confused with others."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ with running_server("it", command, port=port, log=log, timeout_seconds=60):
 
 
 def test_a_server_on_a_taken_port_is_refused_not_measured(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         command = [sys.executable, "-c", SERVER]
         with (
             pytest.raises(RuntimeError, match=f"port {port} .* another server answers"),

@@ -1,6 +1,6 @@
-"""The proxies of ``deploy/``: Caddy as it is shipped, Prometheus' entrance, nginx as an example.
+"""The proxies of ``deploy/``: Caddy as shipped, the proxy of /metrics, and the nginx example.
 
-Real programs in front of a stand-in server.
+Real programs run in front of a stand-in server.
 """
 
 from __future__ import annotations
@@ -197,7 +197,11 @@ def test_the_proxy_bounds_the_requests_in_flight(tmp_path: Path) -> None:
         health = pool.submit(ask, proxy.port, "/health")
         wait_until(lambda: server.asked[-1] == "/health")
         server.answering.set()
-        assert [each.result() for each in (*taken, health)] == [(200, "2"), (200, "2"), (200, "0")]
+        assert [answer.result() for answer in (*taken, health)] == [
+            (200, "2"),
+            (200, "2"),
+            (200, "0"),
+        ]
         assert ask(proxy.port, "/v1/completions", "POST", b"{}") == (200, "2")
 
 
@@ -337,7 +341,7 @@ def test_the_proxy_says_to_its_own_container_alone_that_it_is_alive(tmp_path: Pa
             socket.create_connection(("127.0.0.2", proxy.alive_port))
 
 
-# ---- Prometheus' entrance ----
+# ---- The proxy of /metrics ----
 
 
 def test_prometheus_reaches_the_metrics_alone(tmp_path: Path) -> None:
@@ -523,10 +527,10 @@ def test_the_nginx_example_knows_its_clients_and_bounds_each_one(
         assert refused.status == 429
         assert refused.headers["retry-after"] == "1"
         assert_is_error(refused.body, 429, "at most 32 requests of one client")
-        other = pool.submit(proxy.request, ROUTE, "POST", b"{}", "another")
+        other_client = pool.submit(proxy.request, ROUTE, "POST", b"{}", "another")
         wait_until(lambda: len(server.asked) == 33)
         server.answering.set()
-        assert {each.result().status for each in (*taken, other)} == {200}
+        assert {answer.result().status for answer in (*taken, other_client)} == {200}
         refused = proxy.request(ROUTE, "POST", b"x" * (128 * 2**20 + 1))
         assert_is_error(refused.body, 413, "at most 128 MiB")
 

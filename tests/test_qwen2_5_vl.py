@@ -45,7 +45,7 @@ def video_positions(grid: list[int], start: int, length: int) -> torch.Tensor:
         for h in range(height)
         for w in range(width)
     ]
-    behind = max(max(each) for each in video) + 1
+    behind = max(max(axis) for axis in video) + 1
     num_behind = length - start - len(video)
     text = [(n,) * 3 for n in [*range(start), *range(behind, behind + num_behind)]]
     return torch.tensor([*text[:start], *video, *text[start:]]).T

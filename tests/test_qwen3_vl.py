@@ -86,8 +86,8 @@ def logprobs_by_transformers(
     row_at: dict[int, list[int]] = {}
     place: int | None = 0
     for row in range(num_retained):
-        found = place_of(tokens, compressed, row)
-        place = place if found is None else found
+        member = place_of(tokens, compressed, row)
+        place = place if member is None else member
         row_at.setdefault(place or 0, []).append(row)
 
     kept = [

@@ -57,9 +57,9 @@ def test_all_servers_of_a_plan_have_the_same_front_end(plan: Path) -> None:
     servers, _ = serving.read_plan(plan)
     pruning = {"--video-pruning-method", "--video-pruning-rate", "--video-compression"}
     for server in servers:
-        own = server.options[len(servers[0].options) :]
+        server_options = server.options[len(servers[0].options) :]
         assert server.options[: len(servers[0].options)] == servers[0].options
-        assert set(own[::2]) <= pruning
+        assert set(server_options[::2]) <= pruning
 
 
 def test_the_language_models_are_those_of_the_published_sizes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every command of the README and the docs is run, or marked as needing a GPU; examples hold."""
+"""Runs every command of the README and the docs that is not marked as needing a GPU."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PORT = "localhost:8000"
 
 def blocks(page: Path, language: str) -> list[str]:
     """Return a page's code blocks of a language that are not marked as needing a GPU."""
-    found = re.findall(
+    matches = re.findall(
         rf"(^{re.escape(MARK)}\n)?^ *```{language}\n(.*?)^ *```$", page.read_text(), re.M | re.S
     )
-    return [text for mark, text in found if not mark]
+    return [text for mark, text in matches if not mark]
 
 
 RUN_HERE = {
@@ -221,8 +221,8 @@ def test_make_accuracy_starts_a_server_a_method(servers: OneServer, tmp_path: Pa
 def test_make_bench_starts_a_server_and_stops_it(servers: OneServer, tmp_path: Path) -> None:
     servers.stop()
     measure, _ = recipe("bench")
-    few = ["--num-prompts", "4", "--output", str(tmp_path / "result.json")]
-    assert "server stopped" in run_recipe([[*measure, *few]])
+    options = ["--num-prompts", "4", "--output", str(tmp_path / "result.json")]
+    assert "server stopped" in run_recipe([[*measure, *options]])
 
 
 def printed_tables(command: str) -> list[str]:

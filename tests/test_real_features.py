@@ -1,4 +1,4 @@
-"""The figures of real features, on made-up ones whose figures are known."""
+"""The figures of real features, checked on synthetic features with known figures."""
 
 from __future__ import annotations
 

@@ -229,10 +229,10 @@ def test_shares_are_the_exact_ones_rounded_by_largest_remainders(
     order = sorted(range(len(exact)), key=lambda i: -(exact[i] - expected[i]))
     for index in order[: total - sum(expected)]:
         expected[index] += 1
-    found = shared_out(total, weights, least, most)
-    assert found == expected
-    assert sum(found) == total
-    assert all(low <= k <= high for low, k, high in zip(least, found, most, strict=True))
+    shares = shared_out(total, weights, least, most)
+    assert shares == expected
+    assert sum(shares) == total
+    assert all(low <= k <= high for low, k, high in zip(least, shares, most, strict=True))
 
 
 def test_a_thousand_videos_are_shared_out_at_once() -> None:

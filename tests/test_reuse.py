@@ -1,4 +1,4 @@
-"""What is kept of a video: found by content alone, bounded, and equal to the bit."""
+"""Caches of a video: keyed by content, bounded, and bitwise equal to what was stored."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_video_is_decoded_once() -> None:
     assert same_metadata == metadata == {"frames_indices": [0, 5]}
 
 
-def test_nobody_can_change_what_is_kept() -> None:
+def test_cached_frames_are_read_only() -> None:
     frames, decoder = FrameCache(1000), Decoder()
     for _ in range(2):
         video, metadata = frames.get("a", decoder)
@@ -70,7 +70,7 @@ def test_frames_stay_within_their_bytes_and_the_longest_unused_go_first() -> Non
         assert decoder.count == count
 
 
-def test_a_view_is_kept_without_the_memory_that_it_looks_into() -> None:
+def test_a_view_is_cached_without_its_base() -> None:
     frames = FrameCache(1000)
     whole = np.zeros((10, 500), dtype=np.uint8)
     kept, _ = frames.get("view", lambda: (whole[:1, ::2], {}))
@@ -88,7 +88,7 @@ def test_a_video_larger_than_the_cache_displaces_nothing() -> None:
     assert (small.count, large.count) == (1, 2)
 
 
-def test_of_size_zero_it_keeps_nothing_and_leaves_frames_as_they_are() -> None:
+def test_a_cache_of_size_zero_stores_nothing_and_leaves_frames_writable() -> None:
     frames, decoder = FrameCache(), Decoder()
     for _ in range(2):
         video, _ = frames.get("a", decoder)
@@ -114,17 +114,17 @@ def test_threads_that_want_one_video_wait_for_one_decode() -> None:
         waiting = [pool.submit(frames.get, "a", slow) for _ in range(5)]
         started.wait(10)
         # Another video is not held up.
-        other = Decoder()
-        pool.submit(frames.get, "b", other).result(10)
-        assert other.count == 1
+        other_decoder = Decoder()
+        pool.submit(frames.get, "b", other_decoder).result(10)
+        assert other_decoder.count == 1
         go_on.set()
-        videos = [each.result(10)[0] for each in waiting]
+        videos = [future.result(10)[0] for future in waiting]
     assert decoder.count == 1
     assert all(video is videos[0] for video in videos)
     assert frames._decoding == {}
 
 
-def test_a_failure_is_not_kept() -> None:
+def test_a_failed_decode_is_not_cached() -> None:
     frames, decoder = FrameCache(1000), Decoder()
 
     def broken() -> tuple[Any, dict[str, Any]]:
@@ -151,12 +151,12 @@ def test_tokens_come_back_to_the_bit(dtype: torch.dtype, size: float) -> None:
     cache, kept = FeatureCache(8 * MIB), tokens(size, seed=1, dtype=dtype)
     cache.put(b"a", kept)
     cache.put(b"b", tokens(size, seed=2, dtype=dtype))
-    found = cache.get(b"a", CPU)
-    assert found is not None
-    assert (found.dtype, found.is_contiguous()) == (dtype, True)
-    assert torch.equal(found, kept)
+    cached = cache.get(b"a", CPU)
+    assert cached is not None
+    assert (cached.dtype, cached.is_contiguous()) == (dtype, True)
+    assert torch.equal(cached, kept)
     # What the caller does to it changes nothing.
-    found.zero_()
+    cached.zero_()
     again = cache.get(b"a", CPU)
     assert again is not None
     assert torch.equal(again, kept)
@@ -165,9 +165,9 @@ def test_tokens_come_back_to_the_bit(dtype: torch.dtype, size: float) -> None:
 def test_tokens_that_lie_apart_in_memory_are_kept_as_well() -> None:
     cache, kept = FeatureCache(8 * MIB), tokens(2, seed=1).transpose(0, 1)
     cache.put(b"a", kept)
-    found = cache.get(b"a", CPU)
-    assert found is not None
-    assert torch.equal(found, kept)
+    cached = cache.get(b"a", CPU)
+    assert cached is not None
+    assert torch.equal(cached, kept)
 
 
 def test_tokens_stay_within_their_pages_whatever_comes() -> None:
@@ -180,12 +180,12 @@ def test_tokens_stay_within_their_pages_whatever_comes() -> None:
         return math.ceil(tokens(sizes[key], key).nbytes / MIB)
 
     for key in rng.integers(0, 12, 300).tolist():
-        found = cache.get(key, CPU)
-        assert (found is not None) == (key in oracle)
-        if found is not None:
+        cached = cache.get(key, CPU)
+        assert (cached is not None) == (key in oracle)
+        if cached is not None:
             oracle.remove(key)
             oracle.append(key)
-            assert torch.equal(found, tokens(sizes[key], key))
+            assert torch.equal(cached, tokens(sizes[key], key))
             continue
         cache.put(key, tokens(sizes[key], key))
         if pages(key) <= 5:
@@ -203,13 +203,13 @@ def test_a_tree_is_kept_beside_its_video_and_goes_with_it(size: float) -> None:
     assert cache.get_tree(b"a", CPU) is None
     cache.put(b"a", kept, tree_bytes=tree.nbytes)
     assert cache.get_tree(b"a", CPU) is None
-    for made in (tree, tree + 1):
-        cache.put_tree(b"a", made)
-        found, found_tree = cache.get(b"a", CPU), cache.get_tree(b"a", CPU)
-        assert found is not None
-        assert found_tree is not None
-        assert torch.equal(found, kept)
-        assert torch.equal(found_tree, tree)
+    for new_tree in (tree, tree + 1):
+        cache.put_tree(b"a", new_tree)
+        cached, cached_tree = cache.get(b"a", CPU), cache.get_tree(b"a", CPU)
+        assert cached is not None
+        assert cached_tree is not None
+        assert torch.equal(cached, kept)
+        assert torch.equal(cached_tree, tree)
     cache.put(b"b", tokens(3.5, seed=2))
     assert cache.get_tree(b"a", CPU) is None
 
@@ -222,7 +222,7 @@ def test_room_for_a_tree_is_part_of_the_bound() -> None:
     assert cache.get(b"a", CPU) is not None
 
 
-def test_what_is_forgotten_is_not_found_and_leaves_room() -> None:
+def test_a_cleared_cache_is_empty_and_has_its_whole_room() -> None:
     cache = FeatureCache(2 * MIB)
     cache.put(b"a", tokens(2, seed=1))
     cache.clear()
@@ -257,12 +257,12 @@ def test_a_video_whose_copy_failed_is_not_found_and_leaves_its_room(
         cache.put_tree(b"a", tree)
     assert cache.get_tree(b"a", CPU) is None
     cache.put_tree(b"a", tree)
-    for kept, given in [(cache.get(b"a", CPU), video), (cache.get_tree(b"a", CPU), tree)]:
-        assert kept is not None
-        assert torch.equal(kept, given)
+    for cached, original in [(cache.get(b"a", CPU), video), (cache.get_tree(b"a", CPU), tree)]:
+        assert cached is not None
+        assert torch.equal(cached, original)
 
 
-def test_keeping_a_video_again_takes_no_second_place() -> None:
+def test_a_cached_video_is_not_stored_twice() -> None:
     cache = FeatureCache(3 * MIB)
     cache.put(b"a", tokens(1, seed=1))
     for _ in range(5):
@@ -313,17 +313,17 @@ def test_memory_that_cannot_be_had_leaves_what_there_is_and_names_the_setting(
         f"video_feature_cache_gb must fit in host memory, but of {100 * MIB} bytes only {64 * MIB} "
         "could be had: lower it"
     ]
-    found = [cache.get(seed, CPU) for seed in range(4)]
-    assert [video is not None for video in found] == [False, False, True, True]
-    assert torch.equal(found[3], tokens(30, seed=3))  # type: ignore[arg-type]
+    cached = [cache.get(seed, CPU) for seed in range(4)]
+    assert [video is not None for video in cached] == [False, False, True, True]
+    assert torch.equal(cached[3], tokens(30, seed=3))  # type: ignore[arg-type]
 
 
 class Shared(feature_cache.Sharing):
     """Workers of one process, called in turn: what the first says the others hear."""
 
-    def __init__(self, said: list[Any], is_owner: bool) -> None:
+    def __init__(self, messages: list[Any], is_owner: bool) -> None:
         self.is_owner = is_owner
-        self._said = said
+        self._messages = messages
 
     def agree(self, value: bool) -> bool:
         return bool(self._next(value))
@@ -333,26 +333,28 @@ class Shared(feature_cache.Sharing):
 
     def _next(self, value: Any) -> Any:
         if self.is_owner:
-            self._said.append(value)
+            self._messages.append(value)
             return value
-        return self._said.pop(0)
+        return self._messages.pop(0)
 
 
 def test_of_workers_with_the_same_tokens_one_keeps_them_and_all_find_them() -> None:
-    said: list[Any] = []
-    owner, other = (FeatureCache(70 * MIB, sharing=Shared(said, is_owner=o)) for o in (True, False))
+    messages: list[Any] = []
+    owner, follower = (
+        FeatureCache(70 * MIB, sharing=Shared(messages, is_owner=o)) for o in (True, False)
+    )
     rng = np.random.default_rng(1)
     for key in rng.integers(0, 5, 40).tolist():
-        found = [cache.get(key, CPU) for cache in (owner, other)]
-        assert (found[0] is None) == (found[1] is None)
-        if found[0] is None:
-            for cache in (owner, other):
+        cached = [cache.get(key, CPU) for cache in (owner, follower)]
+        assert (cached[0] is None) == (cached[1] is None)
+        if cached[0] is None:
+            for cache in (owner, follower):
                 cache.put(key, tokens(20, seed=key))
         else:
-            assert torch.equal(found[1], tokens(20, seed=key))  # type: ignore[arg-type]
-        assert not said
+            assert torch.equal(cached[1], tokens(20, seed=key))  # type: ignore[arg-type]
+        assert not messages
     assert owner._pages
-    assert not other._pages
+    assert not follower._pages
 
 
 WORKER = """
@@ -401,17 +403,17 @@ def test_workers_of_tensor_parallelism_take_the_memory_once() -> None:
 def test_tokens_of_a_gpu_come_back_to_the_bit_without_a_wait() -> None:
     cache = FeatureCache(64 * MIB, pin_memory=True)
     kept = [tokens(20, seed).cuda() for seed in range(5)]
-    for seed, each in enumerate(kept):
-        cache.put(seed, each)
+    for seed, video_tokens in enumerate(kept):
+        cache.put(seed, video_tokens)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = {seed: cache.get(seed, torch.device("cuda")) for seed in (4, 2, 3)}
+            cached = {seed: cache.get(seed, torch.device("cuda")) for seed in (4, 2, 3)}
         finally:
             torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
-    for seed, copied in found.items():
+    for seed, copied in cached.items():
         assert copied is not None
         assert torch.equal(copied, kept[seed])
 
@@ -421,14 +423,14 @@ def test_tokens_of_a_gpu_come_back_to_the_bit_without_a_wait() -> None:
 
 def test_sizes_are_those_that_were_set_or_the_defaults() -> None:
     assert CacheSizes.of(None, 4) == CacheSizes(frames=GIB, features=2 * GIB)
-    given = {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
-    assert CacheSizes.of(given, 4) == CacheSizes(frames=GIB // 2, features=0)
+    settings = {"video_frame_cache_gb": 0.5, "video_feature_cache_gb": 0}
+    assert CacheSizes.of(settings, 4) == CacheSizes(frames=GIB // 2, features=0)
 
 
 def test_with_vllms_own_cache_off_they_are_off_unless_set() -> None:
     assert CacheSizes.of({}, 0) == CacheSizes(frames=0, features=0)
-    given = {"video_feature_cache_gb": 1}
-    assert CacheSizes.of(given, 0) == CacheSizes(frames=0, features=GIB)
+    settings = {"video_feature_cache_gb": 1}
+    assert CacheSizes.of(settings, 0) == CacheSizes(frames=0, features=GIB)
 
 
 @pytest.mark.parametrize("name", ["video_frame_cache_gb", "video_feature_cache_gb"])
@@ -438,12 +440,12 @@ def test_a_size_that_is_none_is_refused_by_its_name(name: str, size: object) -> 
         CacheSizes.of({name: size}, 4)
 
 
-def test_another_ratio_is_one_that_a_kept_video_was_not_asked_for() -> None:
+def test_a_cached_video_counts_as_hit_at_another_ratio_once_for_each_new_ratio() -> None:
     cache = FeatureCache(4 * MIB)
     cache.put("a", torch.zeros(8))
     asked = [("a", 5), ("a", 5), ("a", 3), ("a", 5), ("a", 3), ("b", 5), ("b", 3)]
-    found = [cache.is_for_another_ratio(key, num_retained) for key, num_retained in asked]
-    assert found == [False, False, True, False, False, False, False]
+    answers = [cache.is_for_another_ratio(key, num_retained) for key, num_retained in asked]
+    assert answers == [False, False, True, False, False, False, False]
     cache.clear()
     cache.put("a", torch.zeros(8))
     assert not cache.is_for_another_ratio("a", 3), "what was forgotten begins anew"

@@ -1,4 +1,4 @@
-"""The rivals' rules, each against what it optimises said slowly."""
+"""The rival methods' rules, each against a slow form of its objective."""
 
 from __future__ import annotations
 

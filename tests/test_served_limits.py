@@ -1,4 +1,4 @@
-"""What a server compresses together is bounded, so that no video holds up the others."""
+"""Bounds on the tokens that are compressed together, so that no video delays others."""
 
 from __future__ import annotations
 

@@ -178,9 +178,9 @@ def test_requests_of_different_budgets_at_the_same_time_answer_as_alone(
     alone = [ask(job, "alone") for job in jobs]
     with ThreadPoolExecutor(len(jobs)) as pool:
         together = list(pool.map(lambda job: ask(job, "together"), jobs))
-    for job, one, other in zip(jobs, alone, together, strict=True):
-        assert one.video_compression["num_retained_video_tokens"] == job[1]
-        assert same_answer(one, other), (job, steps(one), steps(other))
+    for job, expected, actual in zip(jobs, alone, together, strict=True):
+        assert expected.video_compression["num_retained_video_tokens"] == job[1]
+        assert same_answer(expected, actual), (job, steps(expected), steps(actual))
 
 
 def test_tokenize_counts_the_prompt_of_a_chat_with_the_same_ratio(
@@ -336,10 +336,10 @@ def test_the_openapi_document_shows_the_field(server: Server) -> None:
         schema = json.dumps(content["application/json"]["schema"])
         names = [part.split('"')[0] for part in schema.split("#/components/schemas/")[1:]]
         fields = [document["components"]["schemas"][name]["properties"] for name in names]
-        found = [each for each in fields if "retention_ratio" in each]
-        assert found, path
-        assert "at most 1" in found[0]["retention_ratio"]["description"]
-        assert found[0]["max_retained_video_tokens"]["anyOf"][0]["minimum"] == 1
+        schemas = [schema for schema in fields if "retention_ratio" in schema]
+        assert schemas, path
+        assert "at most 1" in schemas[0]["retention_ratio"]["description"]
+        assert schemas[0]["max_retained_video_tokens"]["anyOf"][0]["minimum"] == 1
 
 
 # What the server tells of itself.
@@ -434,11 +434,11 @@ def test_metrics_tell_ratios_tokens_and_thresholds_of_what_was_answered(
     body = {"model": "demo", "messages": [message(first, "x")], "retention_ratio": 0.7}
     assert server.post("/tokenize", json.dumps(body).encode())[0] == 200
     num_tokens = 5 * TOKENS_PER_FRAME
-    few, fewer = num_retained_tokens(num_tokens, 0.4), num_retained_tokens(num_tokens, 0.1)
+    num_retained, fewer = num_retained_tokens(num_tokens, 0.4), num_retained_tokens(num_tokens, 0.1)
     assert counted_since(server, before) == {
         "answered": 3,
         "video_tokens_total": 4 * num_tokens,
-        "retained_video_tokens_total": 2 * few + num_tokens + fewer,
+        "retained_video_tokens_total": 2 * num_retained + num_tokens + fewer,
         "requested_retention_ratio_count": 2,
         "requested_retention_ratio_sum": 0.5,
         "retention_ratio_count": 3,
@@ -591,13 +591,18 @@ def test_a_cached_video_can_be_named_without_being_sent_again(
     named = message(clips["short"], "Once more?")
     named["content"][0].update(video_url=None, uuid="clip-of-this-test")
     # Another, longer video under its name is answered from it too, and told of as it is.
-    other = message(clips["tall"], "Once more?")
-    other["content"][0]["uuid"] = "clip-of-this-test"
+    other_video = message(clips["tall"], "Once more?")
+    other_video["content"][0]["uuid"] = "clip-of-this-test"
     text_only = server.ask("Once more?").usage.prompt_tokens
     for ratio in (0.2, 1.0):
         kept = num_retained_tokens(num_video_tokens("short"), ratio)
-        for each in (sent, named, other):
-            body = {"model": "demo", "messages": [each], "max_tokens": 1, "retention_ratio": ratio}
+        for asked in (sent, named, other_video):
+            body = {
+                "model": "demo",
+                "messages": [asked],
+                "max_tokens": 1,
+                "retention_ratio": ratio,
+            }
             status, content = server.post("/v1/chat/completions", json.dumps(body).encode())
             assert status == 200, content
             answer = json.loads(content)
@@ -668,8 +673,8 @@ def test_requests_of_different_ratios_at_the_same_time_answer_as_alone(
     alone = [ask(job, "alone") for job in jobs]
     with ThreadPoolExecutor(len(jobs)) as pool:
         together = list(pool.map(lambda job: ask(job, "together"), jobs))
-    for job, one, other in zip(jobs, alone, together, strict=True):
-        assert same_answer(one, other), (job, steps(one), steps(other))
+    for job, expected, actual in zip(jobs, alone, together, strict=True):
+        assert same_answer(expected, actual), (job, steps(expected), steps(actual))
 
 
 def test_a_still_video_among_others_answers_as_alone(
@@ -689,10 +694,10 @@ def test_a_still_video_among_others_answers_as_alone(
     alone = [ask(job, "alone") for job in jobs]
     with ThreadPoolExecutor(len(jobs)) as pool:
         together = list(pool.map(lambda job: ask(job, "together"), jobs))
-    for job, one, other in zip(jobs, alone, together, strict=True):
-        assert same_answer(one, other), (job, steps(one), steps(other))
+    for job, expected, actual in zip(jobs, alone, together, strict=True):
+        assert same_answer(expected, actual), (job, steps(expected), steps(actual))
         kept = num_retained_tokens(12 * TOKENS_PER_FRAME, job[1])
-        assert one.video_compression["num_retained_video_tokens"] == kept
+        assert expected.video_compression["num_retained_video_tokens"] == kept
     both = server.ask(still, clips["webm"], "Both?", ratio=0.5)
     assert both.video_compression["num_video_tokens"] == 2 * 12 * TOKENS_PER_FRAME
 

@@ -50,7 +50,7 @@ def test_the_demo_model_answers_at_every_ratio(
 
 def test_the_demos_clip_is_held_out_and_answers_its_question(tmp_path: Path) -> None:
     scene = sample_scene(SEED, SKILL)
-    assert (QUESTION, ANSWER) in {(each.text, each.answer) for each in ask(scene, SEED)}
+    assert (QUESTION, ANSWER) in {(question.text, question.answer) for question in ask(scene, SEED)}
     write_clip(scene, tmp_path / "clip.mp4")
     written, shipped = (
         np.stack(decode_all(path)).astype(np.int16) for path in (tmp_path / "clip.mp4", CLIP)

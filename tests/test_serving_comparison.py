@@ -62,8 +62,9 @@ def run(plan: Path, *options: str) -> tuple[int, Path]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     output = plan.parent / "result.json"
-    given = ["--output", str(output), "--videos", str(plan.parent / "videos"), "--port", str(port)]
-    return serving.main([str(plan), "a-model", *given, *options]), output
+    videos = plan.parent / "videos"
+    places = ["--output", str(output), "--videos", str(videos), "--port", str(port)]
+    return serving.main([str(plan), "a-model", *places, *options]), output
 
 
 def is_running(pid: int) -> bool:
@@ -85,9 +86,9 @@ def test_every_server_is_measured_once_and_stopped_and_one_that_fails_is_told(
 
     status, output = run(plan)
     assert status == 1
-    said = capfd.readouterr()
-    assert "does not start ended after" in said.err
-    assert "no such model" in said.err
+    captured = capfd.readouterr()
+    assert "does not start ended after" in captured.err
+    assert "no such model" in captured.err
     runs = {measured["label"]: measured["cells"] for measured in read_results(output).runs}
     assert runs["first"] == first["cells"]  # Not measured again.
     assert {

@@ -1,4 +1,4 @@
-"""What `scissor-vllm show` draws is what compression did."""
+"""`scissor-vllm show` draws the result of the compression."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ def small_picture(assignment: list[int], num_retained: int, *, frames: int = 2) 
 def data_of(page: Path | str) -> dict[str, Any]:
     """Return the data that lies in a page."""
     text = page if isinstance(page, str) else page.read_text()
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    data: dict[str, Any] = json.loads(found)
+    (text_of_data,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', text, re.S
+    )
+    data: dict[str, Any] = json.loads(text_of_data)
     return data
 
 
@@ -99,20 +101,20 @@ def test_what_is_drawn_is_what_a_server_would_keep(shown: Path, encoder: Encoder
     data = data_of(shown / "show.html")
     assert len(data["frames"]) * data["rows"] * data["columns"] == num_tokens
     assert data["times"] == [i / metadata["fps"] for i in metadata["frames_indices"]]
-    assert [each["retention_ratio"] for each in data["groupings"]] == list(RATIOS)
-    for each in data["groupings"][:-1]:
-        num_retained = num_retained_tokens(num_tokens, each["retention_ratio"])
+    assert [grouping["retention_ratio"] for grouping in data["groupings"]] == list(RATIOS)
+    for grouping in data["groupings"][:-1]:
+        num_retained = num_retained_tokens(num_tokens, grouping["retention_ratio"])
         expected = compress_as_served(tokens, num_retained)
-        assert rows_of(each["assignment"]).tolist() == expected.assignment.tolist()
-        assert each["similarity_threshold"] == expected.similarity_threshold
-        assert each["num_retained"] == num_retained
+        assert rows_of(grouping["assignment"]).tolist() == expected.assignment.tolist()
+        assert grouping["similarity_threshold"] == expected.similarity_threshold
+        assert grouping["num_retained"] == num_retained
     assert rows_of(data["groupings"][-1]["assignment"]).tolist() == list(range(num_tokens))
 
 
 def test_a_representative_is_a_member_of_its_kept_token(shown: Path) -> None:
-    for each in data_of(shown / "show.html")["groupings"]:
-        assignment, members = rows_of(each["assignment"]), rows_of(each["representatives"])
-        assert len(members) == each["num_retained"]
+    for grouping in data_of(shown / "show.html")["groupings"]:
+        assignment, members = rows_of(grouping["assignment"]), rows_of(grouping["representatives"])
+        assert len(members) == grouping["num_retained"]
         for row in set(assignment.tolist()):
             assert assignment[members[row]] == row
 
@@ -134,7 +136,7 @@ def test_a_video_of_patches_has_the_tokens_that_transformers_gives_it_at_once(
     else:
         model = build_qwen3_vl(tmp_path, moe=family.endswith("moe"))
     video = Media(width=200, height=120, num_frames=21)
-    made = Encoder(str(tmp_path)).encode(video.pixels())
+    encoded = Encoder(str(tmp_path)).encode(video.pixels())
     prepared = AutoVideoProcessor.from_pretrained(tmp_path)(
         videos=[torch.from_numpy(video.pixels()).permute(0, 3, 1, 2)],
         do_sample_frames=False,
@@ -143,9 +145,9 @@ def test_a_video_of_patches_has_the_tokens_that_transformers_gives_it_at_once(
     ((num_frames, height, width),) = prepared["video_grid_thw"].tolist()
     with torch.inference_mode():
         (whole,) = model.float().get_video_features(**prepared).pooler_output
-    assert made.tokens.shape[:2] == (num_frames, made.rows * made.columns)
-    assert (made.rows, made.columns) == (height // 2, width // 2)
-    torch.testing.assert_close(made.tokens.flatten(0, 1), whole, atol=1e-4, rtol=1e-4)
+    assert encoded.tokens.shape[:2] == (num_frames, encoded.rows * encoded.columns)
+    assert (encoded.rows, encoded.columns) == (height // 2, width // 2)
+    torch.testing.assert_close(encoded.tokens.flatten(0, 1), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_one_kept_token_has_one_color_in_every_frame() -> None:
@@ -158,7 +160,7 @@ def test_one_kept_token_has_one_color_in_every_frame() -> None:
     cells = picture.cells(picture.groupings[0])
     for frame, row, column in np.ndindex(cells.shape):
         color[int(cells[frame, row, column])].add(tuple(corners[frame, row, column]))
-    assert all(len(each) == 1 for each in color.values())
+    assert all(len(cell_colors) == 1 for cell_colors in color.values())
     assert len(set.union(*color.values())) == 4
 
 
@@ -179,9 +181,9 @@ def test_a_dropped_token_is_darker_than_its_frame() -> None:
 
 
 def test_colors_of_tokens_that_follow_each_other_are_told_apart() -> None:
-    made = colors(300).astype(int)
-    assert len({tuple(each) for each in made}) == 300
-    assert np.abs(np.diff(made, axis=0)).sum(axis=1).min() > 60
+    drawn = colors(300).astype(int)
+    assert len({tuple(color) for color in drawn}) == 300
+    assert np.abs(np.diff(drawn, axis=0)).sum(axis=1).min() > 60
 
 
 def test_the_strip_is_ordered_by_first_frame_and_size() -> None:

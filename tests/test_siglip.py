@@ -1,4 +1,4 @@
-"""SigLIP's encoder with fewer passes: the values of vLLM's, and out of the way of other layers."""
+"""SigLIP's encoder with fewer passes gives vLLM's values, and leaves other layers alone."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def test_on_a_gpu_it_is_as_near_to_exact_as_vllm() -> None:
         exact.load_state_dict({name: w.float() for name, w in tower.state_dict().items()})
         expected = exact(pixels.bfloat16().float())
     assert not torch.equal(fused, stock)
-    error, vllms = ((each - expected).norm() / expected.norm() for each in (fused, stock))
+    error, vllms = ((output - expected).norm() / expected.norm() for output in (fused, stock))
     assert error < 1.05 * vllms
     assert error < 0.05

@@ -1,4 +1,4 @@
-"""Vision-tower calls: their bound, and K rows whatever happens."""
+"""Calls of the vision tower are bounded, and a video always has K rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_compression(
 
 
 class RecordingTower:
-    """A tower that remembers the frames of each call."""
+    """A tower that records the frames of each call."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -94,7 +94,7 @@ def test_mixed_lengths_and_ratios_give_each_video_its_k_rows(method: str) -> Non
     compression = make_compression(method)
     lengths, counts = (25, 1, 7, 10), [3, 4, 28, 1]
     rows = rows_of(compression, make_videos(*lengths), counts, RecordingTower())
-    assert [tuple(each.shape) for each in rows] == [(count, WIDTH) for count in counts]
+    assert [tuple(video_rows.shape) for video_rows in rows] == [(count, WIDTH) for count in counts]
 
 
 def test_a_videos_rows_do_not_depend_on_its_batch() -> None:
@@ -105,11 +105,11 @@ def test_a_videos_rows_do_not_depend_on_its_batch() -> None:
         assert torch.equal(alone, rows)
 
 
-def test_more_rows_asked_than_there_are_fails_no_other_request(
+def test_a_request_for_more_rows_than_tokens_fails_no_other_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows = rows_of(make_compression(), make_videos(2, 5), [9, 3], RecordingTower())
-    assert [len(each) for each in rows] == [9, 3]
+    assert [len(video_rows) for video_rows in rows] == [9, 3]
 
 
 def test_a_tower_that_overflows_fails_no_other_request() -> None:
@@ -157,7 +157,7 @@ def test_a_device_error_of_one_of_several_ranks_is_raised(
             rows_of(compression, make_videos(5), [3], RecordingTower())
 
 
-def test_on_what_follows_from_the_tokens_all_ranks_fall_back(
+def test_on_an_error_that_depends_on_the_tokens_all_ranks_fall_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def overflowing(frames: torch.Tensor) -> torch.Tensor:
@@ -215,10 +215,10 @@ def test_only_the_same_content_is_recognized() -> None:
 @pytest.mark.parametrize("method", ["scc", "uniform"])
 def test_a_frame_that_repeats_is_encoded_once(method: str) -> None:
     compression, tower = make_compression(method), RecordingTower()
-    (few,) = make_videos(5)
+    (different,) = make_videos(5)
     frame_of = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4])
-    video = replace(few, frame_of=frame_of)
-    everything = replace(few, pixels=few.pixels[frame_of])
+    video = replace(different, frame_of=frame_of)
+    everything = replace(different, pixels=different.pixels[frame_of])
     for count in (1, 7, 30, 36):
         tower.calls.clear()
         (rows,) = rows_of(compression, [video], [count], tower)
@@ -253,7 +253,7 @@ def test_a_video_asked_again_is_searched_once_if_its_method_has_a_tree(
     assert len(searches) == (2 + by_references if method == "average-linkage" else 0)
 
 
-def test_with_an_adapter_in_the_tower_nothing_is_kept() -> None:
+def test_with_an_adapter_in_the_tower_no_features_are_cached() -> None:
     for in_tower, calls in ((True, [5, 5]), (False, [5])):
         lora = SimpleNamespace(enable_tower_connector_lora=in_tower)
         compression, tower = make_compression(cache_gb=0.01, lora=lora), RecordingTower()

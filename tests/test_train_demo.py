@@ -1,4 +1,4 @@
-"""The demo model's training: what it learns from is what a server asks, and its record is true."""
+"""The demo model's training: its inputs equal a server's, and its record is correct."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_questions_written_casually_take_no_more_tokens(tokenizer: Any) -> None:
 # Fresh weights
 
 
-def test_a_fresh_model_looks_at_what_is_alike_and_at_what_stood_before(tokenizer: Any) -> None:
+def test_a_new_model_attends_to_equal_tokens_and_to_the_previous_token(tokenizer: Any) -> None:
     text = build_model(ModelSize(), tokenizer, seed=0).model.language_model
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 40, 256, generator=generator)
@@ -168,7 +168,10 @@ def test_packed_logits_are_those_of_each_question_asked_alone(
     scenes = [sample_scene(seed, None, num_frames) for seed in (0, 1)]
     frames = render(scenes, CPU)
     asked = [ask(scene, seed)[:5] for seed, scene in enumerate(scenes)]
-    rows = [[encoder(each.text, each.answer, 0) for each in questions] for questions in asked]
+    rows = [
+        [encoder(question.text, question.answer, 0) for question in questions]
+        for questions in asked
+    ]
     questions, num_left_out = pack(rows, 200, encoder.padding)
     assert num_left_out == 0
     packed = PackedModel(model, encoder.prefix).eval()
@@ -194,7 +197,7 @@ def test_packed_logits_are_those_of_each_question_asked_alone(
             assert (to_predict[:-num_answer] == IGNORED).all()
 
 
-def test_drawn_places_begin_at_nothing_grow_and_keep_the_usual_ones_among_them() -> None:
+def test_drawn_positions_begin_at_zero_increase_and_include_the_served_ones() -> None:
     shape = torch.Size((400, 4, 30))
     places = drawn_places(shape, torch.Generator().manual_seed(0))
     assert places.shape == (400, 120)
@@ -255,7 +258,7 @@ def test_a_question_sees_the_clip_and_its_own_past_alone() -> None:
     ]
 
 
-def test_what_finds_no_room_is_left_out_whole() -> None:
+def test_a_question_without_room_is_left_out_whole() -> None:
     long = EncodedQuestion(tuple(range(1, 8)), 2, 0)
     short = EncodedQuestion((8, 9, 10), 2, 1)
     questions, num_left_out = pack([[long, long, short]], 9, padding=0)
@@ -372,8 +375,8 @@ def test_the_way_between_two_things_is_the_one_that_is_painted(
         for way in ways(encoder, scene, EXERCISE):
             start, *names, answer = tokenizer.decode(way.tokens).split()
             assert start == "way"
-            one, other = (middle[" ".join(pair)] for pair in (names[:2], names[2:]))
-            down, across = (other - one).tolist()
+            first, second = (middle[" ".join(pair)] for pair in (names[:2], names[2:]))
+            down, across = (second - first).tolist()
             sides = {"left": -across, "right": across, "up": -down, "down": down}
             assert answer == max(sides, key=sides.__getitem__)
             told[answer] += 1
@@ -399,7 +402,7 @@ def test_tokens_that_lie_near_their_words_are_read_rightly(encoder: Encoder) -> 
     assert wrong > 2.0
 
 
-def test_what_is_in_a_token_tells_where_it_lies_and_nothing_else_does() -> None:
+def test_a_token_is_located_by_its_values_only() -> None:
     torch.manual_seed(0)
     reader = PlaceReader(8, 3)
     token = torch.zeros(9, 8)
@@ -416,7 +419,7 @@ def test_what_is_in_a_token_tells_where_it_lies_and_nothing_else_does() -> None:
     assert reader(torch.ones(2, 4, 9, 8)) >= math.log(3) - 1e-3
 
 
-def test_tokens_as_long_as_words_cost_nothing() -> None:
+def test_tokens_with_the_norm_of_words_have_no_length_penalty() -> None:
     words = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     alike = torch.full((3, 64), float(words.norm(dim=-1).mean()) / 8)
     assert length_penalty(alike, words) == pytest.approx(0.0, abs=1e-6)
@@ -455,13 +458,13 @@ def test_an_answer_is_right_when_greedy_decoding_gives_it(
         scene = sample_scene(seed, "attribute", 2)
         question = ask(scene, seed, "attribute")[0]
         prompt = prompt_of(processor, render([scene], CPU)[0].numpy(), question.text)
-        made = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=-1)
-        given = tuple(made[0, prompt["input_ids"].shape[1] :].tolist())
+        generated = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        answer_ids = tuple(generated[0, prompt["input_ids"].shape[1] :].tolist())
         asked = encoder(question.text, "", SKILLS.index("attribute")).tokens[:-1]
-        other = (*given[:-1], given[-1] ^ 1)
+        wrong_ids = (*answer_ids[:-1], answer_ids[-1] ^ 1)
         right, wrong = (
             EncodedQuestion((*asked, *answer), len(answer), SKILLS.index("attribute"))
-            for answer in (given, other)
+            for answer in (answer_ids, wrong_ids)
         )
         questions, _ = pack([[right, wrong, right]], 150, encoder.padding)
         batch = validation.ValidationBatch(pack_scenes([scene]), questions)
@@ -480,7 +483,7 @@ def test_compressed_clips_are_judged_by_the_packages_methods(
     assert ways["scc 0.1"](torch.randn(2, 100, 8)).shape == (20, 8)
     scores = validation.accuracy(packed, batches, CPU, ways)
     assert list(scores) == ["whole", "scc 0.1", "uniform 0.1"]
-    asked = {sum(score.num_asked for score in each.values()) for each in scores.values()}
+    asked = {sum(score.num_asked for score in by_skill.values()) for by_skill in scores.values()}
     assert len(asked) == 1
     assert asked.pop() > 0
 

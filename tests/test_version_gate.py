@@ -1,4 +1,4 @@
-"""A vLLM that this release was not tested with stays stock, and lives."""
+"""An untested vLLM stays stock and keeps running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the video loader promises: exact frames, vLLM's sampling and limits, and clear refusals."""
+"""The video loader: exact frames, vLLM's sampling and limits, and clear errors."""
 
 from __future__ import annotations
 

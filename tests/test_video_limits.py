@@ -1,4 +1,4 @@
-"""What decoding may take: bytes in flight, among threads and processes, and clear refusals."""
+"""Limits of decoding: bytes in flight over threads and processes, and clear errors."""
 
 from __future__ import annotations
 

@@ -144,7 +144,9 @@ def test_play_lists_and_descriptions_are_refused_and_not_followed(
     assert not canary.is_touched()
 
 
-def test_the_canary_sees_who_follows_a_play_list(canary: Canary, tmp_path: Path) -> None:
+def test_the_canary_notices_a_reader_that_follows_a_play_list(
+    canary: Canary, tmp_path: Path
+) -> None:
     play_list = tmp_path / "list.txt"
     play_list.write_bytes(_concat(canary))
     with av.open(str(play_list), format="concat", options={"safe": "0"}) as container:
@@ -191,7 +193,7 @@ def test_a_reference_to_another_file_is_not_followed(canary: Canary, tmp_path: P
     assert canary.is_touched()
 
 
-def test_texts_inside_a_video_do_not_matter(tmp_path: Path) -> None:
+def test_texts_inside_a_video_file_open_nothing(tmp_path: Path) -> None:
     register_video_loader()
     data = make_clip(tmp_path / "clip.mp4", num_frames=6, width=64, height=64).read_bytes()
     text = b"<mpd <MPD \nc=IN IP4 127.0.0.1\r\n#EXTM3U ffconcat version 1.0\n"

@@ -1,4 +1,4 @@
-"""Where vLLM's insides are reached: as narrow as its reasons say."""
+"""Reaches into vLLM's internals change no more than documented."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ RENEW = "if a module is new to the package, record it as tests/vllm_names.py say
 
 def test_the_record_covers_every_supported_version() -> None:
     (major, first), (_, beyond) = SUPPORTED_VLLM
-    minors = {tuple(map(int, each.version.split(".")[:2])) for each in recorded()}
+    minors = {tuple(map(int, source.version.split(".")[:2])) for source in recorded()}
     assert minors == {(major, minor) for minor in range(first, beyond)}
 
 

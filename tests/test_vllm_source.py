@@ -38,8 +38,10 @@ def test_a_name_or_a_module_that_vllm_lacks_is_reported(
         "try:\n    from vllm.nowhere import setup\n"
         "except ImportError:\n    from vllm.config import VllmConfig as setup\n"
     )
-    found = {f"{reference.module}.{reference.name}" for reference in missing(installed(), package)}
-    assert found == {
+    reported = {
+        f"{reference.module}.{reference.name}" for reference in missing(installed(), package)
+    }
+    assert reported == {
         "vllm.Nothing",
         "vllm.nowhere.anything",
         "vllm.model_executor.models.llava_onevision.LlavaOnevisionProcessingInfos",

@@ -121,8 +121,10 @@ def test_the_pages_slider_begins_at_the_servers_default_and_ends_at_its_minimum(
 def test_a_page_has_the_ratios_of_its_server(policy: RetentionPolicy) -> None:
     page = with_ratios((PAGE_FILES / "ask.html").read_text(), policy)
     (slider,) = re.findall(r'<input type="range" id="ratio"[^>]*>', page)
-    found = {name: float(number) for name, number in re.findall(r'(min|max|value)="(.*?)"', slider)}
-    assert found == {"min": policy.min_ratio, "max": 1.0, "value": policy.default_ratio}
+    attributes = {
+        name: float(number) for name, number in re.findall(r'(min|max|value)="(.*?)"', slider)
+    }
+    assert attributes == {"min": policy.min_ratio, "max": 1.0, "value": policy.default_ratio}
     assert f'for="ratio">{policy.default_ratio}</output>' in page
 
 
@@ -202,9 +204,9 @@ def test_one_picture_is_made_at_a_time_and_the_server_goes_on(page_server: Serve
         head = f"POST {PICTURE_PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         deadline = time.monotonic() + 30
-        while (found := post_picture(page_server, body_of(CLIP, "?")))[0] != 429:
+        while (answer := post_picture(page_server, body_of(CLIP, "?")))[0] != 429:
             assert time.monotonic() < deadline
-        assert "one picture is made at a time" in found[1]
+        assert "one picture is made at a time" in answer[1]
         assert get(page_server, "/health")[0] == 200
     deadline = time.monotonic() + 30
     while post_picture(page_server, body_of(CLIP, "?"))[0] == 429:
@@ -326,7 +328,7 @@ def test_in_a_browser_a_question_gets_an_answer_its_tokens_and_the_picture(
         len(shown.frames) + 1
     )
     # A refusal of the key is no fault of the page; nothing else may be complained about.
-    assert [each for each in browser.complaints if "401" not in each] == []
+    assert [complaint for complaint in browser.complaints if "401" not in complaint] == []
     SCREENSHOT.parent.mkdir(exist_ok=True)
     browser.screenshot(SCREENSHOT)
     # What was asked about one video is not shown beside another.
@@ -426,10 +428,10 @@ def test_in_a_browser_every_control_is_reached_by_the_tab_key(
     browser.wait("!document.getElementById('key-field').hidden")
     browser.focus("#video")
     reached = []
-    for _ in range(5):
+    for _ in range(6):
         browser.press("Tab")
         reached.append(browser.evaluate("document.activeElement.id"))
-    assert reached == ["question", "ratio", "most", "key", "ask"]
+    assert reached == ["question", "ratio", "budget", "most", "key", "ask"]
 
 
 def test_a_picture_of_a_video_of_patches_is_what_show_draws(

@@ -147,8 +147,8 @@ class Witness:
         singular = {plural: shape for shape, plural in PLURALS.items()}
         words = [singular.get(word, word) for word in text.split()]
         wanted = [word for word in words if word in SHAPES + COLOURS]
-        found = [name for name in self.things if all(word in name.split() for word in wanted)]
-        return NUMBERS[len(found) - 1]
+        names = [name for name in self.things if all(word in name.split() for word in wanted)]
+        return NUMBERS[len(names) - 1]
 
     def place(self, text: str) -> str:
         has_cut = len(set(self.places)) > 1
@@ -199,10 +199,10 @@ def test_a_mixed_scene_has_ten_questions_and_all_skills_come_up() -> None:
 
 def test_equal_arguments_give_equal_scenes_questions_and_pictures() -> None:
     for skill in MIXED:
-        one, other = sample_scene(7, skill), sample_scene(7, skill)
-        assert one == other
-        assert ask(one, 3, skill) == ask(other, 3, skill)
-        assert torch.equal(render([one], "cpu"), render([other], "cpu"))
+        first, second = sample_scene(7, skill), sample_scene(7, skill)
+        assert first == second
+        assert ask(first, 3, skill) == ask(second, 3, skill)
+        assert torch.equal(render([first], "cpu"), render([second], "cpu"))
 
 
 def test_a_scene_survives_pickling() -> None:
@@ -218,8 +218,8 @@ def test_the_scenes_of_known_seeds_have_not_changed() -> None:
 
 
 def test_no_seed_is_in_two_splits() -> None:
-    for one, other in combinations(SEEDS.values(), 2):
-        assert one.stop <= other.start or other.stop <= one.start
+    for left, right in combinations(SEEDS.values(), 2):
+        assert left.stop <= right.start or right.stop <= left.start
 
 
 @pytest.mark.parametrize("split", ["validation", "heldout"])
@@ -329,13 +329,13 @@ def test_things_are_different_inside_the_picture_and_apart(skill: str | None) ->
         names = [(sprite.figure, sprite.colour) for sprite in scene.sprites]
         assert len(set(names)) == len(names)
         for frame in range(scene.num_frames):
-            seen = [sprite for sprite in scene.sprites if sprite.is_visible(frame)]
-            for sprite in seen:
+            visible = [sprite for sprite in scene.sprites if sprite.is_visible(frame)]
+            for sprite in visible:
                 for middle in sprite.centre(frame):
                     assert sprite.size / 2 <= middle <= FRAME_SIZE - sprite.size / 2
-            for one, other in combinations(seen, 2):
-                gap = np.subtract(one.centre(frame), other.centre(frame))
-                assert np.hypot(*gap) > (one.size + other.size) / 2
+            for left, right in combinations(visible, 2):
+                gap = np.subtract(left.centre(frame), right.centre(frame))
+                assert np.hypot(*gap) > (left.size + right.size) / 2
 
 
 @pytest.mark.parametrize(("skill", "num_frames"), [("nonsense", 16), ("needle", 4), (None, 0)])
@@ -385,9 +385,9 @@ def test_things_have_the_colour_they_are_called_by() -> None:
             if thing.figure != "ring":
                 middle = frame[int(thing.y) - 1 : int(thing.y) + 2, int(thing.x) - 1 :][:, :3]
                 typical[thing.colour].append(middle.mean((0, 1)))
-    means = {colour: np.mean(seen, axis=0) for colour, seen in typical.items()}
-    for colour, seen in typical.items():
-        for pixel in seen:
+    means = {colour: np.mean(pixels, axis=0) for colour, pixels in typical.items()}
+    for colour, pixels in typical.items():
+        for pixel in pixels:
             assert min(means, key=lambda name: np.abs(means[name] - pixel).sum()) == colour
 
 
@@ -396,10 +396,12 @@ def test_shapes_and_glyphs_look_different_from_each_other() -> None:
     blank = replace(sample_scene(0, "small", 1), sprites=(), noise=0.0)
     for figures, colour, size in ((SHAPES, "red", 14.0), (GLYPHS, "plate", 36.0)):
         variants = [replace(thing, figure=figure, colour=colour, size=size) for figure in figures]
-        scenes = [replace(blank, sprites=(replace(each, first=0, last=1),)) for each in variants]
+        scenes = [
+            replace(blank, sprites=(replace(sprite, first=0, last=1),)) for sprite in variants
+        ]
         pictures = render(scenes, "cpu")[:, 0].float()
-        for one, other in combinations(pictures, 2):
-            assert ((one - other).abs().amax(-1) > 60).sum() >= 12
+        for left, right in combinations(pictures, 2):
+            assert ((left - right).abs().amax(-1) > 60).sum() >= 12
 
 
 def test_a_still_scene_without_movers_shows_one_picture() -> None:

@@ -137,7 +137,7 @@ def _imported(
     tree: ast.AST, where: str, without: set[ast.AST] | frozenset[ast.AST] = frozenset()
 ) -> list[Reference]:
     """Return the imports from vLLM below a node, and what is read off imported modules."""
-    found = []
+    names = []
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if node in without:
@@ -145,19 +145,19 @@ def _imported(
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "vllm":
-                    found.append(Reference(f"{where}:{node.lineno}", alias.name, None))
+                    names.append(Reference(f"{where}:{node.lineno}", alias.name, None))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
             for alias in node.names:
                 module = str(node.module)
-                found.append(Reference(f"{where}:{node.lineno}", module, alias.name))
+                names.append(Reference(f"{where}:{node.lineno}", module, alias.name))
                 aliases[alias.asname or alias.name] = f"{module}.{alias.name}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = aliases.get(node.value.id, "")
             # A class has lower-case names above it only in its module's path.
             if module and module.rsplit(".", 1)[1].islower():
-                found.append(Reference(f"{where}:{node.lineno}", module, node.attr))
-    return found
+                names.append(Reference(f"{where}:{node.lineno}", module, node.attr))
+    return names
 
 
 def missing(folder: Path, package: Path = PACKAGE) -> list[Reference]:

@@ -104,9 +104,9 @@ class Sources:
     def version(self) -> str:
         """vLLM's version."""
         text = (self._folder / "vllm" / "_version.py").read_text()
-        found = re.search(r"^__version__ = (?:\w+ = )?'([^'+]+)", text, re.MULTILINE)
-        assert found is not None
-        return found[1]
+        match = re.search(r"^__version__ = (?:\w+ = )?'([^'+]+)", text, re.MULTILINE)
+        assert match is not None
+        return match[1]
 
     def _names_of(self, module: str) -> frozenset[str] | None:
         """Return what a module binds at its top level, None if there is no such module.
@@ -123,8 +123,11 @@ class Sources:
             names |= set(_bound(node)) - {"*"}
         if path.name == "__init__.py":
             inside = [*path.parent.glob("*.py"), *path.parent.glob("*/__init__.py")]
-            inside = [each.parent if each.stem == "__init__" else each for each in inside]
-            names |= {each.stem for each in inside if each != path.parent}
+            inside = [
+                module_path.parent if module_path.stem == "__init__" else module_path
+                for module_path in inside
+            ]
+            names |= {module_path.stem for module_path in inside if module_path != path.parent}
         return frozenset(names)
 
     def _file_of(self, module: str) -> Path | None:
@@ -165,7 +168,7 @@ def installed() -> Sources:
 def recorded() -> list[Recorded]:
     """Return the versions in the record."""
     record = _read_record()
-    versions = {each for names in record.values() for key in names for each in key.split()}
+    versions = {version for names in record.values() for key in names for version in key.split()}
     return [Recorded(version, record) for version in sorted(versions)]
 
 
@@ -230,9 +233,11 @@ def _absolute(node: ast.ImportFrom, path: Path, module: str) -> str:
 
 def main(folders: list[str]) -> None:
     """Record the versions of vLLM in some folders, beside those recorded before."""
-    made = [installed() if folder == "installed" else Sources(Path(folder)) for folder in folders]
-    versions: dict[str, Sources | Recorded] = {each.version: each for each in recorded()}
-    versions |= {each.version: each for each in made}
+    sources = [
+        installed() if folder == "installed" else Sources(Path(folder)) for folder in folders
+    ]
+    versions: dict[str, Sources | Recorded] = {source.version: source for source in recorded()}
+    versions |= {source.version: source for source in sources}
     record: Record = {}
     for module in sorted(wanted_modules()):
         versions_of: dict[str, list[str]] = {}

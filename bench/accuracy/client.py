@@ -1,4 +1,4 @@
-"""Asks a running server the questions, several at once, with the ``openai`` client."""
+"""Asks a running server the questions, several at a time, with the ``openai`` client."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from scissor_vllm.retention import RETENTION_RATIO, num_retained_tokens
 
 TEMPERATURE = 0
 RETRY_SECONDS = 1.0
-"""Before the second try of a request."""
+"""Seconds before the second try of a request."""
 GIVE_UP_AFTER = 20
-"""Requests that fail one after another: the server is not one that can be measured."""
+"""Number of consecutive failures after which a run ends."""
 _MAX_REASON = 300
 
 
@@ -30,26 +30,26 @@ class ChatSettings:
     """How questions are sent."""
 
     base_url: str
-    """Of the server, without ``/v1``."""
+    """URL of the server, without ``/v1``."""
     model: str
     max_tokens: int = 16
     concurrency: int = 4
     local_media: bool = False
-    """Send ``file://`` URLs, which the server must allow, instead of the files themselves."""
+    """Send ``file://`` URLs, which the server must allow, instead of the files."""
     max_video_bytes: int = 100_000_000
-    """Of a file that is sent itself."""
+    """Largest size of a file that is sent."""
     timeout_seconds: float = 600.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what decides over answers, as a result file names it."""
+        """Return the settings that affect answers, by their names in a result file."""
         return {"max_tokens": self.max_tokens, "temperature": TEMPERATURE}
 
 
 def check_videos(questions: Iterable[Question], settings: ChatSettings) -> None:
-    """Return if every video can be sent.
+    """Check that every video can be sent.
 
     Raises:
-        HarnessError: one is too large; the message says how to send it otherwise.
+        HarnessError: a video is too large; the message names another way to send it.
     """
     if settings.local_media:
         return
@@ -69,11 +69,11 @@ def ask_missing(
     ratios: Sequence[float],
     settings: ChatSettings,
 ) -> int:
-    """Ask what the run has no answer to, save it, and return how many questions stay without.
+    """Ask the questions without an answer, save the answers, and return how many are still missing.
 
     Raises:
-        HarnessError: the server does not compress, keeps another number of tokens than the ratio
-            says, or stopped answering. What was answered is saved.
+        HarnessError: the server does not compress, keeps a number of tokens that does not fit the
+            ratio, or stopped answering. Earlier answers are saved.
     """
     from tqdm import tqdm
 
@@ -138,7 +138,7 @@ async def _ask_all(
 async def _ask_twice(
     client: Any, question: Question, ratio: float, settings: ChatSettings
 ) -> Answer:
-    """Return the answer; one with an error if the second try failed as well."""
+    """Return the answer, with an error if the second try failed too."""
     from openai import OpenAIError
 
     for last in (False, True):

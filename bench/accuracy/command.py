@@ -116,8 +116,8 @@ def methods(argv: Sequence[str]) -> int:
     failed = False
     for method in dict.fromkeys(args.methods):
         label = method + args.suffix
-        there = next((run for run in results.runs if run.label == label), None)
-        if there is not None and not there.missing(questions, args.retention_ratio):
+        previous = next((run for run in results.runs if run.label == label), None)
+        if previous is not None and not previous.missing(questions, args.retention_ratio):
             print(f"{label}: measured before, left as it is", flush=True)
             continue
         try:
@@ -157,19 +157,19 @@ def convert(argv: Sequence[str]) -> int:
         raise HarnessError(
             f"{args.annotations} is not of {args.benchmark}'s published form: {error!r}"
         ) from error
-    there = [question for question in questions if question.video.is_file()]
+    available = [question for question in questions if question.video.is_file()]
     if lost := [question for question in questions if not question.video.is_file()]:
         by_skill = ", ".join(
             f"{n} of {skill}" for skill, n in Counter(q.skill for q in lost).items()
         )
         told = f"{len(lost)} of {len(questions)} questions lack their video: {by_skill}"
-        if not args.skip_missing or not there:
+        if not args.skip_missing or not available:
             raise HarnessError(
                 f"{told}; the first is {lost[0].video}: complete --videos, or leave them out with "
                 "--skip-missing"
             )
         print(f"left out: {told}")
-    print(f"{write_questions(args.folder, there)}: {len(there)} questions")
+    print(f"{write_questions(args.folder, available)}: {len(available)} questions")
     return 0
 
 
@@ -184,9 +184,11 @@ def table(argv: Sequence[str]) -> int:
         help="what the others are compared with (default: scc, or the first)",
     )
     args = parser.parse_args(argv)
-    found = _summary(args)
+    measured = _summary(args)
     shown = (
-        csv_table(found) if args.csv else markdown(found, args.baseline or found.default_baseline)
+        csv_table(measured)
+        if args.csv
+        else markdown(measured, args.baseline or measured.default_baseline)
     )
     print(shown.rstrip("\n"))
     return 0
@@ -250,10 +252,10 @@ def _ask(
 
 
 def _show(results: Results) -> None:
-    found = Summary([results])
+    measured = Summary([results])
     path = results.path.with_suffix(".csv")
-    write_text(path, csv_table(found))
-    print(f"\n{markdown(found, found.default_baseline)}\n\n{results.path}, {path}")
+    write_text(path, csv_table(measured))
+    print(f"\n{markdown(measured, measured.default_baseline)}\n\n{results.path}, {path}")
 
 
 def _summary(args: argparse.Namespace) -> Summary:

@@ -1,8 +1,8 @@
 """The questions of a folder: a ``questions.jsonl`` and the videos that it names.
 
-A line is one question: ``id``, ``video`` (a path from the folder, or absolute), ``skill``,
-``text`` (all that is sent with the video, choices included), ``choices`` (empty for a free answer),
-``answer`` (of choices the letter), and if known the ``seed`` that the clip was made of.
+A line is one question: ``id``, ``video`` (a path from the folder, or absolute), ``skill``, ``text``
+(the whole text to send, with the choices), ``choices`` (empty for a free answer), ``answer``
+(words, or the letter of a choice), and if known the ``seed`` of the clip.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUESTIONS = "questions.jsonl"
 
 
 class HarnessError(Exception):
-    """Accuracy cannot be measured or shown so; the message says what to do."""
+    """Accuracy cannot be measured or shown; the message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Question:
     video: Path
     skill: str
     text: str
-    """All that is sent with the video."""
+    """Text to send with the video."""
     answer: str
-    """What is expected: of choices the letter, else the words."""
+    """The expected words, or the letter of the expected choice."""
     choices: tuple[str, ...] = ()
-    """What the letters stand for, for the scoring; they are in the text too."""
+    """The choices of the letters, for scoring; the text has them too."""
     seed: int | None = None
 
     def as_item(self, folder: Path) -> dict[str, Any]:
-        """Return what a result file keeps of it: no path of this host beyond the folder."""
+        """Return the question's entry in a result file, without paths outside of the folder."""
         inside = self.video.is_relative_to(folder)
         video = self.video.relative_to(folder) if inside else Path(*self.video.parts[-2:])
         return {
@@ -56,14 +56,14 @@ class Question:
 
 
 def read_questions(folder: Path, *, num_per_skill: int | None = None) -> list[Question]:
-    """Return the questions of a folder, those about one video side by side.
+    """Return the questions of a folder, grouped by video.
 
     Args:
         folder: with ``questions.jsonl``.
-        num_per_skill: take the first so many of each skill; None: all.
+        num_per_skill: number of first questions of each skill; None: all.
 
     Raises:
-        HarnessError: there are none, or one is not of the form; the message names the line.
+        HarnessError: there is no question, or one is malformed; the message names the line.
     """
     path = folder / QUESTIONS
     try:
@@ -84,7 +84,7 @@ def read_questions(folder: Path, *, num_per_skill: int | None = None) -> list[Qu
         taken[question.skill] += 1
         if num_per_skill is None or taken[question.skill] <= num_per_skill:
             chosen.append(question)
-    # A server that keeps a video's frames then decodes each once.
+    # So a server with a frame cache decodes each video once.
     first = {question.video: n for n, question in reversed(list(enumerate(chosen)))}
     return sorted(chosen, key=lambda question: first[question.video])
 
@@ -124,9 +124,9 @@ def write_questions(folder: Path, questions: Iterable[Question]) -> Path:
 
 
 def describe_questions(folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return what a result file says of its questions, and each as an item.
+    """Return a result file's description of its questions, with an item for each.
 
-    ``fingerprint`` tells what is sent and expected, ``video_bytes`` the files, from others.
+    ``fingerprint`` identifies texts and expected answers, ``video_bytes`` the files.
 
     Raises:
         HarnessError: a video is missing.

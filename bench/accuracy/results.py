@@ -1,4 +1,4 @@
-"""The result file, and the journal beside it that an abort leaves.
+"""The result file, and its journal, which an aborted run leaves behind.
 
     {"format": 1,
      "questions": {"folder", "num_questions", "num_videos", "video_bytes", "fingerprint",
@@ -6,9 +6,9 @@
      "runs": [{"label", "commands": [...], "environment": {...}, "server": {...},
                "settings": {...}, "answers": {"columns": [...], "rows": [[...], ...]}}]}
 
-A run is one label: one server with one set of flags. Each answer is added to the journal,
-``NAME.answers.jsonl``, as it comes; the file takes them in when a run ends or is interrupted, and
-after a kill when it is next opened.
+A run is one label: one server with one set of flags. Each answer is first added to the journal,
+``NAME.answers.jsonl``. The file takes the answers in when a run ends or is interrupted, or when it
+is opened after a kill.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one question at one ratio."""
+    """The answer to one question at one ratio."""
 
     id: str
-    """Of the question."""
+    """Id of the question."""
     retention_ratio: float
     text: str | None
-    """As the model wrote it; None where there is an error."""
+    """The model's answer, None after an error."""
     correct: bool | None
     num_video_tokens: int | None
     """Before compression, as the server reported."""
@@ -41,13 +41,13 @@ class Answer:
     """After compression, as the server reported."""
     prompt_tokens: int | None
     seconds: float
-    """From sending to the whole answer, with the server's queue."""
+    """Seconds from the request to the whole answer, with the server's queue."""
     error: str | None
-    """Why there is no answer, after a second try."""
+    """Reason of a failure, after a second try."""
 
     @property
     def key(self) -> tuple[str, float]:
-        """What there is one answer of in a run."""
+        """The key of an answer in its run."""
         return self.id, self.retention_ratio
 
 
@@ -56,7 +56,7 @@ COLUMNS = tuple(each.name for each in fields(Answer))
 
 @dataclass
 class Run:
-    """One label's answers, and where they came from."""
+    """One label's answers and their source."""
 
     label: str
     environment: dict[str, Any]
@@ -67,18 +67,19 @@ class Run:
 
     @property
     def ratios(self) -> list[float]:
-        """The ratios there are answers at, largest first."""
+        """The ratios of the answers, largest first."""
         return sorted({answer.retention_ratio for answer in self.answers.values()}, reverse=True)
 
     def missing(
         self, questions: Sequence[Question], ratios: Sequence[float]
     ) -> list[tuple[Question, float]]:
-        """Return what is yet to be asked, a question's ratios side by side; errors are again."""
+        """Return the questions and ratios without an answer, or with an error, by question."""
         return [
             (question, ratio)
             for question in questions
             for ratio in ratios
-            if (there := self.answers.get((question.id, ratio))) is None or there.error is not None
+            if (answer := self.answers.get((question.id, ratio))) is None
+            or answer.error is not None
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,7 +121,7 @@ class Results:
 
     @property
     def journal(self) -> Path:
-        """The file that answers are added to as they come."""
+        """Path of the journal, to which answers are appended."""
         return self.path.with_suffix(".answers.jsonl")
 
     @property
@@ -129,13 +130,13 @@ class Results:
         return {item["id"]: item["skill"] for item in self.questions["items"]}
 
     def add(self, run: Run, answer: Answer) -> None:
-        """Keep an answer, in the journal first."""
+        """Store an answer, first in the journal."""
         with self.journal.open("a") as journal:
             journal.write(json.dumps({"label": run.label, **asdict(answer)}) + "\n")
         run.answers[answer.key] = answer
 
     def save(self) -> None:
-        """Write the file, whole or not at all, and drop the journal, whose answers it has."""
+        """Write the file atomically with the journal's answers, and delete the journal."""
         runs = [run.as_dict() for run in self.runs]
         write_json(self.path, {"format": FORMAT, "questions": self.questions, "runs": runs})
         self.journal.unlink(missing_ok=True)
@@ -148,64 +149,64 @@ class Results:
         server: dict[str, Any],
         settings: dict[str, Any],
     ) -> Run:
-        """Return the run of this label, begun now or gone on with.
+        """Return the run of this label, new or resumed.
 
         Raises:
-            HarnessError: the label was measured elsewhere or otherwise; the message names both.
+            HarnessError: the label has another server or other settings; the message names both.
         """
         run = next((run for run in self.runs if run.label == label), None)
         if run is None:
-            for other in self.runs[:1]:
-                self._check_same("the other labels have", other.settings, settings)
+            for first_run in self.runs[:1]:
+                self._check_same("the other labels have", first_run.settings, settings)
             run = Run(label, environment, server, settings)
             self.runs.append(run)
-        for there, now in (
+        for recorded, now in (
             (run.environment, environment),
             (run.server, server),
             (run.settings, settings),
         ):
-            self._check_same(f"label {label!r} has", there, now)
+            self._check_same(f"label {label!r} has", recorded, now)
         if command not in run.commands:
             run.commands.append(command)
         self.save()
         return run
 
-    def _check_same(self, whose: str, there: dict[str, Any], now: dict[str, Any]) -> None:
+    def _check_same(self, whose: str, recorded: dict[str, Any], now: dict[str, Any]) -> None:
         for key, value in now.items():
-            if there.get(key) != value:
+            if recorded.get(key) != value:
                 raise HarnessError(
-                    f"{self.path}: {whose} {key} {there.get(key)}, this is {value}: give the same "
-                    "again, another --label, or another --output"
+                    f"{self.path}: {whose} {key} {recorded.get(key)}, this is {value}: give the "
+                    "same again, another --label, or another --output"
                 )
 
 
 def open_results(path: Path, questions: dict[str, Any]) -> Results:
-    """Return the file to write to, new or gone on with.
+    """Return the file to write to, new or resumed.
 
     Args:
-        path: of the file; a journal beside it is taken in.
-        questions: the set that is asked, see `describe_questions`.
+        path: of the file; its journal is taken in.
+        questions: the questions, see `describe_questions`.
 
     Raises:
-        HarnessError: the file is about other questions; the message names both.
+        HarnessError: the file has other questions; the message names both.
     """
     if not path.exists():
         return Results(path, questions, [])
     results = read_results(path)
     for key, value in questions.items():
-        if key != "items" and (there := results.questions.get(key)) != value:
+        if key != "items" and (recorded := results.questions.get(key)) != value:
             raise HarnessError(
-                f"{path} is about questions with {key} {there}, these have {value}: give the same "
-                "questions, or another --output"
+                f"{path} is about questions with {key} {recorded}, these have {value}: give the "
+                "same questions, or another --output"
             )
     return results
 
 
 def read_results(path: Path) -> Results:
-    """Return the file's content, with what an abort left in its journal.
+    """Return the file's content, with the answers of its journal.
 
     Raises:
-        HarnessError: it is none of this harness.
+        HarnessError: the file is not a result of this harness.
     """
     try:
         content = json.loads(path.read_text())
@@ -226,7 +227,7 @@ def _take_in_journal(results: Results) -> None:
         return
     runs = {run.label: run for run in results.runs}
     lines = results.journal.read_text().split("\n")
-    # The last line has no end if the process was killed as it wrote it.
+    # The last line is incomplete if the process was killed while writing it.
     for line in lines[:-1]:
         entry = json.loads(line)
         answer = Answer(**{name: entry[name] for name in COLUMNS})

@@ -1,6 +1,6 @@
 """Whether an answer is the expected one: short words, or a letter among choices.
 
-Nothing is judged by a model and nothing is guessed: an answer that cannot be read is wrong.
+No model judges answers, and nothing is guessed: an answer that cannot be parsed is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LEAD = (
 )
 _SEVERAL = re.compile(r"^\W*[A-Z]\W*(?:,|/|&|\band\b|\bor\b)\W*[A-Z]\b(?!')")
 _FIRST = re.compile(
-    # A letter alone, in brackets, or before a mark: not the article of "A red ball".
+    # A letter alone, in brackets, or before punctuation, but not the article of "A red ball".
     rf"^\W*{_LEAD}[\"'*\s]*(?:\((?P<bracketed>[A-Za-z])\)|(?P<marked>[A-Za-z])\s*(?:[.):,\n]|$))",
     re.IGNORECASE,
 )
@@ -32,9 +32,9 @@ def is_correct(answer: str, expected: str, choices: Sequence[str] = ()) -> bool:
     """Return whether an answer is the expected one.
 
     Args:
-        answer: what the model wrote.
-        expected: the words, or of choices the letter.
-        choices: what the letters A, B, ... stand for; empty for a free answer.
+        answer: the model's answer.
+        expected: the expected words, or the letter of the expected choice.
+        choices: the choices of the letters A, B, ...; empty for a free answer.
     """
     if choices:
         return choose(answer, choices) == expected
@@ -52,9 +52,9 @@ def normalize(text: str) -> str:
 def choose(answer: str, choices: Sequence[str]) -> str | None:
     """Return the letter that an answer names, None if it names none or several.
 
-    Read are "B", "(B)", "b.", "B. red", "Answer: B", "The answer is (B) red", and a choice's own
-    words, if no other choice has them; of several choices that occur in a sentence the longest,
-    if it holds the others.
+    Accepted forms are "B", "(B)", "b.", "B. red", "Answer: B", "The answer is (B) red", and a
+    choice's words if no other choice has them. If a sentence names several choices, the longest
+    counts if it contains the others.
     """
     letters = ascii_uppercase[: len(choices)]
     words = normalize(answer)
@@ -86,7 +86,7 @@ def choose(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _named(words: str, choices: Sequence[str]) -> list[int]:
-    """Return the choices whose words are all of the answer; a lone letter is no word here."""
+    """Return the choices whose words are all in the answer; a single letter is no word here."""
     if len(words) == 1 and words.isalpha():
         return []
     return [number for number, choice in enumerate(choices) if normalize(choice) == words]

@@ -1,4 +1,4 @@
-"""One server a method, in turn, each asked all questions."""
+"""Serves the model with each method in turn, for all questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERVE = (sys.executable, "-m", "scissor_vllm.cli", "serve")
 
 @dataclass(frozen=True)
 class MethodServer:
-    """How the model is served with a method of compression."""
+    """Settings of a server with a given compression method."""
 
     model: str
     options: tuple[str, ...]
@@ -25,7 +25,7 @@ class MethodServer:
     timeout_seconds: float
 
     def command(self, method: str) -> list[str]:
-        """Return what starts the server."""
+        """Return the command of the server."""
         return [*SERVE, self.model, "--video-compression", method, *self.options]
 
     @contextmanager
@@ -33,7 +33,7 @@ class MethodServer:
         """Yield the base URL of the server, which is stopped at the end.
 
         Raises:
-            RuntimeError: it did not start; the message ends with its log.
+            RuntimeError: the server did not start; the message ends with its log.
         """
         self.log_folder.mkdir(parents=True, exist_ok=True)
         log = self.log_folder / f"server-{method}.log"

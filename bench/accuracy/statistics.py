@@ -1,4 +1,4 @@
-"""How sure an accuracy is: intervals of 95 %, and differences on the same questions."""
+"""Uncertainty of an accuracy: 95 % intervals, and differences on the same questions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Means = tuple[float, np.ndarray]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the bounds of its interval of 95 %."""
+    """A value and the bounds of its 95 % interval."""
 
     value: float
     low: float
@@ -53,12 +53,12 @@ def mcnemar(num_only_first: int, num_only_second: int) -> float:
 
 
 class Bootstrap:
-    """Means over skills with intervals, and differences of them, from one set of resamples.
+    """Means over skills with intervals, and their differences, from one set of resamples.
 
-    Whole videos are drawn with replacement, since questions about one share its fate: those of one
-    skill among each other, those of several skills among themselves. Every call uses the same
-    draws, so a comparison is paired. Where every answer of a skill is correct, its share cannot
-    vary and the interval is too narrow by what Wilson's shows for that skill.
+    Videos are drawn with replacement, because answers about one video are correlated. Videos with
+    one skill are drawn within that skill, and videos with several skills within their own group.
+    Every call uses the same draws, so a comparison is paired. If all answers of a skill are
+    correct, its share cannot vary, and the interval is too narrow: see Wilson's for that skill.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class Bootstrap:
         Args:
             videos: the video of each question.
             skills: the skill of each question.
-            num_resamples: how many draws, B.
-            seed: of the draws.
+            num_resamples: number of draws, B.
+            seed: seed of the draws.
         """
         self._video = _numbers(videos)
         self._skill = _numbers(skills)
         self._num_skills = len(set(skills))
         stratum = np.full(self._video.max() + 1, -1)
         for video in range(len(stratum)):
-            own = np.unique(self._skill[self._video == video])
-            stratum[video] = own[0] if len(own) == 1 else self._num_skills
-        # A comparison asks again for what the table has asked for.
+            skills_of_video = np.unique(self._skill[self._video == video])
+            stratum[video] = skills_of_video[0] if len(skills_of_video) == 1 else self._num_skills
+        # The table and the comparisons need the same means.
         self._known: dict[bytes, _Means] = {}
         rng = np.random.default_rng(seed)
         self._weights = np.zeros((num_resamples, len(stratum)), dtype=np.float32)
@@ -104,12 +104,12 @@ class Bootstrap:
         return _estimate(*self._means(correct))
 
     def difference(self, first: np.ndarray, second: np.ndarray) -> Estimate:
-        """Return the first mean less the second, over the questions that both answered."""
+        """Return the first mean minus the second, over the questions that both answered."""
         (a, drawn_a), (b, drawn_b) = self._both_means(first, second)
         return _estimate(a - b, drawn_a - drawn_b)
 
     def ratio(self, first: np.ndarray, second: np.ndarray) -> Estimate:
-        """Return the first mean by the second, over the questions that both answered."""
+        """Return the first mean divided by the second, over the questions that both answered."""
         (a, drawn_a), (b, drawn_b) = self._both_means(first, second)
         with np.errstate(divide="ignore", invalid="ignore"):
             return _estimate(float(np.divide(a, b)), np.divide(drawn_a, drawn_b))
@@ -155,6 +155,6 @@ def _estimate(point: float, drawn: np.ndarray) -> Estimate:
 
 
 def _numbers(values: Sequence[Hashable]) -> np.ndarray:
-    """Return each value's number, in the order of first use."""
+    """Return each value's index in the order of first use."""
     number = {value: n for n, value in enumerate(dict.fromkeys(values))}
     return np.array([number[value] for value in values])

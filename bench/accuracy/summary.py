@@ -1,4 +1,4 @@
-"""Accuracies of result files: by label, ratio and skill, and labels against each other."""
+"""Accuracies of result files by label, ratio and skill, and comparisons of labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.accuracy.statistics import Bootstrap, Estimate, mcnemar, wilson
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 
 OVERALL = "overall"
-"""Instead of a skill: the mean over skills, each weighing the same."""
+"""Name in place of a skill for the mean over skills, with equal weights."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Cell:
     num_correct: int
     accuracy: Estimate
     relative: Estimate | None
-    """By the same label's accuracy at ratio 1.0; None for a skill, and where that is missing."""
+    """Relative to the label's accuracy at ratio 1.0; None for a skill, or without that ratio."""
     retained_tokens: float
-    """Video tokens after compression, the mean of the answered questions."""
+    """Mean number of video tokens after compression, over the answered questions."""
 
     @property
     def num_failed(self) -> int:
-        """Questions that were asked and not answered, or not asked yet."""
+        """Number of questions without an answer: failed, or not asked yet."""
         return self.num_questions - self.num_answered
 
 
@@ -50,7 +50,7 @@ class Comparison:
     other: str
     retention_ratio: float
     difference: Estimate
-    """Of the means over skills; above 0 the first is ahead."""
+    """Difference of the means over skills; above 0 the first is better."""
     num_only_label: int
     """Questions that only the first answered correctly."""
     num_only_other: int
@@ -59,7 +59,7 @@ class Comparison:
 
 
 class Summary:
-    """What result files with the same questions say together."""
+    """Accuracies of result files with the same questions."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class Summary:
         With ``common``, take only the questions that each of them answered at all of its ratios.
 
         Raises:
-            HarnessError: the files are about other questions, two runs have the same label, a label
-                is in none, or no question is common.
+            HarnessError: the files have different questions, two runs have the same label, a label
+                is in no file, or no question is common.
         """
         for file in files[1:]:
             for key in ("fingerprint", "num_questions"):
@@ -116,7 +116,7 @@ class Summary:
 
     @property
     def default_baseline(self) -> str:
-        """What the others are compared with: our method, else the first label."""
+        """The baseline of comparisons: the default method, else the first label."""
         ours = DEFAULT_VIDEO_COMPRESSION
         return ours if ours in self.labels else self.labels[0]
 
@@ -145,10 +145,10 @@ class Summary:
         return self._by_key.get((label, ratio, skill))
 
     def compare(self, label: str) -> list[Comparison]:
-        """Return the label against every other, at each ratio that both have.
+        """Return comparisons of the label with every other label, at each ratio that both have.
 
         Raises:
-            HarnessError: there is no such label.
+            HarnessError: the label is unknown.
         """
         runs = {run.label: run for run in self.runs}
         if label not in runs:
@@ -162,10 +162,10 @@ class Summary:
         ]
 
     def commonest_share(self, skill: str) -> float:
-        """Return the accuracy of always giving the commonest answer: what needs no video.
+        """Return the accuracy of always giving the commonest answer, which needs no video.
 
-        It is the commonest of the skill's free answers, of its letters among four, and so on. For
-        `OVERALL` the mean over skills.
+        It is the commonest of the skill's free answers, of its letters among four, and so on.
+        `OVERALL` is the mean over skills.
         """
         if skill == OVERALL:
             return sum(map(self.commonest_share, self.skills)) / len(self.skills)
@@ -205,10 +205,10 @@ class Summary:
         skills = np.array([item["skill"] for item in self._items])
         cells = []
         for skill in self.skills:
-            own = correct[skills == skill]
-            answered = own[~np.isnan(own)]
+            of_skill = correct[skills == skill]
+            answered = of_skill[~np.isnan(of_skill)]
             accuracy = wilson(int(answered.sum()), len(answered))
-            cells.append(self._cell(run, ratio, skill, own, accuracy, None))
+            cells.append(self._cell(run, ratio, skill, of_skill, accuracy, None))
         return cells
 
     def _cell(

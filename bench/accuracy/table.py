@@ -1,4 +1,4 @@
-"""Tables of a summary: Markdown, which reads as plain text too, and CSV."""
+"""Tables of a summary in Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def markdown(summary: Summary, baseline: str) -> str:
 
 
 def behind(comparisons: Sequence[Comparison]) -> list[str]:
-    """Return a line for each other label: where the first is ahead of it, and where it is not."""
+    """Return a line for each other label: the ratios at which the first is better, and the rest."""
     lines = []
     for other in dict.fromkeys(comparison.other for comparison in comparisons):
         below = [c for c in comparisons if c.other == other and c.retention_ratio < 1]
@@ -62,7 +62,7 @@ def behind(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def notes(summary: Summary) -> list[str]:
-    """Return what a reader of the numbers must know."""
+    """Return notes on the meaning of the numbers."""
     lines = [
         "- Mean over skills: each skill weighs the same; bootstrap over videos, "
         f"{NUM_RESAMPLES} draws, seed {SEED}; too narrow where a skill's answers are all alike. "
@@ -87,7 +87,7 @@ def notes(summary: Summary) -> list[str]:
 
 
 def csv_table(summary: Summary) -> str:
-    """Return every cell, a line each; shares are fractions, empty where there is none."""
+    """Return every cell as a line; shares are fractions, empty if missing."""
     rows = [_values(cell) for cell in summary.cells]
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")

@@ -111,9 +111,9 @@ class WordReader(nn.Module):
                 chosen = self.get_buffer(f"{kind}_{form}")
                 vectors = F.normalize(words[chosen].float(), dim=-1)
                 logits = self.sharpness * (unit @ vectors.T)
-                each = F.cross_entropy(logits, target, ignore_index=-1, reduction="none")
+                losses = F.cross_entropy(logits, target, ignore_index=-1, reduction="none")
                 counted = weight * (target >= 0)
-                total = total + (each * counted).sum() / counted.sum().clamp(min=1)
+                total = total + (losses * counted).sum() / counted.sum().clamp(min=1)
         return total / 4
 
 

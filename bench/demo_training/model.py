@@ -99,9 +99,9 @@ def build_tokenizer(words: Iterable[str]) -> Any:
     pieces = sorted(split.alphabet())
     known = set(pieces)
     for form in _forms((*words, *_TEMPLATE_WORDS)):
-        found = split.pre_tokenize_str(form)
+        form_pieces = split.pre_tokenize_str(form)
         # What falls into several pieces, like "t-shirt", is known by its pieces.
-        for piece, _ in found:
+        for piece, _ in form_pieces:
             if piece not in known:
                 known.add(piece)
                 pieces.append(piece)

@@ -136,6 +136,9 @@ def question_mask(questions: torch.Tensor, num_shared: int) -> torch.Tensor:
         num_shared: tokens of prefix and video, which all see.
     """
     length = questions.shape[1]
-    same = questions[:, :, None] == questions[:, None, :]
-    own = same & torch.ones(length, length, dtype=torch.bool, device=questions.device).tril()
-    return torch.nn.functional.pad(own, (num_shared, 0), value=True)[:, None]
+    is_same_question = questions[:, :, None] == questions[:, None, :]
+    is_visible = (
+        is_same_question
+        & torch.ones(length, length, dtype=torch.bool, device=questions.device).tril()
+    )
+    return torch.nn.functional.pad(is_visible, (num_shared, 0), value=True)[:, None]

@@ -1,9 +1,8 @@
-"""Positions of a video's tokens in the language model, as other layouts than the usual would give.
+"""Random positions of a video's tokens in the language model, as different layouts would give.
 
-Published models learned from pictures of many sizes and videos of many lengths: where a token lies
-in a picture they read off the token, and its position tells but what comes before what. A model
-that saw one layout alone, 121 tokens a frame, reads places off positions, and loses them as soon
-as the layout is another.
+Published models were trained on images of many sizes and videos of many lengths. They read a
+token's place in an image from the token, and only the order from its position. A model trained on
+one layout, 121 tokens a frame, would read places from positions, and fail with any other layout.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from __future__ import annotations
 import torch
 
 USUAL_SHARE = 0.25
-"""Of the clips, those whose tokens follow each other one by one, as in an uncompressed prompt."""
+"""Share of clips with consecutive positions, as in an uncompressed prompt."""
 SMALLEST_STEP = 1 / 24
 FRAME_SPREAD = 0.5
-"""Deviation of the logarithm of a frame's mean step among those of its clip."""
+"""Standard deviation of the logarithm of a frame's mean step within its clip."""
 LARGEST_STEP = 2.0
 
 
 def drawn_places(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Return increasing positions from 0 of clips of T frames with P tokens, float32 (B, T * P).
 
-    A clip's steps have a mean of their own between ``SMALLEST_STEP`` and 1, each frame's vary about
-    it, and each token's about its frame's.
+    A clip's mean step is between ``SMALLEST_STEP`` and 1. Frames' mean steps vary about it, and
+    tokens' steps about their frame's.
 
     Args:
         shape: B, T and P.
@@ -45,5 +44,5 @@ def drawn_places(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def usual_places(num_tokens: int, device: torch.device) -> torch.Tensor:
-    """Return the positions of tokens that follow each other one by one, float32 (num_tokens,)."""
+    """Return consecutive positions, float32 (num_tokens,)."""
     return torch.arange(num_tokens, dtype=torch.float32, device=device)

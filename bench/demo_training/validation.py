@@ -60,7 +60,7 @@ def make_batches(
     """
     encoder = Encoder(tokenizer)
     skills = [skill for skill in SKILLS if MIN_NUM_FRAMES[skill] <= num_frames]
-    made = []
+    batches = []
     for begin in range(seeds.start, seeds.stop, batch_size):
         scenes, rows = [], []
         for seed in range(begin, min(begin + batch_size, seeds.stop)):
@@ -76,8 +76,8 @@ def make_batches(
                 ]
             )
         questions, _ = pack(rows, row_length, encoder.padding)
-        made.append(ValidationBatch(pack_scenes(scenes), questions))
-    return made
+        batches.append(ValidationBatch(pack_scenes(scenes), questions))
+    return batches
 
 
 @torch.no_grad()

@@ -83,9 +83,9 @@ def _ahead(cells: list[Row], rows: list[Row]) -> str:
         return "-"
     ahead = 0
     for cell in cells:
-        other = baseline[cell["sequence"], cell["layer"]]
+        baseline_cell = baseline[cell["sequence"], cell["layer"]]
         sign = {name: -1 if name in LOWER_IS_BETTER else 1 for name in COUNTED}
-        ahead += all(sign[name] * cell[name] > sign[name] * other[name] for name in COUNTED)
+        ahead += all(sign[name] * cell[name] > sign[name] * baseline_cell[name] for name in COUNTED)
     return f"{ahead} of {len(cells)}"
 
 
@@ -165,9 +165,9 @@ def main(arguments: list[str] | None = None) -> None:
     sequences = [sequence for sequence in SEQUENCES if sequence.split == args.split]
     tasks = []
     for sequence in sequences:
-        other = _of_another_video(sequence, sequences)
+        needle_source = _of_another_video(sequence, sequences)
         for layer in args.layers:
-            pair = features[sequence.name][layer], features[other.name][layer]
+            pair = features[sequence.name][layer], features[needle_source.name][layer]
             ratios = tuple(args.retention_ratio)
             tasks.append(Task(sequence.name, layer, *pair, ratios, methods))
     rows = measure_all(tasks, args.jobs)

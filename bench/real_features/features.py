@@ -145,8 +145,8 @@ def _frames(path: Path, sequence: Sequence) -> NDArray[np.float32]:
     capture = cv2.VideoCapture(str(path))
     images = []
     while True:
-        there, image = capture.read()
-        if not there:
+        is_read, image = capture.read()
+        if not is_read:
             break
         images.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
     capture.release()

@@ -195,19 +195,19 @@ def frames_of(folder: Path, sequence: features.Sequence) -> NDArray[np.uint8]:
 
 def measure(exact: torch.Tensor, merged: torch.Tensor, method: str) -> dict[str, float]:
     """Return figures of merged tokens against the exact ones, both (T, P, D)."""
-    flat, other = exact.flatten(0, 1), merged.flatten(0, 1)
-    variance = (flat - flat.mean(dim=0)).square().sum()
-    cosine = torch.cosine_similarity(flat, other, dim=1)
+    exact_rows, merged_rows = exact.flatten(0, 1), merged.flatten(0, 1)
+    variance = (exact_rows - exact_rows.mean(dim=0)).square().sum()
+    cosine = torch.cosine_similarity(exact_rows, merged_rows, dim=1)
     compress = get_compressor(method)
-    num_retained = -(-len(flat) // round(1 / RATIO))
+    num_retained = -(-len(exact_rows) // round(1 / RATIO))
 
     def fvu(tokens: torch.Tensor) -> float:
         rows = _replaced(compress(tokens, num_retained), tokens.flatten(0, 1))
-        return float((flat - rows).square().sum() / variance)
+        return float((exact_rows - rows).square().sum() / variance)
 
     before = fvu(exact)
     return {
-        "fvu": float((flat - other).square().sum() / variance),
+        "fvu": float((exact_rows - merged_rows).square().sum() / variance),
         "cosine_mean": float(cosine.mean()),
         "cosine_5_percent": float(cosine.quantile(0.05)),
         "fvu_compressed": before,
@@ -261,8 +261,8 @@ def main() -> None:
 def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dict[str, Any]]:
     frames = frames_of(args.folder, sequence)
     embedded = tower.embed(frames)
-    own = torch.arange(len(frames))[:, None].expand(-1, embedded.shape[1] - 1)
-    exact = tower.encode(embedded, own)
+    unmerged = torch.arange(len(frames))[:, None].expand(-1, embedded.shape[1] - 1)
+    exact = tower.encode(embedded, unmerged)
     known: dict[bytes, dict[str, float]] = {}
     for threshold in args.threshold:
         for group in args.group:
@@ -271,10 +271,10 @@ def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dic
                     anchors = frontend.patch_anchors(
                         torch.from_numpy(frames), PATCH_SIZE, threshold
                     )
-                anchors = own if anchors is None else anchors.long()
+                anchors = unmerged if anchors is None else anchors.long()
                 key = anchors.numpy().tobytes()
                 if key not in known:
-                    merges = not torch.equal(anchors, own)
+                    merges = not torch.equal(anchors, unmerged)
                     merged = tower.encode(embedded, anchors) if merges else exact
                     known[key] = measure(exact, merged, args.method)
                 share = float(computed_patches(anchors).float().mean())

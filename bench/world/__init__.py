@@ -1,1 +1,1 @@
-"""A made-up video world: scenes, questions whose answers are known, pictures and clips of them."""
+"""A synthetic video world: scenes, questions with known answers, frames and clips."""

@@ -1,8 +1,8 @@
 """Makes clips and questions: ``python -m bench.world.heldout FOLDER --split heldout``.
 
-FOLDER gets videos/NAME.mp4, one for each question, and questions.jsonl, one line a question. What
-is already there is kept, so that an interrupted run goes on and a larger `--num-per-skill` only
-adds. Another split, or a world that has changed since, needs a folder of its own.
+FOLDER gets videos/NAME.mp4 for each question, and questions.jsonl with a line for each question.
+Existing clips are kept, so an interrupted run can be resumed, and a larger `--num-per-skill` adds
+clips. Another split, or a changed world, needs another folder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SEEDS = {
     "validation": range(2**32, 2**32 + 2**31),
     "heldout": range(2**33, 2**33 + 2**31),
 }
-"""The scene seeds that each split may use; no two share one."""
+"""Scene seeds of each split; splits share no seed."""
 
 CAMERAS = ("any", "fixed", "moving")
-"""As scenes are drawn; standing still, with a sensor's noise; or panning."""
+"""Cameras: as drawn; fixed with sensor noise; or panning."""
 _LEAST_NOISE, _LEAST_PAN = 2.0, 1.0
 
 QUESTIONS_FILE = "questions.jsonl"
@@ -98,7 +98,7 @@ def _encode(frames: npt.NDArray[np.uint8], path: Path) -> None:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=_ENCODING)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # How x264 shares work between threads must not depend on the machine.
+        # The number of threads is fixed, because x264's output depends on it.
         stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
@@ -106,9 +106,7 @@ def _encode(frames: npt.NDArray[np.uint8], path: Path) -> None:
 
 
 def with_camera(scene: Scene, camera: str) -> Scene:
-    """Return the scene before a background that stands still, or pans; what moves before it, and
-    so every answer, stays.
-    """
+    """Return the scene with a fixed or panning background; its objects, and so answers, stay."""
     if camera == "any":
         return scene
     if camera == "fixed":

@@ -1,4 +1,4 @@
-"""Prints how fast the world is made: ``python -m bench.world.throughput --device cuda``.
+"""Prints how fast clips are generated: ``python -m bench.world.throughput --device cuda``.
 
 Sampling and asking are the work of one CPU core; packing, painting and covering are given for the
 device, from the call to its end, in milliseconds a clip. Median of `--repeats`.

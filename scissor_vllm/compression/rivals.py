@@ -156,9 +156,9 @@ def _density(flat: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).clamp(min=1.0)
 
 
-def _squared_distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    product = rows @ others.T
-    square = rows.square().sum(dim=1)[:, None] + others.square().sum(dim=1)
+def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    product = rows @ columns.T
+    square = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
     return (square - 2 * product).clamp_(min=0.0)
 
 
@@ -214,7 +214,7 @@ def _nearest_of_scene(flat: torch.Tensor, kept: torch.Tensor, scene: torch.Tenso
     units, scale = unit_integers(flat)
     others, other_scale = units[kept], scale[kept]
     step = max(1, similarity.BLOCK_ELEMENTS // len(kept))
-    found = []
+    nearest = []
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
         cosine = (units[part] @ others.T) * (scale[part, None] * other_scale)
@@ -224,8 +224,8 @@ def _nearest_of_scene(flat: torch.Tensor, kept: torch.Tensor, scene: torch.Tenso
         apart &= ~apart.all(dim=1, keepdim=True)
         grid.masked_fill_(apart, -torch.inf)
         best = grid == grid.amax(dim=1, keepdim=True)
-        found.append(best.to(torch.uint8).argmax(dim=1))
-    return torch.cat(found)
+        nearest.append(best.to(torch.uint8).argmax(dim=1))
+    return torch.cat(nearest)
 
 
 def _cover(similarities: torch.Tensor, num_chosen: int) -> torch.Tensor:

@@ -136,8 +136,8 @@ def _num_retained(
     num_retained: int | None,
 ) -> int | None:
     """Return the K that is asked for, None for a threshold; all are checked."""
-    given = [similarity_threshold, retention_ratio, num_retained]
-    if sum(value is not None for value in given) != 1:
+    budgets = [similarity_threshold, retention_ratio, num_retained]
+    if sum(value is not None for value in budgets) != 1:
         raise ValueError(
             "give exactly one of similarity_threshold, retention_ratio and num_retained, got "
             f"{similarity_threshold}, {retention_ratio} and {num_retained}"

@@ -20,7 +20,7 @@ class Video:
         self.flat = frames.reshape(-1, frames.shape[-1])
         self.spatial = Similarity(frames)
         in_window = window * frames.shape[1]
-        self._window_sizes = [len(few) for few in self.flat.split(in_window)]
+        self._window_sizes = [len(window_tokens) for window_tokens in self.flat.split(in_window)]
         self._window = torch.arange(len(self.flat), device=frames.device) // in_window
 
     def products(self) -> list[Products] | None:

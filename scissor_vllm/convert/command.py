@@ -137,20 +137,20 @@ def convert(
             has_weight=IMAGE_NEWLINE in weights,
         )
         config = converted_config(original, tower, newlines, token_ids)
-    made = plan({name: weight.shape for name, weight in weights.items()}, config)
+    renaming = plan({name: weight.shape for name, weight in weights.items()}, config)
 
-    _check_tied(weights, made.left_out)
+    _check_tied(weights, renaming.left_out)
     with _appearing(out) as folder:
-        checksums = _write_weights(folder, weights, made.names, max_shard_bytes)
+        checksums = _write_weights(folder, weights, renaming.names, max_shard_bytes)
         report = {
             "source_config": original,
             "video_newline": newlines.ends_video,
-            "num_bytes": sum(weights[name].num_bytes for name in made.names),
+            "num_bytes": sum(weights[name].num_bytes for name in renaming.names),
             "sha256": _combined(checksums),
             "weights": {
-                new: {"from": old, "sha256": checksums[new]} for old, new in made.names.items()
+                new: {"from": old, "sha256": checksums[new]} for old, new in renaming.names.items()
             },
-            "left_out": made.left_out,
+            "left_out": renaming.left_out,
         }
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         config.save_pretrained(folder)
@@ -228,12 +228,12 @@ def _write_weights(
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="convert") as progress:
         for group in groups:
             with opened(group[0].path) as shard:
-                tensors = {names[each.name]: shard[each.stored_name]() for each in group}
+                tensors = {names[weight.name]: shard[weight.stored_name]() for weight in group}
                 for name, tensor in tensors.items():
                     checksums[name] = checksum(tensor)
                 writer.write(tensors)
                 del tensors
-            progress.update(sum(each.num_bytes for each in group))
+            progress.update(sum(weight.num_bytes for weight in group))
     writer.finish()
     return checksums
 
@@ -244,7 +244,7 @@ def _groups(weights: Iterable[_Weight], max_bytes: int) -> Iterator[list[_Weight
     """
     group: list[_Weight] = []
     for weight in weights:
-        total = sum(each.num_bytes for each in group) + weight.num_bytes
+        total = sum(grouped.num_bytes for grouped in group) + weight.num_bytes
         if group and (group[0].path != weight.path or total > max_bytes):
             yield group
             group = []

@@ -233,14 +233,15 @@ def _pinpoints(original: Mapping[str, Any], side: int) -> list[list[int]]:
 
     The original writes them as a list, or in units of the tower's side as ``(1x1),...,(6x6)``.
     """
-    given = original.get("image_grid_pinpoints")
-    if isinstance(given, str):
-        cells = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", given)]
+    pinpoints = original.get("image_grid_pinpoints")
+    if isinstance(pinpoints, str):
+        cells = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
         if not cells:
             raise ConversionError(
-                f"image_grid_pinpoints must be a list of sizes or (1x1),...,(6x6), got {given!r}"
+                f"image_grid_pinpoints must be a list of sizes or (1x1),...,(6x6), got "
+                f"{pinpoints!r}"
             )
-        if "..." in given:
+        if "..." in pinpoints:
             (first_row, first_column), (last_row, last_column) = cells[0], cells[-1]
             cells = [
                 (row, column)
@@ -248,6 +249,6 @@ def _pinpoints(original: Mapping[str, Any], side: int) -> list[list[int]]:
                 for column in range(first_column, last_column + 1)
             ]
         return [[side * rows, side * columns] for rows, columns in cells]
-    if given:
-        return [list(size) for size in given]
+    if pinpoints:
+        return [list(size) for size in pinpoints]
     return [[side * rows, side * columns] for rows in range(1, 7) for columns in range(1, 7)]

@@ -39,24 +39,24 @@ NOISE_QUANTILE = 0.2
 """Of the differences between a frame's patches and their anchors: the one that is noise alone."""
 
 MAX_COMPUTED = 0.9
-"""With a larger share of patches to compute, gathering costs what leaving out saves."""
+"""Largest share of computed patches at which merging saves more than gathering costs."""
 
 _CERTAIN = 0.95
-"""If more patches match, texture is not looked at."""
+"""Share of matching patches above which the camera counts as still, whatever their texture."""
 
 _POOL, _NUM_CHANNELS = 2, 3
 
 
 def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> torch.Tensor | None:
-    """Return ``PATCH_ANCHORS`` of a video, None if the tower is to compute nearly all patches.
+    """Return ``PATCH_ANCHORS`` of a video, None if the tower would compute nearly all patches.
 
     Args:
         frames: uint8 (T, H, W, 3) on the CPU.
-        patch_size: of the tower, in pixels; what is left at the right and at the bottom counts not.
-        threshold: mean squared difference, in units of uint8's values, up to which patches match.
+        patch_size: of the tower, in pixels; pixels beyond the last whole patch are ignored.
+        threshold: largest mean squared difference of 8-bit pixels at which patches match.
 
     Returns:
-        int16 (T, P), rising along T.
+        int16 (T, P), ascending along T.
     """
     patches = _Patches(frames.shape[1], frames.shape[2], patch_size)
     anchors = np.empty((len(frames), patches.num_places), np.int16)
@@ -75,8 +75,8 @@ def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> to
         else:
             current[is_new] = frame[is_new]
         anchors[number] = np.where(is_new, number, anchors[number - 1])
-    found = torch.from_numpy(anchors)
-    return found if computed_patches(found).float().mean() <= MAX_COMPUTED else None
+    result = torch.from_numpy(anchors)
+    return result if computed_patches(result).float().mean() <= MAX_COMPUTED else None
 
 
 def anchors_of_videos(
@@ -89,12 +89,12 @@ def anchors_of_videos(
         patch_size: as :func:`patch_anchors` takes it.
         threshold: likewise.
     """
-    found = [patch_anchors(frames, patch_size, threshold) for frames in videos]
-    if all(anchors is None for anchors in found):
+    anchors_or_none = [patch_anchors(frames, patch_size, threshold) for frames in videos]
+    if all(anchors is None for anchors in anchors_or_none):
         return []
     return [
         _own_anchors(frames, patch_size) if anchors is None else anchors
-        for frames, anchors in zip(videos, found, strict=True)
+        for frames, anchors in zip(videos, anchors_or_none, strict=True)
     ]
 
 
@@ -127,17 +127,17 @@ def _own_anchors(frames: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 def _has_moved(
     is_new: NDArray[np.bool_],
-    change: NDArray[np.float32],
+    change: NDArray[np.floating[Any]],
     patches: _Patches,
     anchors: NDArray[np.float32],
 ) -> bool:
-    """Return whether the camera has: most textured patches changed as if they had moved."""
+    """Return whether the camera has moved: most textured patches changed as moved ones would."""
     matching = 1 - is_new.mean()
     if not MIN_STILL <= matching <= _CERTAIN:
         return bool(matching < MIN_STILL)
     texture = patches.moved(anchors)
     noise = np.quantile(change, NOISE_QUANTILE)
-    is_textured = texture > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
+    is_textured = texture > float(max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE))
     if is_textured.mean() < MIN_TEXTURED:
         return False
     is_still = change[is_textured] < texture[is_textured] / 2

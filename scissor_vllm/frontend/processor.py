@@ -1,9 +1,9 @@
-"""The processor's part, shared by all models: the ratio in, K placeholders and the integer K out.
+"""The multimodal processor, for all models: computes K, and gives a video K placeholders.
 
-vLLM counts a video's placeholders before the vision tower runs, so K is fixed here, from frames,
-tokens of a frame, the ratio and the request's budget alone. It is counted once a request, and
-travels to the model as the field ``num_retained`` of each video; the model gives back exactly that
-many rows.
+vLLM counts a video's placeholders before the vision tower runs. So K depends only on the number of
+frames, the tokens of a frame, the ratio and the request's budget. It is computed once for each
+request, and travels to the model as the field ``num_retained`` of each video. The model returns
+exactly K rows.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
-from scissor_vllm.frontend.asked import Asked, asked_for
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
 from scissor_vllm.frontend.patch_anchors import anchors_of_videos, count_patches
+from scissor_vllm.frontend.placeholders import VideoPlaceholders, fill_report
 from scissor_vllm.frontend.refusal import RefusedRequestError
+from scissor_vllm.frontend.request_settings import RequestSettings, settings_in_force
 from scissor_vllm.frontend.video_items import frames_of, pixels_of_videos, why_unreadable
 from scissor_vllm.metrics import CLOCK, Reason
 from scissor_vllm.retention import (
@@ -58,32 +59,20 @@ from scissor_vllm.video_fields import (
 
 @dataclass
 class _Request(ProcessorInputs):
-    """vLLM's inputs of a request with a video, K of each among its options."""
+    """vLLM's inputs of a request with a video, with the settings in force."""
 
     ratio: float = 1.0
-    """In force."""
+    """The ratio in force."""
     budget: int | None = None
-    """In force."""
+    """The budget in force, None for no limit."""
     report: RetentionReport | None = None
-
-
-@dataclass
-class VideoPlaceholders(PromptUpdateDetails):
-    """A video's placeholders; vLLM keeps them in its cache with the video."""
-
-    num_tokens: int = 0
-    """N."""
-    num_retained: int = 0
-    """K."""
-    patches: tuple[int, int] | None = None
-    """Where patches may be merged in the tower, all of them and those that it computes."""
 
 
 class RetentionProcessor(BaseMultiModalProcessor[Any]):
     """Mixin of a model's processor, placed before vLLM's class."""
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        """Return the engine's input for a request whose ratio was checked and made explicit."""
+        """Return the engine's input for a request, with its ratio checked and K computed."""
         kwargs = inputs.hf_processor_mm_kwargs
         has_video = "video" in inputs.mm_data_items
         if not has_video and OWN_KEYS.isdisjoint(kwargs):
@@ -92,7 +81,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         media_io_kwargs = dict(inputs.media_io_kwargs)
         over_http = media_io_kwargs.pop(RETENTION, {})
         is_embedded = has_video and videos is None
-        asked = asked_for(self.info.retention_policy, kwargs, over_http, is_embedded)
+        settings = settings_in_force(self.info.retention_policy, kwargs, over_http, is_embedded)
         report = over_http.get(RETENTION_REPORT)
         request = _Request(
             **{
@@ -100,7 +89,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 "hf_processor_mm_kwargs": without_own_keys(kwargs),
                 "media_io_kwargs": media_io_kwargs,
             },
-            budget=asked.budget,
+            budget=settings.budget,
             report=report if isinstance(report, RetentionReport) else None,
         )
         if videos is None:
@@ -108,10 +97,10 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if request.report is not None:
             request.report.look(videos)
         try:
-            self._set_counts(request, videos, asked)
+            self._set_counts(request, videos, settings)
             return super().apply(request, timing_ctx)
         except (ArithmeticError, AssertionError, IndexError, TypeError) as error:
-            # Video processors trust metadata that a client's file tells.
+            # Video processors trust the metadata of a client's file.
             reason = why_unreadable(videos)
             if reason is None:
                 raise
@@ -119,16 +108,18 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 reason, parameter="video_url", reason=Reason.UNREADABLE_VIDEO
             ) from error
 
-    def _set_counts(self, request: _Request, videos: VideoProcessorItems, asked: Asked) -> None:
-        """Put K of each video, and what was asked for, among a request's options."""
+    def _set_counts(
+        self, request: _Request, videos: VideoProcessorItems, settings: RequestSettings
+    ) -> None:
+        """Put K of each video, and the ratio in force, into a request's options."""
         options = dict(request.hf_processor_mm_kwargs)
         num_tokens = self._get_num_video_tokens(videos, options)
-        if asked.is_default_budget and None in num_tokens:
-            # It is shared out by lengths, and one is not known.
+        if settings.is_default_budget and None in num_tokens:
+            # A budget is divided by lengths, and the length of a cached video is unknown.
             request.budget = None
-        counts = self._count_retained(options, num_tokens, asked.ratio, request.budget)
+        counts = self._count_retained(options, num_tokens, settings.ratio, request.budget)
         options[RETENTION] = counts
-        # 1.0 leaves no trace, so that its cache entries are those of stock vLLM.
+        # Without the key for ratio 1.0, cache entries are those of stock vLLM.
         if counts.ratio != 1.0:
             options[RETENTION_RATIO] = counts.ratio
         request.hf_processor_mm_kwargs, request.ratio = options, counts.ratio
@@ -168,20 +159,15 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return counts
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        """Return vLLM's result, told to the request's report.
+        """Return vLLM's result, and fill the request's report.
 
-        A video may come out of vLLM's cache by a ``uuid``, whatever was sent with it: the report is
-        of what is used.
+        A video may come from vLLM's cache by its ``uuid``, whatever was sent with it. The report
+        describes the video that is used.
         """
         result = super()._cached_apply_hf_processor(inputs, timing_ctx)
         if isinstance(inputs, _Request) and inputs.report is not None:
             inputs.report.max_retained = inputs.budget
-            for updates in result.prompt_updates.get("video", ()):
-                for content in (update.content for update in updates):
-                    if isinstance(content, VideoPlaceholders):
-                        inputs.report.add(inputs.ratio, content.num_tokens, content.num_retained)
-                        if content.patches is not None:
-                            inputs.report.add_patches(*content.patches)
+            fill_report(inputs.report, inputs.ratio, result.prompt_updates)
         return result
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
@@ -195,14 +181,14 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return inputs
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Return vLLM's own, made at the start for no request: no metric counts them."""
+        """Return vLLM's inputs for memory profiling, which no metric counts."""
         with CLOCK.silenced():
             return super().get_dummy_mm_inputs(*args, **kwargs)
 
     def _get_num_video_tokens(
         self, videos: VideoProcessorItems, kwargs: Mapping[str, object]
     ) -> list[int | None]:
-        """Return N of each video, None for one that a client names by its id in the cache."""
+        """Return N of each video, None for a video that is named by its id in the cache."""
         options = without_own_keys(kwargs)
         counts: list[int | None] = []
         for index, video in enumerate(videos.get_all()):
@@ -222,19 +208,19 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return counts
 
     def _count_frames(self, video: Any, options: Mapping[str, object]) -> int:
-        """Return how many frames of a video the Hugging Face processor prepares."""
+        """Return the number of a video's frames that the Hugging Face processor prepares."""
         return frames_of(video).get_num_frames(0)
 
     def _count_tokens(
         self, width: int, height: int, num_frames: int, options: Mapping[str, object]
     ) -> int:
-        """Return N of a video, where a request's options for the processor can change it."""
+        """Return N of a video, given a request's options for the processor."""
         return int(
             self.info.get_num_compressible_tokens(width=width, height=height, num_frames=num_frames)
         )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        """Return cache identities: a video's tells the ratio or K, everything else's neither."""
+        """Return cache keys; those of videos include the ratio or K, and the method."""
         kwargs = inputs.hf_processor_mm_kwargs
         plain = without_own_keys(kwargs)
         if RETENTION_RATIO not in kwargs:
@@ -243,13 +229,13 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         by_budget = isinstance(counts, RetainedCounts) and counts.is_budgeted
         ratio = kwargs[RETENTION_RATIO]
         if by_budget:
-            # K, which follows below, and whether the tower merges are what a budget decides.
+            # A budget decides K, which is added below, and whether the tower merges patches.
             merges = self.info.tower_merging.applies_to(counts.ratio)
             ratio = "by budget, merging" if merges else "by budget"
         of_video = {
             **plain,
             RETENTION_RATIO: ratio,
-            # Two servers with different methods may share a cache that outlives them.
+            # Servers with different methods may share a persistent cache.
             "video_compression": self.info.retention_policy.method,
             **self._merging_settings(),
         }
@@ -271,9 +257,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, Sequence[bool]]
     ) -> Mapping[str, object]:
-        """Return the options with the counts of those videos that are not in the cache."""
+        """Return the options for the videos that are not in the cache, with their counts."""
         kwargs = inputs.hf_processor_mm_kwargs
-        # A family's class rearranges its own.
+        # A family's class rearranges the options that it knows.
         plain = replace(inputs, hf_processor_mm_kwargs=without_own_keys(kwargs))
         missing = dict(super()._get_cache_missing_processor_kwargs(plain, mm_is_cached))
         if RETENTION_RATIO in kwargs:
@@ -285,7 +271,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return missing
 
     def _merging_settings(self) -> dict[str, object]:
-        """Return what else a video's data depends on."""
+        """Return the settings of merging patches, on which a video's data depends."""
         merging = self.info.tower_merging
         return {} if merging.max_ratio == 0 else {"tower_merging": repr(merging)}
 
@@ -319,9 +305,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             processed = self._prepare(mm_items, without_own_keys(hf_kwargs), ratio)
         counts = hf_kwargs.get(RETENTION)
         if not isinstance(counts, RetainedCounts):
-            # Not by way of ``apply``.
+            # vLLM called this without ``apply``.
             counts = count_retained(self._get_num_video_tokens(videos, hf_kwargs), ratio)
-        # None of these is in the cache: all have pixels, and so both numbers.
+        # These videos are not in the cache, so each has pixels and N.
         num_tokens = [count for count in counts.num_tokens if count is not None]
         for index, count in enumerate(num_tokens):
             self._check_num_tokens(processed, index, count)
@@ -333,8 +319,10 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _prepare(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object], ratio: float
     ) -> BatchFeature:
-        """Return what the Hugging Face processor makes of the items, videos resized only if that
-        comes to the same; see ``scissor_vllm.frontend.frame_transport``.
+        """Return the Hugging Face processor's output for the items.
+
+        Videos are only resized if the worker can do the rest with the same result, see
+        ``scissor_vllm.frontend.frame_transport``.
         """
         videos = self._resized_videos(mm_items, hf_kwargs)
         if videos:
@@ -352,15 +340,15 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         videos: list[tuple[torch.Tensor, torch.Tensor]],
         ratio: float,
     ) -> None:
-        """Put resized videos among what goes to the engine, see ``frame_transport``."""
+        """Add resized videos to the processor's output, see ``frame_transport``."""
         frames = [resized for resized, _ in videos]
         normalizations = [normalization for _, normalization in videos]
         frame_of = [torch.arange(len(resized)) for resized in frames]
         if ratio != 1.0:
-            found = [without_repeats(resized) for resized in frames]
-            if any(len(different) < len(index) for different, index in found):
-                frames = [different for different, _ in found]
-                processed[FRAME_OF] = frame_of = [index for _, index in found]
+            deduplicated = [without_repeats(resized) for resized in frames]
+            if any(len(different) < len(index) for different, index in deduplicated):
+                frames = [different for different, _ in deduplicated]
+                processed[FRAME_OF] = frame_of = [index for _, index in deduplicated]
         processed[VIDEO_FRAMES] = frames
         processed[PIXEL_NORMALIZATION] = normalizations
         anchors = []
@@ -370,7 +358,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             )
         if anchors:
             processed[PATCH_ANCHORS] = anchors
-        # Only what is compressed is looked for again.
+        # Only compressed videos are cached.
         if ratio != 1.0 and self.info.cache_sizes.features > 0:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             processed[VIDEO_IDENTITY] = [
@@ -389,7 +377,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _resized_videos(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return frames and normalization of every video, [] if one must go stock's way."""
+        """Return frames and normalization of every video, [] if a video needs vLLM's processing."""
         if "video" not in mm_items:
             return []
         hf_processor = self.info.get_hf_processor(**hf_kwargs)
@@ -402,9 +390,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return resized
 
     def _check_num_tokens(self, processed: BatchFeature, index: int, num_tokens: int) -> None:
-        """Raise if the pixels of a video will not give the N tokens that were counted.
+        """Raise VLLMValidationError if a video's pixels do not give N tokens.
 
-        Found here it fails one request; found in the model it would take the engine down.
+        Here the error ends one request. In the model it would end the engine.
         """
         prepared = self._get_num_prepared_tokens(processed, index)
         if prepared != num_tokens:
@@ -417,7 +405,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
 
     @abstractmethod
     def _get_num_prepared_tokens(self, processed: BatchFeature, index: int) -> int:
-        """Return N of a video as its prepared pixels give it."""
+        """Return N of a video, counted from its prepared pixels."""
 
     def _get_prompt_updates(
         self,
@@ -443,7 +431,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _counted(
         self, update: PromptReplacement, out_mm_kwargs: MultiModalKwargsItems, ratio: float
     ) -> PromptReplacement:
-        """Return vLLM's replacement with K placeholders in place of N, and both numbers."""
+        """Return vLLM's replacement with K placeholders in place of N, and with both counts."""
         may_merge = self.info.tower_merging.applies_to(ratio)
 
         def replacement(index: int) -> VideoPlaceholders:
@@ -470,5 +458,5 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         return replace(update, replacement=replacement)
 
     def _shortened(self, content: Any, num_retained: int) -> Any:
-        """Return a video's placeholders with K in place of N, and what is fixed behind them."""
+        """Return K of a video's N placeholders, and the fixed ones after them."""
         return content[: num_retained + self.info.get_num_fixed_tokens()]

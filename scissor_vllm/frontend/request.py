@@ -143,13 +143,15 @@ class RetentionRequest(BaseModel):
         params: ChatParams = super().build_chat_params(*args, **kwargs)  # type: ignore[misc]
         if self._report is None:
             return params
-        own = {
+        fields = {
             RETENTION_RATIO: self.retention_ratio,
             MAX_RETAINED_VIDEO_TOKENS: self.max_retained_video_tokens,
             AUTO: self._choose,
             RETENTION_REPORT: self._report,
         }
-        return replace(params, media_io_kwargs={**(params.media_io_kwargs or {}), RETENTION: own})
+        return replace(
+            params, media_io_kwargs={**(params.media_io_kwargs or {}), RETENTION: fields}
+        )
 
 
 class RetentionChatCompletionRequest(RetentionRequest, ChatCompletionRequest):

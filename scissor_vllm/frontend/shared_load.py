@@ -90,8 +90,8 @@ class SharedLoad:
         if now - self._looked >= _LOOK_SECONDS:
             self._looked = now
             self._look()
-        others = (Load(*_FORMAT.unpack_from(shared)) for shared in self._others.values())
-        return total((load, *(_at(other, now) for other in others)))
+        loads = (Load(*_FORMAT.unpack_from(shared)) for shared in self._others.values())
+        return total((load, *(_at(shared_load, now) for shared_load in loads)))
 
     def _look(self) -> None:
         assert self._folder is not None

@@ -80,10 +80,10 @@ def open_results(
         )
     file = read_results(path)
     for key, value in environment.items():
-        if (there := file.content["environment"].get(key)) != value:
+        if (recorded := file.content["environment"].get(key)) != value:
             raise ResultError(
-                f"{path} was measured with {key} {there}, this is {value}: write to another file; "
-                "`bench table` and `bench plot` take several"
+                f"{path} was measured with {key} {recorded}, this is {value}: write to another "
+                "file; `bench table` and `bench plot` take several"
             )
     return file
 
@@ -99,11 +99,11 @@ def open_run(
     """
     run = next((run for run in file.runs if run["label"] == label), None)
     if run is None:
-        for other in file.runs[:1]:
+        for first_run in file.runs[:1]:
             for key in _OF_EVERY_RUN:
-                if (there := other["settings"].get(key)) != settings[key]:
+                if (recorded := first_run["settings"].get(key)) != settings[key]:
                     raise ResultError(
-                        f"{file.path} was measured with {key} {there}, this is {settings[key]}: "
+                        f"{file.path} was measured with {key} {recorded}, this is {settings[key]}: "
                         "the runs of a file are compared, so give the same again, or write to "
                         "another file"
                     )
@@ -116,11 +116,11 @@ def open_run(
         }
         file.runs.append(run)
         return run
-    for there, now in ((run["server"], server), (run["settings"], settings)):
+    for recorded, now in ((run["server"], server), (run["settings"], settings)):
         for key, value in now.items():
-            if there.get(key) != value:
+            if recorded.get(key) != value:
                 raise ResultError(
-                    f"{file.path} has label {label!r} with {key} {there.get(key)}, this is "
+                    f"{file.path} has label {label!r} with {key} {recorded.get(key)}, this is "
                     f"{value}: give the same again, or another --label"
                 )
     if command not in run["commands"]:
@@ -130,4 +130,4 @@ def open_run(
 
 def find_cell(run: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
     """Return the results of a cell, None without any."""
-    return next((there for there in run["cells"] if Cell.from_dict(there) == cell), None)
+    return next((measured for measured in run["cells"] if Cell.from_dict(measured) == cell), None)

@@ -64,8 +64,8 @@ def sweep(
     metrics = Metrics(metrics_url)
     for number, cell in enumerate(cells, 1):
         name = f"[{number}/{len(cells)}] {run['label']}, {cell.name}"
-        there = find_cell(run, cell)
-        if there is not None and summarize(run, there)["completed"]:
+        previous = find_cell(run, cell)
+        if previous is not None and summarize(run, previous)["completed"]:
             print(f"{name}: measured before, left as it is", flush=True)
             continue
         measured = _measure_cell(
@@ -74,8 +74,8 @@ def sweep(
         row = summarize(run, measured)
         if not row["completed"]:
             check_health(settings.base_url)
-        if there is not None:
-            run["cells"].remove(there)
+        if previous is not None:
+            run["cells"].remove(previous)
         run["cells"].append(measured)
         file.save()
         print(

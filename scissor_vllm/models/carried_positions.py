@@ -86,9 +86,9 @@ class CarriedPositionsModel:
         """
         values = [rows[:, : self.row_width] for rows in multimodal_embeddings]
         carried = [
-            positions
+            of_rows
             for rows in multimodal_embeddings
-            if (positions := carried_positions(rows, self.row_width)) is not None
+            if (of_rows := carried_positions(rows, self.row_width)) is not None
         ]
         if not carried:
             return values, mrope_positions, delta_of(mrope_positions)

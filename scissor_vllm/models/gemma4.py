@@ -134,16 +134,16 @@ class Gemma4ForConditionalGeneration(
     ) -> torch.Tensor:
         """Return vLLM's embeddings, and set the per-layer embeddings of text within videos."""
         width = self.row_width
-        given = list(multimodal_embeddings or ())
-        values = [rows[:, :width] for rows in given] if given else multimodal_embeddings
+        embeddings = list(multimodal_embeddings or ())
+        values = [rows[:, :width] for rows in embeddings] if embeddings else multimodal_embeddings
         embedded: torch.Tensor = super().embed_input_ids(
             input_ids, values, is_multimodal=is_multimodal
         )
-        if is_multimodal is None or all(rows.shape[1] == width for rows in given):
+        if is_multimodal is None or all(rows.shape[1] == width for rows in embeddings):
             return embedded
         # Stock looks up token 0 for every placeholder.
         is_row = is_multimodal.to(input_ids.device, non_blocking=True)
-        ids = torch.cat([_carried_ids(rows, width) for rows in given]).to(input_ids.dtype)
+        ids = torch.cat([_carried_ids(rows, width) for rows in embeddings]).to(input_ids.dtype)
         looked_up = torch.zeros_like(input_ids).masked_scatter(is_row, ids)
         looked_up = torch.where(is_row, looked_up, input_ids)
         per_layer = self.language_model.model.get_per_layer_inputs(looked_up)

@@ -35,8 +35,12 @@ class Glm4vProcessingInfo(PatchGridProcessingInfo, stock.Glm4vProcessingInfo):
         """Return T*P of the frames as the video processor resizes them."""
         processor = self.get_video_processor()
         num_frames = max(num_frames, processor.temporal_patch_size)
-        given = self.ctx.get_merged_mm_kwargs(mm_kwargs or {}).get("size")
-        size = {**dict(processor.size), **given} if isinstance(given, Mapping) else processor.size
+        requested = self.ctx.get_merged_mm_kwargs(mm_kwargs or {}).get("size")
+        size = (
+            {**dict(processor.size), **requested}
+            if isinstance(requested, Mapping)
+            else processor.size
+        )
         temporal, patch, merge = (
             int(processor.temporal_patch_size),
             int(processor.patch_size),

@@ -108,14 +108,14 @@ class PatchGridProcessor(FrameRunsProcessor):
         if pixels.dtype != torch.uint8:
             return processed
         normalization = hf_processor.video_processor.pixel_normalization
-        own = {} if normalization is None else {"normalization": normalization}
-        if own:
+        hashed = {} if normalization is None else {"normalization": normalization}
+        if hashed:
             processed[PIXEL_NORMALIZATION] = normalization.repeat(len(grids), 1, 1)
         if ratio != 1.0 and self.info.cache_sizes.features > 0:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             videos = zip(grids, pixels.split(grids.prod(1).tolist()), strict=True)
             processed[VIDEO_IDENTITY] = [
-                identity_of(algorithm, grid=grid, frames=rows, **own) for grid, rows in videos
+                identity_of(algorithm, grid=grid, frames=rows, **hashed) for grid, rows in videos
             ]
         return processed
 
@@ -277,8 +277,8 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         members = representative_members(tokens[..., :width], compressed)
         rows = compressed.tokens
         if width < flat.shape[1]:
-            others = member_means(flat[:, width:], compressed.assignment, members)
-            rows = torch.cat([rows, others], dim=1)
+            appended = member_means(flat[:, width:], compressed.assignment, members)
+            rows = torch.cat([rows, appended], dim=1)
         members, order = members.sort(stable=True)
         return self._laid_out(rows[order], members, video.fields)
 

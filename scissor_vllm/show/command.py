@@ -124,8 +124,8 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
     compress = get_compressor(method)
     encoder = Encoder(_model_path(model))
     frames, metadata = _decode(video, num_frames, encoder.video_processor)
-    made = encoder.encode(frames)
-    num_positions, per_position, _ = made.tokens.shape
+    encoded = encoder.encode(frames)
+    num_positions, per_position, _ = encoded.tokens.shape
     num_tokens = num_positions * per_position
     check_size(num_positions, num_tokens)
     groupings = []
@@ -134,13 +134,13 @@ def look(video: Path, model: str, ratios: Sequence[float], method: str, num_fram
         if num_retained == num_tokens:
             groupings.append(all_kept(method, num_tokens))
         else:
-            compressed = compress(made.tokens, num_retained)
-            groupings.append(grouping_of(ratio, method, made.tokens, compressed))
+            compressed = compress(encoded.tokens, num_retained)
+            groupings.append(grouping_of(ratio, method, encoded.tokens, compressed))
     return Picture(
         name=video.name,
         frames=drawn_frames(frames, num_positions),
-        rows=made.rows,
-        columns=made.columns,
+        rows=encoded.rows,
+        columns=encoded.columns,
         groupings=tuple(groupings),
         times=times_of(metadata, num_positions),
     )

@@ -63,7 +63,7 @@ class PictureWorker:
         def watch(tokens: torch.Tensor, compressed: CompressedTokens) -> None:
             members = representative_members(tokens, compressed)
             rows = [compressed.assignment, members]
-            replies.append([*(_as_bytes(each) for each in rows), _threshold(compressed)])
+            replies.append([*(_as_bytes(tensor) for tensor in rows), _threshold(compressed)])
 
         ((_, _, fields),) = group_and_batch_mm_kwargs([("video", item)], device=device)
         with torch.inference_mode(), model.video_compression.watched(watch):

@@ -1,4 +1,4 @@
-"""What the readers share: their files, their errors, their two kinds of prompt."""
+"""Shared by the readers: reading of files, errors, and two kinds of prompts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 
 
 def read_json(path: Path, hint: str) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        HarnessError: there is no such file, or it is no JSON; the message ends with `hint`.
+        HarnessError: the file is missing or no JSON; the message ends with `hint`.
     """
     try:
         return json.loads(path.read_text())
@@ -31,7 +31,7 @@ def letter_of(answer: str, choices: Sequence[str], where: str) -> str:
     """Return the letter of the choice that is the answer.
 
     Raises:
-        HarnessError: it is none of them.
+        HarnessError: the answer is none of the choices.
     """
     if answer not in choices:
         raise HarnessError(f"{where}: the answer {answer!r} must be one of {list(choices)}")
@@ -45,6 +45,6 @@ def bracketed_prompt(question: str, choices: Sequence[str]) -> str:
 
 
 def lettered_prompt(question: str, choices: Sequence[str]) -> str:
-    """Return the prompt that lmms-eval has for benchmarks whose authors published none."""
+    """Return lmms-eval's prompt for benchmarks whose authors published none."""
     options = [f"{letter}. {c}" for letter, c in zip(ascii_uppercase, choices, strict=False)]
     return "\n".join([question, *options, LETTER_ONLY])

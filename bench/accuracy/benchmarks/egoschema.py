@@ -29,11 +29,11 @@ def read(annotations: Path, videos: Path) -> list[Question]:
             f"questions.json in {annotations} must have every question of subset_answers.json, "
             f"{len(unknown)} of {len(answers)} are missing, one is {min(unknown)}: {_HINT}"
         )
-    found = []
+    questions_read = []
     for uid, answer in answers.items():
         entry = questions[uid]
         choices = tuple(entry[f"option {number}"] for number in range(5))
-        found.append(
+        questions_read.append(
             Question(
                 id=f"egoschema/{uid}",
                 video=videos / f"{uid}.mp4",
@@ -43,4 +43,4 @@ def read(annotations: Path, videos: Path) -> list[Question]:
                 text=lettered_prompt(entry["question"], choices),
             )
         )
-    return found
+    return questions_read

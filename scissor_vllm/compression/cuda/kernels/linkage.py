@@ -56,11 +56,11 @@ def join_copies_kernel(
 
 
 @triton.jit
-def _weight(single, together, own, others, weighs: tl.constexpr):
+def _weight(single, together, row_count, column_count, weighs: tl.constexpr):
     """Return the factor that makes a height of a sum of distances, see ``PairWeights``."""
-    factor = tl.load(single + own) * tl.load(single + others)
+    factor = tl.load(single + row_count) * tl.load(single + column_count)
     if weighs:
-        factor = factor * tl.load(together + own + others)
+        factor = factor * tl.load(together + row_count + column_count)
     return factor
 
 
@@ -73,20 +73,22 @@ def _store_nearest(
 
     Pointers are to the window's data. Rows without ``has_row`` are not stored.
     """
-    own = tl.load(count + row, mask=has_row, other=0)
-    own_factor = tl.load(single + own)
+    row_count = tl.load(count + row, mask=has_row, other=0)
+    own_factor = tl.load(single + row_count)
     best = tl.full(row.shape, _NO_KEY, tl.int64)
     second = tl.full(row.shape, float("inf"), tl.float32)
     for start in range(0, num_groups, chunk):
         which = start + tl.arange(0, chunk)
         column = tl.load(groups + which, mask=which < num_groups, other=0)
-        others = tl.load(count + column)
-        there = has_row[:, None] & (which < num_groups)[None, :] & (column[None, :] != row[:, None])
-        height = tl.load(sums + row[:, None] * size + column[None, :], mask=there, other=0.0)
-        factor = own_factor[:, None] * tl.load(single + others)[None, :]
+        column_count = tl.load(count + column)
+        is_pair = (
+            has_row[:, None] & (which < num_groups)[None, :] & (column[None, :] != row[:, None])
+        )
+        height = tl.load(sums + row[:, None] * size + column[None, :], mask=is_pair, other=0.0)
+        factor = own_factor[:, None] * tl.load(single + column_count)[None, :]
         if weighs:
-            factor = factor * tl.load(together + own[:, None] + others[None, :])
-        height = tl.where(there, height * factor, float("inf"))
+            factor = factor * tl.load(together + row_count[:, None] + column_count[None, :])
+        height = tl.where(is_pair, height * factor, float("inf"))
         key = height.to(tl.int32, bitcast=True).to(tl.int64) << _INDEX_BITS
         key = key | (column[None, :] ^ row[:, None]).to(tl.int64)
         here = tl.min(key, 1)
@@ -107,10 +109,10 @@ def list_groups_kernel(count, groups, num_groups, num_tokens, size, block: tl.co
     first = tl.program_id(0).to(tl.int64) * size
     lane = tl.arange(0, block)
     inside = (lane < size) & (first + lane < num_tokens)
-    there = tl.load(count + first + lane, mask=inside, other=0) > 0
-    place = tl.cumsum(there.to(tl.int32), 0) - 1
-    tl.store(groups + first + place, lane, mask=there)
-    tl.store(num_groups + tl.program_id(0), tl.sum(there.to(tl.int32), 0))
+    is_group = tl.load(count + first + lane, mask=inside, other=0) > 0
+    place = tl.cumsum(is_group.to(tl.int32), 0) - 1
+    tl.store(groups + first + place, lane, mask=is_group)
+    tl.store(num_groups + tl.program_id(0), tl.sum(is_group.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "size"])
@@ -129,13 +131,13 @@ def first_nearest_kernel(
     has_row = which < number
     row = tl.load(groups + which, mask=has_row, other=0)
     if number < tl.minimum(size, num_tokens - first):
-        own = tl.load(count + row, mask=has_row, other=0)
+        row_count = tl.load(count + row, mask=has_row, other=0)
         for start in range(0, number, chunk):
-            other = start + tl.arange(0, chunk)
-            column = tl.load(groups + other, mask=other < number, other=0)
-            pairs = own[:, None] * tl.load(count + column)[None, :]
+            turn = start + tl.arange(0, chunk)
+            column = tl.load(groups + turn, mask=turn < number, other=0)
+            pairs = row_count[:, None] * tl.load(count + column)[None, :]
             at = sums + row[:, None] * size + column[None, :]
-            changed = has_row[:, None] & (other < number)[None, :] & (pairs > 1)
+            changed = has_row[:, None] & (turn < number)[None, :] & (pairs > 1)
             total = tl.load(at, mask=changed, other=0.0) * pairs.to(tl.float32)
             tl.store(at, total, mask=changed)
         tl.debug_barrier()
@@ -155,13 +157,13 @@ def _add_rows(
         turn = start + tl.arange(0, at_once)
         has_row = turn < num_left
         row = tl.load(listed + turn, mask=has_row, other=0)
-        other = tl.load(nearest + row, mask=has_row, other=0)
+        partner = tl.load(nearest + row, mask=has_row, other=0)
         for begin in range(0, number, chunk):
             which = begin + tl.arange(0, chunk)
             column = tl.load(groups + which, mask=which < number, other=0)
             both = has_row[:, None] & (which < number)[None, :]
             at = sums + row[:, None] * size + column[None, :]
-            beside = sums + other[:, None] * size + column[None, :]
+            beside = sums + partner[:, None] * size + column[None, :]
             total = tl.load(at, mask=both, other=0.0) + tl.load(beside, mask=both, other=0.0)
             tl.store(at, total, mask=both)
 
@@ -184,12 +186,12 @@ def _add_columns(
             column = tl.load(groups + which, mask=which < number, other=0)
             is_group = (which < number) & (tl.load(count + column) > 0)
             is_left = is_group & (tl.load(is_mutual + column) != 0)
-            other = tl.load(nearest + column, mask=is_left, other=0)
+            partner = tl.load(nearest + column, mask=is_left, other=0)
             both = has_row[:, None] & is_group[None, :]
             two = both & is_left[None, :]
             at = sums + row[:, None] * size
             total = tl.load(at + column[None, :], mask=both, other=0.0)
-            total += tl.load(at + other[None, :], mask=two, other=0.0)
+            total += tl.load(at + partner[None, :], mask=two, other=0.0)
             higher = column[None, :] > row[:, None]
             tl.store(at + column[None, :], total, mask=two & higher)
             mirrored = both & (column[None, :] != row[:, None])
@@ -200,17 +202,17 @@ def _add_columns(
 @triton.jit
 def _add_pairs(
     sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
-    at_once: tl.constexpr, chunk: tl.constexpr, few: tl.constexpr, block: tl.constexpr,
+    at_once: tl.constexpr, chunk: tl.constexpr, few_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of distances of paired groups: ``few`` whole rows at once, or tiles."""
-    if num_left <= few:
-        _add_rows(sums, nearest, groups, listed, num_left, number, size, few, block)
+    if num_left <= few_rows:
+        _add_rows(sums, nearest, groups, listed, num_left, number, size, few_rows, block)
     else:
         _add_rows(sums, nearest, groups, listed, num_left, number, size, at_once, chunk)
     tl.debug_barrier()
-    if num_left <= few:
+    if num_left <= few_rows:
         _add_columns(
-            sums, count, nearest, groups, listed, is_mutual, num_left, number, size, few, block
+            sums, count, nearest, groups, listed, is_mutual, num_left, number, size, few_rows, block
         )
     else:
         _add_columns(
@@ -244,28 +246,29 @@ def _pair_groups(
     Return counts and nearest groups before the round, the lower groups of pairs, the groups that
     remain, and the number of pairs. The lower groups are listed.
     """
-    own = tl.load(count + lane, mask=inside, other=0)
-    there = own > 0
-    near = tl.load(nearest + lane, mask=there, other=0)
-    back = tl.load(nearest + near, mask=there, other=-1)
-    mutual = there & (back == lane)
+    num_members = tl.load(count + lane, mask=inside, other=0)
+    is_group = num_members > 0
+    near = tl.load(nearest + lane, mask=is_group, other=0)
+    back = tl.load(nearest + near, mask=is_group, other=-1)
+    mutual = is_group & (back == lane)
     left = mutual & (lane < near)
     num_left = tl.sum(left.to(tl.int32), 0)
     tl.store(listed + tl.cumsum(left.to(tl.int32), 0) - 1, lane, mask=left)
     tl.store(is_mutual + lane, mutual.to(tl.int32), mask=inside)
     tl.store(parent + first + near, first + lane, mask=left)
     tl.store(height + near, tl.load(least + lane, mask=left, other=0.0), mask=left)
-    joined = own + tl.load(count + near, mask=left, other=0)
+    joined = num_members + tl.load(count + near, mask=left, other=0)
     tl.debug_barrier()
     tl.store(count + lane, joined, mask=left)
     tl.store(count + near, tl.zeros((block,), tl.int32), mask=left)
-    return own, near, left, there & ((mutual == 0) | left), num_left
+    return num_members, near, left, is_group & ((mutual == 0) | left), num_left
 
 
 @triton.jit
 def _follow_nearest(
     sums, count, nearest, least, others_least, single, together, groups, listed, is_mutual,
-    own, near, left, remains, num_left, lane, size, weighs: tl.constexpr, block: tl.constexpr,
+    num_members, near, left, remains, num_left, lane, size, weighs: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     """List the groups that remain, and those whose nearest must be found again; return how many.
 
@@ -277,7 +280,7 @@ def _follow_nearest(
     near = tl.where(near_left, tl.load(nearest + near, mask=near_left, other=0), near)
     total = tl.load(sums + lane * size + near, mask=follows, other=0.0)
     near_count = tl.load(count + near, mask=follows, other=0)
-    total = total * _weight(single, together, own, near_count, weighs)
+    total = total * _weight(single, together, num_members, near_count, weighs)
     total = tl.where(follows, total, tl.load(least + lane, mask=remains, other=0.0))
     bound = tl.load(others_least + lane, mask=remains, other=0.0)
     # A round without a pair: rounding let a height fall below the least. All are found again.
@@ -304,7 +307,7 @@ def join_groups_kernel(
     the new groups, and of those whose nearest was joined and may no longer be the nearest. Where
     few groups change, the program reads whole rows at once: rounds that join one pair are common.
     """
-    few: tl.constexpr = at_once * chunk // block
+    few_rows: tl.constexpr = at_once * chunk // block
     window = tl.program_id(0).to(tl.int64)
     first = window * size
     sums += window * size * size
@@ -320,23 +323,23 @@ def join_groups_kernel(
     inside = lane < tl.minimum(size, num_tokens - first).to(tl.int32)
     number = tl.load(num_groups + window)
     while number > 1:
-        own, near, left, remains, num_left = _pair_groups(
+        num_members, near, left, remains, num_left = _pair_groups(
             count, nearest, least, parent, height, listed, is_mutual, first, lane, inside, block
         )
         _add_pairs(
             sums, count, nearest, groups, listed, is_mutual, num_left, number, size,
-            at_once, chunk, few, block,
+            at_once, chunk, few_rows, block,
         )  # fmt: skip
         num_stale = _follow_nearest(
             sums, count, nearest, least, others_least, single, together, groups, listed, is_mutual,
-            own, near, left, remains, num_left, lane, size, weighs, block,
+            num_members, near, left, remains, num_left, lane, size, weighs, block,
         )  # fmt: skip
         number -= num_left
         tl.debug_barrier()
-        if num_stale <= few:
+        if num_stale <= few_rows:
             _renew_nearest(
                 sums, count, nearest, least, others_least, single, together, groups, number,
-                listed, num_stale, size, weighs, few, block,
+                listed, num_stale, size, weighs, few_rows, block,
             )  # fmt: skip
         else:
             _renew_nearest(

@@ -1,4 +1,4 @@
-"""What is in force for a request: its own ratio and budget, or the operator's defaults."""
+"""The settings in force for a request: its own ratio and budget, or the operator's defaults."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from scissor_vllm.settings import OWN_KEYS, REQUEST_KEYS, RetentionPolicy
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is in force for a request."""
+class RequestSettings:
+    """The ratio and the budget in force for a request."""
 
     ratio: float | Chooser
-    """The ratio, or what chooses it by N of the videos."""
+    """The ratio, or a function that chooses it by N of the videos."""
     budget: int | None
     """Most tokens that the videos keep together, None for no limit."""
     is_default_budget: bool
-    """Whether the request names no budget."""
+    """Whether the budget is the operator's default."""
 
 
-def asked_for(
+def settings_in_force(
     policy: RetentionPolicy,
     kwargs: Mapping[str, object],
     over_http: Mapping[str, Any],
     is_embedded: bool,
-) -> Asked:
+) -> RequestSettings:
     """Return the ratio and the budget in force for a request.
 
     Args:
         policy: of the operator.
-        kwargs: the request's options for the processor, in which a trusted client or one offline
-            may name them.
+        kwargs: the request's options for the processor. A trusted client, or an offline one, may
+            name both here.
         over_http: fields of the request's body.
-        is_embedded: whether a video is sent as what a tower made of it.
+        is_embedded: whether a video is sent as embeddings.
 
     Raises:
-        VLLMValidationError: one of them is none, or not allowed.
+        VLLMValidationError: the ratio or the budget is invalid or not allowed.
     """
     settings = sorted(OWN_KEYS & kwargs.keys() - REQUEST_KEYS)
     if settings:
@@ -71,15 +71,15 @@ def asked_for(
         raise VLLMValidationError(str(error), parameter=MAX_RETAINED_VIDEO_TOKENS) from error
     if is_embedded:
         _check_embedded(requested)
-    return Asked(ratio, budget, requested[MAX_RETAINED_VIDEO_TOKENS] is None)
+    return RequestSettings(ratio, budget, requested[MAX_RETAINED_VIDEO_TOKENS] is None)
 
 
 def _ratio(policy: RetentionPolicy, requested: object, choose: Chooser | None) -> float | Chooser:
-    """Return a request's ratio, or what chooses it.
+    """Return a request's ratio, or the function that chooses it.
 
     Raises:
-        TypeError: not a number.
-        ValueError: not allowed, or left to a server that there is not.
+        TypeError: the ratio is not a number.
+        ValueError: the ratio is not allowed, or is ``auto`` without an API server to choose it.
     """
     if not policy.asks_for_auto(requested):
         return policy.resolve(requested)
@@ -91,7 +91,7 @@ def _ratio(policy: RetentionPolicy, requested: object, choose: Chooser | None) -
 
 
 def _check_embedded(requested: Mapping[str, object]) -> None:
-    """Raise RefusedRequestError if a request wants videos compressed that it sends as a tower's."""
+    """Raise RefusedRequestError if a request asks to compress videos that are embeddings."""
     if requested[RETENTION_RATIO] not in (None, 1.0):
         name, rule = RETENTION_RATIO, "1.0 or absent"
     elif requested[MAX_RETAINED_VIDEO_TOKENS] is not None:
