@@ -99,10 +99,6 @@ def _add_ratio_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_token_limits(group: argparse._ArgumentGroup) -> None:
     """Add the default budget of a request and the longest video that is compressed."""
-
-
-def _add_token_limits(group: argparse._ArgumentGroup) -> None:
-    """Add the default budget of a request and the longest video that is compressed."""
     group.add_argument(
         "--default-max-retained-video-tokens",
         metavar="TOKENS",
@@ -125,11 +121,6 @@ def _add_method_option(group: argparse._ArgumentGroup) -> None:
     """Add the compression method."""
     from scissor_vllm.compression import METHODS
 
-
-def _add_method_option(group: argparse._ArgumentGroup) -> None:
-    """Add the compression method."""
-    from scissor_vllm.compression import METHODS
-
     group.add_argument(
         "--video-compression",
         metavar="METHOD",
@@ -141,10 +132,6 @@ def _add_method_option(group: argparse._ArgumentGroup) -> None:
         f"step, and SCC without one of its steps; one of {', '.join(sorted(METHODS))} "
         f"(default: {DEFAULT_VIDEO_COMPRESSION})",
     )
-
-
-def _add_cache_options(group: argparse._ArgumentGroup) -> None:
-    """Add the sizes of the frame cache and the feature cache."""
 
 
 def _add_cache_options(group: argparse._ArgumentGroup) -> None:
@@ -168,10 +155,6 @@ def _add_cache_options(group: argparse._ArgumentGroup) -> None:
         "--mm-processor-cache-gb 0 alone, keeps none "
         f"(default: {DEFAULT_FEATURE_CACHE_GB:g})",
     )
-
-
-def _add_tower_merging_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options of merging patches in the vision tower."""
 
 
 def _add_tower_merging_options(group: argparse._ArgumentGroup) -> None:

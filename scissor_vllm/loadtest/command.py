@@ -293,15 +293,6 @@ def _run_parser() -> argparse.ArgumentParser:
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    _add_server_options(parser)
-    _add_grid_options(parser)
-    _add_load_options(parser)
-    _add_video_options(parser)
-    _add_result_options(parser)
-    return parser
-
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("the server")
     where = server.add_mutually_exclusive_group()
     where.add_argument("--base-url", default="http://localhost:8000", help="(default: %(default)s)")
@@ -320,9 +311,6 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         help="(default: by the model's config and what the server tells of its cache)",
     )
-
-
-def _add_grid_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_grid_options(parser: argparse.ArgumentParser) -> None:
@@ -354,9 +342,6 @@ def _add_grid_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_load_options(parser: argparse.ArgumentParser) -> None:
-
-
-def _add_load_options(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("a cell")
     load.add_argument(
         "--num-prompts", type=_positive, help="(default: 4 x the concurrency, at least 16)"
@@ -377,9 +362,6 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_video_options(parser: argparse.ArgumentParser) -> None:
-
-
-def _add_video_options(parser: argparse.ArgumentParser) -> None:
     clip = parser.add_argument_group("the videos, a different one for each request")
     clip.add_argument(
         "--videos", type=Path, metavar="FOLDER", help="your files (default: clips are made)"
@@ -388,7 +370,18 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_result_options(parser: argparse.ArgumentParser) -> None:
-
-
-def _add_result_options(parser: argparse.ArgumentParser) -> None:
-
+    result = parser.add_argument_group("the result")
+    result.add_argument(
+        "--label", help=f"name of this server's rows (default: {STOCK} or scissor-vllm)"
+    )
+    result.add_argument(
+        "--output", type=Path, default=RESULT, help="JSON, a CSV beside it (default: %(default)s)"
+    )
+    existing = result.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--append", action="store_true", help="add to the file; cells that it has are left"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace the file")
+    result.add_argument(
+        "--save-detailed", action="store_true", help="also keep the time between each two tokens"
+    )
