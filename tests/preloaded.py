@@ -15,7 +15,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -94,12 +95,41 @@ class Preloaded:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def run_command(command: Sequence[str]) -> None:
-    """Run ``python -m module arguments`` in this process."""
-    _, option, module, *arguments = command
-    assert option == "-m"
+def run_command(command: Sequence[str], without: Iterable[str] = ()) -> None:
+    """Run ``python -m module arguments``, or our command, in this process.
+
+    Args:
+        command: what a shell would run.
+        without: modules that it cannot import.
+    """
+    if command[1] == "-m":
+        module, *arguments = command[2:]
+    else:
+        assert Path(command[0]).name == "scissor-vllm"
+        module, arguments = "scissor_vllm.cli", list(command[1:])
+    for name in without:
+        sys.modules[name] = None  # type: ignore[assignment]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_preloaded(
+    command: Sequence[str], *, without: Sequence[str] = (), timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
+    """Return the status of a command that :func:`run_command` ran, and all that it printed.
+
+    Raises:
+        subprocess.TimeoutExpired: it was ended after ``timeout`` seconds.
+    """
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        process = Preloaded(
+            run_command, command, without, environment=os.environ, log=Path(log.name)
+        )
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(list(command), status, log.read())
 
 
 def _begin(
