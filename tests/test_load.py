@@ -822,7 +822,6 @@ def test_each_part_says_what_it_needs(tmp_path: Path, measured: Path) -> None:
 # The real thing
 
 
-@pytest.mark.server
 def test_a_real_server_is_measured(server: Server, videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     command = ["scissor-vllm", "bench", "--label", "scc"]
