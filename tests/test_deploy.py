@@ -1156,7 +1156,7 @@ def test_the_cpu_images_steps_make_a_server_that_answers_through_the_proxy(
         site = venv / "lib" / "python3.11" / "site-packages"
         assert not (site / "pip").exists()
         assert not list(site.glob("*.egg-link"))
-        assert (site / "scissor_vllm" / "cli.py").is_file(), "it is installed by copy"
+        assert (site / "scissor_vllm" / "cli" / "__init__.py").is_file(), "it is installed by copy"
         for name, text in final:
             if name == "COPY" and "--from=build" in text:
                 assert (root / text.split()[1].strip("/")).is_dir(), text
