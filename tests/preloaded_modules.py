@@ -23,4 +23,4 @@ def _value(*args: Any, **options: Any) -> Any:
 
 
 # It chooses at its import, which in a server comes after the directory is set.
-values.ValueClass = _value  # type: ignore[misc, assignment]
+values.ValueClass = _value
