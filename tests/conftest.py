@@ -39,7 +39,10 @@ SERVER_FIXTURES = (
 """In the order in which tests start servers: each is started once."""
 ENGINE_FIXTURES = ("families", "engines")
 SERVERS, ENGINES = "servers", "engines"
-"""Groups of tests, each for one process of pytest: one server at a time, and one engine."""
+"""Groups of tests, each for one process of pytest: one server at a time, and one engine.
+
+Each file of other tests is a group, so that what its tests share is made once.
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,6 +86,7 @@ def _group(item: pytest.Item) -> int:
         item.add_marker(pytest.mark.server)
         item.add_marker(pytest.mark.xdist_group(ENGINES))
         return len(SERVER_FIXTURES)
+    item.add_marker(pytest.mark.xdist_group(item.path.stem))
     return len(SERVER_FIXTURES) + 1
 
 

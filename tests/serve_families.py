@@ -35,8 +35,8 @@ import torch
 from bench.numbered_clips import make_clip
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.loadtest.record import environment, write_json
-from tests.engines import SMALL
 from tests.families import build_llava_onevision, marks_of, tiny_families
+from tests.preloaded import SMALL
 from tests.serving import SCISSOR, Server, serving
 from tests.tiny_models.spread import LOAD_FORMAT
 

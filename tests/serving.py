@@ -25,7 +25,7 @@ from bench.serving import COMMANDS
 from scissor_vllm import CompressedTokens
 from scissor_vllm.compression import get_compressor
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
-from tests.engines import SMALL
+from tests.preloaded import SMALL, Preloaded, run_command
 
 START_SECONDS = 300
 
@@ -46,7 +46,7 @@ class Server:
 
     port: int
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Preloaded
 
     @property
     def client(self) -> openai.OpenAI:
@@ -141,19 +141,38 @@ def same_answer(left: Any, right: Any, tolerance: float = 1e-4) -> bool:
 
 
 @contextmanager
-def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Server]:
-    """Yield a server started with this command, stopped with all its processes at the end."""
+def serving(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    preloaded: bool = False,
+) -> Iterator[Server]:
+    """Yield a server started with this command, stopped with all its processes at the end.
+
+    Args:
+        command: ``python -m`` and what follows; host and port are added.
+        environment: variables beside those of this process.
+        log: file for what it prints.
+        preloaded: whether it begins with vLLM imported, which saves most of a start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    variables = {**os.environ, **environment}
+    process: subprocess.Popen[bytes] | Preloaded
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **environment},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        if preloaded:
+            process = Preloaded(run_command, command, environment=variables, log=log)
+        else:
+            process = subprocess.Popen(
+                command,
+                env=variables,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
     try:
         _wait_until_healthy(process, port, log)
         yield Server(port, log, process)
@@ -166,7 +185,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str], log: Path) -
             process.wait()
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes] | Preloaded, port: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -195,7 +214,8 @@ class OneServer:
             self.stop()
             self._count += 1
             log = self.folder / f"server-{self._count}.log"
-            self._running = serving(command, {**SMALL, **(environment or {})}, log)
+            variables = {**SMALL, **(environment or {})}
+            self._running = serving(command, variables, log, preloaded=True)
             self._server = self._running.__enter__()
             self._key = key
         assert self._server is not None

@@ -26,6 +26,7 @@ from scissor_vllm.cli.serve import (
 from scissor_vllm.compression import METHODS
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.version import __version__
+from tests.preloaded import run_preloaded
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -374,12 +375,7 @@ def test_serve_help_shows_our_options_with_one_default_each(
 
 
 def test_serve_help_lists_vllms_flags_and_ours() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "scissor_vllm.cli", "serve", "--help=all"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    run = run_preloaded(["scissor-vllm", "serve", "--help=all"])
+    assert run.returncode == 0
     for flag in ("--tensor-parallel-size", "--default-retention-ratio", "--min-retention-ratio"):
         assert flag in run.stdout

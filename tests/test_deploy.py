@@ -28,9 +28,11 @@ import yaml  # type: ignore[import-untyped]
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
 from tests.conftest import DEMO_CLIP_TOKENS
+from tests.preloaded import Preloaded
 from tests.prometheus import PrometheusError, find_prometheus, present_prometheus
 from tests.proxies import DEPLOY, KEY, ROOT, ask, free_port, proxy, run, tool
 from tests.serving import OneServer, message, serving
+from tests.vllm_parser import write_parsed
 
 CLIP = ROOT / "scissor_vllm" / "demo" / "clip.mp4"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")
@@ -345,23 +347,7 @@ def test_images_are_pinned_to_one_version_of_everything(services: dict[str, Any]
 
 # ---- The server's settings ----
 
-PARSE = """
-import json, sys
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from scissor_vllm.cli.options import add_retention_options
 
-def parse(own, argv):
-    parser = FlexibleArgumentParser()
-    options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="command"))
-    if own:
-        add_retention_options(options)
-    args = vars(parser.parse_args(argv))
-    return {name: args.get(name) for name in WANTED}
-
-WANTED = json.loads(sys.argv[2])
-print(json.dumps([parse(own, argv) for own, argv in json.loads(sys.argv[1])], default=vars))
-"""
 SAFE = {
     "allowed_media_domains": ["media.invalid"],
     "allowed_local_media_path": "",
@@ -384,7 +370,9 @@ def kserve() -> dict[str, Any]:
     return found
 
 
-def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(services: dict[str, Any]) -> None:
+def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(
+    services: dict[str, Any], tmp_path: Path
+) -> None:
     _, model = production_stack()
     (container,) = kserve()["spec"]["predictor"]["containers"]
     commands = [
@@ -396,8 +384,10 @@ def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(services: dict
     ]
     names = [*SAFE, "mm_processor_kwargs", "ec_manager_config", "min_retention_ratio"]
     names += ["max_num_batched_tokens"]
-    printed = run(sys.executable, "-c", PARSE, json.dumps(commands), json.dumps(names)).stdout
-    parsed = json.loads(printed.splitlines()[-1])
+    path, log = tmp_path / "parsed.json", tmp_path / "log"
+    process = Preloaded(write_parsed, commands, names, path, environment=os.environ, log=log)
+    assert process.wait(120) == 0, log.read_text()
+    parsed = json.loads(path.read_text())
     for args in parsed:
         assert {name: args[name] for name in SAFE} == SAFE
     assert [args["min_retention_ratio"] for args in parsed[:3]] == [0.01] * 3
@@ -1166,7 +1156,7 @@ def test_the_cpu_images_steps_make_a_server_that_answers_through_the_proxy(
         site = venv / "lib" / "python3.11" / "site-packages"
         assert not (site / "pip").exists()
         assert not list(site.glob("*.egg-link"))
-        assert (site / "scissor_vllm" / "cli.py").is_file(), "it is installed by copy"
+        assert (site / "scissor_vllm" / "cli" / "__init__.py").is_file(), "it is installed by copy"
         for name, text in final:
             if name == "COPY" and "--from=build" in text:
                 assert (root / text.split()[1].strip("/")).is_dir(), text

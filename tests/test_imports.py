@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-HEAVY = ("vllm", "transformers", "fastapi", "starlette", "pydantic", "av", "cv2", "openai")
+from tests.preloaded import Preloaded
+
+HEAVY = ("vllm", "transformers", "fastapi", "starlette", "pydantic", "av", "cv2", "openai",
+         "prometheus_client")  # fmt: skip
 
 ALLOWED = {
     "scissor_vllm": (),
@@ -16,6 +22,11 @@ ALLOWED = {
     "scissor_vllm.compression": (),
     "scissor_vllm.compression.methods": (),
     "scissor_vllm.cli": (),
+    # They run before `scissor-vllm serve` names the directory of metrics, which prometheus_client
+    # looks for as it is imported.
+    "scissor_vllm.cli.serve": (),
+    "scissor_vllm.allocator": (),
+    "scissor_vllm.metrics": (),
     "scissor_vllm.loadtest.command": (),
     "scissor_vllm.loadtest.plot": (),
     "scissor_vllm.models": (),
@@ -60,29 +71,39 @@ def loaded_after(module):
     with os.fdopen(read, "rb") as answer:
         return json.load(answer)
 
-light, heavy = json.load(sys.stdin)
-loaded = {module: loaded_after(module) for module in light}
-import transformers, vllm
-print("RESULT" + json.dumps([loaded, {module: loaded_after(module) for module in heavy}]))
+import torch
+print(json.dumps({module: loaded_after(module) for module in json.load(sys.stdin)}))
 """
-"""Imports each module in a fork of its own; for some, after vLLM, which takes ten seconds."""
+"""Imports each module in a fork of its own after PyTorch, which takes seconds."""
+
+
+def write_loaded_after(module: str, path: Path) -> None:
+    """Import a module, and write the names of all that are loaded."""
+    importlib.import_module(module)
+    path.write_text(json.dumps(sorted(sys.modules)))
 
 
 @pytest.fixture(scope="module")
-def loaded() -> dict[str, set[str]]:
-    """The modules that are loaded after each."""
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The modules that are loaded after each, by those that may come with vLLM after vLLM."""
     light = [*ALLOWED, *(module for module in SEPARATE if set(SEPARATE[module]) & set(HEAVY))]
-    heavy = [module for module in SEPARATE if module not in light]
     run = subprocess.run(
         [sys.executable, "-c", FORKS],
-        input=json.dumps([light, heavy]),
+        input=json.dumps(light),
         capture_output=True,
         text=True,
         check=True,
         timeout=300,
     )
-    found = json.loads(run.stdout.split("RESULT")[1].splitlines()[0])
-    return {module: set(names) for part in found for module, names in part.items()}
+    names = json.loads(run.stdout)
+    folder = tmp_path_factory.mktemp("imports")
+    for module in SEPARATE:
+        if module not in light:
+            path, log = folder / f"{module}.json", folder / f"{module}.log"
+            process = Preloaded(write_loaded_after, module, path, environment=os.environ, log=log)
+            assert process.wait(120) == 0, log.read_text()
+            names[module] = json.loads(path.read_text())
+    return {module: set(all_names) for module, all_names in names.items()}
 
 
 @pytest.mark.parametrize("module", ALLOWED)

@@ -31,6 +31,7 @@ from scissor_vllm.loadtest.table import csv_table, markdown_table, text_table
 from scissor_vllm.loadtest.workload import Cell, build_requests, cells, draw_ratios, parse_ratios
 from tests.conftest import TOKENS_PER_FRAME
 from tests.fake_vllm import METRICS, NUM_VIDEO_TOKENS, STAGES, fake_server
+from tests.preloaded import run_preloaded
 from tests.serving import Server
 
 NUM_VIDEOS = 12
@@ -799,8 +800,9 @@ def test_measuring_needs_no_optional_package(videos: Path, tmp_path: Path) -> No
     output = tmp_path / "result.json"
     with fake_server() as fake:
         where = ("--base-url", fake.base_url, "--videos", str(videos), "--output", str(output))
-        run = run_without(OPTIONAL, *where, "--retention-ratio", "0.5", "--num-prompts", "2")
-    assert run.returncode == 0, run.stderr
+        load = ("--retention-ratio", "0.5", "--num-prompts", "2")
+        run = run_preloaded(["scissor-vllm", "bench", *where, *load], without=OPTIONAL)
+    assert run.returncode == 0, run.stdout
     assert "0.5" in run.stdout
     assert rows_of(json.loads(output.read_text()))[0]["video_seconds_per_second"] > 0
 
@@ -820,22 +822,17 @@ def test_each_part_says_what_it_needs(tmp_path: Path, measured: Path) -> None:
 # The real thing
 
 
-@pytest.mark.server
 def test_a_real_server_is_measured(server: Server, videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    command = [sys.executable, "-m", "scissor_vllm.cli", "bench", "--label", "scc"]
+    command = ["scissor-vllm", "bench", "--label", "scc"]
     where = ["--base-url", f"http://127.0.0.1:{server.port}/v1", "--output", str(output)]
     load = ["--num-prompts", "4", "--num-warmups", "1", "--output-len", "6"]
     grid = ["--retention-ratio", "stock", "0.25", "0.5,0.1", "--max-concurrency", "2"]
-    run = subprocess.run(
-        [*command, *where, *load, *grid, "--videos", str(videos), "--metrics-interval", "0.1"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    run = run_preloaded(
+        [*command, *where, *load, *grid, "--videos", str(videos), "--metrics-interval", "0.1"]
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "100%" in run.stderr  # The progress bar.
+    assert run.returncode == 0, run.stdout
+    assert "100%" in run.stdout  # The progress bar.
     content = json.loads(output.read_text())
     before, quarter, mixed = rows_of(content)
     tokens = SMALL.num_frames * TOKENS_PER_FRAME

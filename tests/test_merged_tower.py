@@ -191,7 +191,7 @@ def test_the_tower_gives_what_a_plain_one_gives_place_by_place() -> None:
 # Through the engine.
 
 
-@pytest.mark.server
+@pytest.mark.usefixtures("engines")
 def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(tmp_path: Path) -> None:
     build_llava_onevision(tmp_path)
     ratios = (1.0, 0.5, 0.25, 0.1)
@@ -219,7 +219,7 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(tmp_path: Pat
             assert largest_difference(expected, actual) < 1e-4
 
 
-@pytest.mark.server
+@pytest.mark.usefixtures("engines")
 def test_features_that_are_kept_know_whether_patches_were_merged(tmp_path: Path) -> None:
     build_llava_onevision(tmp_path)
     still = Media(160, 160, 12, 5, shift=0)

@@ -28,8 +28,8 @@ from tests.conftest import (
     NUM_FRAMES,
     TOKENS_PER_FRAME,
 )
-from tests.engines import SMALL
 from tests.families import Answer, Chat, chat, largest_difference
+from tests.preloaded import SMALL
 from tests.serving import OneServer, Server, same_answer
 
 

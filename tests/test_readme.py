@@ -16,6 +16,7 @@ from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.client import ANSWER, QUESTION
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 from tests.conftest import DEMO_CLIP_TOKENS
+from tests.preloaded import run_preloaded
 from tests.serving import OneServer, Server
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +111,7 @@ def test_curl_gets_the_documented_answer(server: Server) -> None:
 
 def test_show_writes_the_page_and_a_picture_a_ratio() -> None:
     (command,) = blocks(SHOW, "sh")
-    subprocess.run(["bash", "-c", command], check=True, timeout=300, cwd=ROOT)
+    assert run_preloaded(shlex.split(command)).returncode == 0
     left = {path.name for path in (ROOT / "build" / "show").iterdir()}
     assert left >= {"show.html", "show-0.5.png", "show-0.25.png", "show-0.1.png"}
 
@@ -170,10 +171,8 @@ def run_recipe(commands: list[list[str]]) -> str:
     """Run commands one after the other, and return what they print."""
     printed = ""
     for command in commands:
-        run = subprocess.run(
-            command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
+        run = run_preloaded(command)
+        assert run.returncode == 0, run.stdout
         printed += run.stdout
     return printed
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import serving
 from scissor_vllm.loadtest.results import read_results
+from tests.preloaded import run_preloaded
 
 ROOT = Path(__file__).parent.parent
 FAKE = """
@@ -47,6 +50,11 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake = tmp_path / "fake.py"
     fake.write_text(FAKE.format(root=str(ROOT), children=str(tmp_path / "children")))
     monkeypatch.setitem(serving.COMMANDS, "scissor-vllm", [sys.executable, str(fake)])
+    # Each load test would import vLLM.
+    forks = SimpleNamespace(
+        run=lambda command, **_: run_preloaded(command), DEVNULL=subprocess.DEVNULL
+    )
+    monkeypatch.setattr(serving, "subprocess", forks)
     (tmp_path / "videos").mkdir()
     for name in "abcd":
         (tmp_path / "videos" / f"{name}.mp4").write_bytes(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.model_shapes.llava_onevision import build_tokenizer
 from tests.families import MARKS_FILE, SPECIAL_TOKENS, TEXT
+from tests.tiny_models.spread import TINY_TOWER, TINY_WIDTH
 
 SIDE, PATCH = 64, 8
 
@@ -31,7 +32,7 @@ class TinyNemotronConfig(PretrainedConfig):
 def build_nemotron(folder: Path, *, frames_at_once: int = 1) -> None:
     """Write a checkpoint, 16 tokens a frame, or in the Omni models a pair of frames.
 
-    One layer of each kind: Mamba, MLP and attention. The tower is the smallest of its kind.
+    One layer of each kind: Mamba, MLP and attention.
     """
     special = [*SPECIAL_TOKENS, "<image>", "<img>", "</img>", "<video>"]
     tokenizer = build_tokenizer(special, "{{ messages }}")
@@ -39,7 +40,7 @@ def build_nemotron(folder: Path, *, frames_at_once: int = 1) -> None:
     tokenizer.save_pretrained(folder)
     (folder / "configuration_tiny_nemotron.py").write_text(_CONFIGURATION)
     vision = {
-        "args": {"model": "vit_small_patch16_224", "cpe_max_size": 256, "register_multiple": 8},
+        "args": {"model": TINY_TOWER, "cpe_max_size": 256, "register_multiple": 8},
         "patch_size": PATCH,
         "preferred_resolution": [SIDE, SIDE],
         "video_temporal_patch_size": frames_at_once,
@@ -79,7 +80,7 @@ def build_nemotron(folder: Path, *, frames_at_once: int = 1) -> None:
         "use_thumbnail": True,
         "norm_mean": [0.5] * 3,
         "norm_std": [0.5] * 3,
-        "vit_hidden_size": 384,
+        "vit_hidden_size": TINY_WIDTH,
         "projector_hidden_size": 128,
         "dtype": "bfloat16",
         "tie_word_embeddings": False,

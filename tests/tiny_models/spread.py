@@ -11,10 +11,19 @@ LOAD_FORMAT = "spread"
 """For vLLM's ``load_format``, once :func:`register_spread_weights` was called in its process."""
 
 
+TINY_TOWER = "vit_tiny"
+"""A tower for Nemotron's checkpoints: vLLM's smallest takes a second for a video on a CPU."""
+TINY_WIDTH = 64
+"""Of its hidden states."""
+
+
 def register_spread_weights() -> None:
-    """Let vLLM load checkpoints without weights."""
+    """Let vLLM load checkpoints without weights, and those with the tiny tower."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+    from vllm.transformers_utils.configs.radio import VIT_TIMM_DIM_BY_NAME
+
+    VIT_TIMM_DIM_BY_NAME[TINY_TOWER] = (TINY_WIDTH, 2, 2, 2 * TINY_WIDTH)
 
     class SpreadModelLoader(DummyModelLoader):
         def __init__(self, load_config: Any) -> None:
