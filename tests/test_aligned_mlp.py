@@ -107,6 +107,7 @@ def test_interpreted_on_the_cpu_they_give_what_vllm_gives() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_they_are_as_near_to_exact_as_vllm() -> None:
+    pytest.importorskip("vllm", reason="compares with vLLM's tower")
     from bench.qwen_tower import QWEN2_5_VL_7B, make_qwen_tower, random_patches
     from bench.tower import make_tower
     from scissor_vllm.worker.aligned_mlp import AlignedMLPs

@@ -82,6 +82,7 @@ def test_interpreted_on_the_cpu_it_gives_what_vllm_gives() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_as_near_to_exact_as_vllm() -> None:
+    pytest.importorskip("vllm", reason="compares with vLLM's tower")
     from bench.tower import SO400M, make_tower
     from scissor_vllm.worker.siglip import fused_encoder
 
