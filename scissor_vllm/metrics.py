@@ -34,6 +34,8 @@ class Reason(StrEnum):
     """No integer of at least 1."""
     BUDGET_TOO_SMALL = "budget_too_small"
     """Less than the least that the request's videos must keep."""
+    INVALID_IMAGES = "invalid_images"
+    """``compress_images`` is no boolean, not allowed, or there is no run of images."""
     UNSUPPORTED_MODEL = "unsupported_model"
     """A ratio or a budget for a model whose videos are not compressed."""
     PROCESSOR_OPTIONS = "processor_options"

@@ -17,6 +17,8 @@ RETENTION_RATIO = "retention_ratio"
 """Key of the ratio in a request's body and in vLLM's ``mm_processor_kwargs``."""
 MAX_RETAINED_VIDEO_TOKENS = "max_retained_video_tokens"
 """The same of the budget: most tokens that the videos of a request keep together."""
+COMPRESS_IMAGES = "compress_images"
+"""Key in a request's body: whether runs of images are compressed as the frames of a video."""
 AUTO = "auto"
 """In place of a ratio: the server chooses it."""
 AUTO_STEPS = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
@@ -28,6 +30,8 @@ RETENTION = "retention"
 options of a request's processor: its :class:`RetainedCounts`."""
 RETENTION_REPORT = "retention_report"
 """Key of the request's :class:`RetentionReport`."""
+LOADED_MEDIA = "loaded_media"
+"""Key of what the request's images became, by the names that stand in place of their URLs."""
 
 
 _MAX_SHOWN = 40
@@ -158,8 +162,35 @@ def check_token_budget(budget: object) -> int:
     return budget
 
 
+def check_compress_images(value: object) -> bool:
+    """Return whether a request asks for its runs of images to be compressed.
+
+    Raises:
+        TypeError: not a boolean or null.
+    """
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(
+            f"{COMPRESS_IMAGES} must be true or false, got {_as_json(value)}: true compresses runs "
+            "of images as the frames of a video"
+        )
+    return bool(value)
+
+
 class BudgetTooSmallError(ValueError):
     """A request's videos cannot be kept in its budget."""
+
+
+class RatioTooSmallError(ValueError):
+    """At a request's ratio images of a run would keep less than a token each."""
+
+
+_RATIO_STEP = Decimal("0.0001")
+
+
+def least_ratio(num_tokens: int, num_retained: int) -> float:
+    """Return the lowest ratio of four decimals at which K of N tokens is at least this many."""
+    steps = math.floor(Fraction(num_retained - 1, num_tokens) / Fraction(_RATIO_STEP)) + 1
+    return min(1.0, float(steps * _RATIO_STEP))
 
 
 @dataclass(frozen=True)
@@ -174,6 +205,8 @@ class RetainedCounts:
     """In force: the ratio asked for, or the fraction that the budget leaves."""
     is_budgeted: bool = False
     """Whether the budget decided."""
+    num_images: tuple[int, ...] = ()
+    """Images of each video that is a run of them, 0 for any other."""
 
     def at(self, indices: Sequence[int]) -> "RetainedCounts":
         """Return the counts of some of the videos."""
@@ -182,6 +215,7 @@ class RetainedCounts:
             tuple(self.num_retained[index] for index in indices),
             self.ratio,
             self.is_budgeted,
+            tuple(self.num_images[index] for index in indices) if self.num_images else (),
         )
 
 
@@ -190,6 +224,7 @@ def count_retained(
     ratio: float,
     budget: int | None = None,
     min_ratio: float = 0.0,
+    num_images: Sequence[int] | None = None,
 ) -> RetainedCounts:
     """Return K of each video of a request.
 
@@ -202,16 +237,21 @@ def count_retained(
         ratio: fraction kept, 0 < ratio <= 1.
         budget: most tokens that all videos keep together, None for no limit.
         min_ratio: of the operator, at most ``ratio``. At 0 the least is one token a video.
+        num_images: of each video that is a run of images, which keep at least a token each; 0 for
+            any other video. None for no runs.
 
     Raises:
         BudgetTooSmallError: the least that the videos must keep is more than the budget, or the
             length of one of them is not known.
+        RatioTooSmallError: the ratio keeps less than a token of each image of a run.
     """
     by_ratio = tuple(
         None if count is None else num_retained_tokens(count, ratio) for count in num_tokens
     )
+    runs = tuple(num_images or (0,) * len(num_tokens))
+    _check_images(num_tokens, by_ratio, runs, ratio)
     if budget is None:
-        return RetainedCounts(tuple(num_tokens), by_ratio, ratio)
+        return RetainedCounts(tuple(num_tokens), by_ratio, ratio, num_images=runs)
     known = [count for count in num_tokens if count is not None]
     if len(known) < len(num_tokens):
         raise BudgetTooSmallError(
@@ -220,8 +260,11 @@ def count_retained(
         )
     most = [count for count in by_ratio if count is not None]
     if sum(most) <= budget:
-        return RetainedCounts(tuple(num_tokens), by_ratio, ratio)
-    least = [num_retained_tokens(count, min_ratio) if min_ratio else 1 for count in known]
+        return RetainedCounts(tuple(num_tokens), by_ratio, ratio, num_images=runs)
+    least = [
+        max(length, num_retained_tokens(count, min_ratio) if min_ratio else 1)
+        for count, length in zip(known, runs, strict=True)
+    ]
     if sum(least) > budget:
         raise BudgetTooSmallError(
             f"{MAX_RETAINED_VIDEO_TOKENS} must be at least {sum(least)} for {_described(known)} on "
@@ -229,7 +272,26 @@ def count_retained(
             "frames, or have the operator lower --min-retention-ratio"
         )
     shares = tuple(shared_out(budget, known, least, most))
-    return RetainedCounts(tuple(num_tokens), shares, budget / sum(known), is_budgeted=True)
+    return RetainedCounts(
+        tuple(num_tokens), shares, budget / sum(known), is_budgeted=True, num_images=runs
+    )
+
+
+def _check_images(
+    num_tokens: Sequence[int | None],
+    by_ratio: Sequence[int | None],
+    num_images: Sequence[int],
+    ratio: float,
+) -> None:
+    """Raise RatioTooSmallError if the images of a run keep less than a token each."""
+    for count, num_retained, length in zip(num_tokens, by_ratio, num_images, strict=True):
+        if count is not None and num_retained is not None and num_retained < length:
+            least = least_ratio(count, length)
+            raise RatioTooSmallError(
+                f"{RETENTION_RATIO} must be at least {least} for {length} images of {count} tokens "
+                f"together, which keep a token each, got {_as_json(ratio)}: ask for {least} or "
+                f"more, or leave {COMPRESS_IMAGES} out"
+            )
 
 
 def _described(counts: Sequence[int]) -> str:
@@ -295,6 +357,8 @@ class RetentionReport:
     """Patches of each video for which the vision tower may leave some out."""
     num_computed_patches: list[int] = field(default_factory=list)
     """Those of them that it computes."""
+    num_images: int = 0
+    """Images that are compressed as frames of these videos."""
 
     def add(self, ratio: float, num_tokens: int, num_retained: int) -> None:
         """Record one video."""
@@ -321,6 +385,8 @@ class RetentionReport:
             "num_retained_video_tokens": sum(self.num_retained),
             **budget,
         }
+        if self.num_images:
+            response["num_compressed_images"] = self.num_images
         if self.num_patches:
             response["num_video_patches"] = sum(self.num_patches)
             response["num_computed_video_patches"] = sum(self.num_computed_patches)

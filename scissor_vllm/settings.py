@@ -80,6 +80,7 @@ VIDEO_COMPRESSION = "video_compression"
 MAX_VIDEO_TOKENS = "max_video_tokens"
 AUTO_RETENTION_RATIO = "auto_retention_ratio"
 TARGET_TTFT_MS = "target_ttft_ms"
+ALLOW_COMPRESS_IMAGES = "allow_compress_images"
 VIDEO_FRAME_CACHE_GB = "video_frame_cache_gb"
 VIDEO_FEATURE_CACHE_GB = "video_feature_cache_gb"
 DEFAULT_RETENTION_RATIO = 1.0
@@ -112,6 +113,8 @@ class RetentionPolicy:
     is_auto_by_default: bool = False
     """Whether a request that names no ratio asks for ``auto``. ``default_ratio`` is then the
     highest."""
+    allows_compress_images: bool = False
+    """Whether a request may have runs of images compressed as the frames of a video."""
 
     def __post_init__(self) -> None:
         limit = self.max_video_tokens
@@ -123,6 +126,11 @@ class RetentionPolicy:
         check_retention_ratio(self.default_ratio, minimum=self.min_ratio)
         if self.default_budget is not None:
             check_token_budget(self.default_budget)
+        if not isinstance(self.allows_compress_images, bool):
+            raise TypeError(
+                f"{ALLOW_COMPRESS_IMAGES} must be true or false, got "
+                f"{self.allows_compress_images!r}"
+            )
         self._check_auto()
 
     def _check_auto(self) -> None:
@@ -180,6 +188,7 @@ class RetentionPolicy:
             auto_bounds,
             target,  # type: ignore[arg-type]
             is_auto,
+            kwargs.get(ALLOW_COMPRESS_IMAGES, False),  # type: ignore[arg-type]
         )
 
     def check_num_tokens(self, num_tokens: int, ratio: float) -> None:
@@ -320,6 +329,7 @@ OWN_KEYS = REQUEST_KEYS | frozenset(
         MAX_VIDEO_TOKENS,
         AUTO_RETENTION_RATIO,
         TARGET_TTFT_MS,
+        ALLOW_COMPRESS_IMAGES,
         VIDEO_FRAME_CACHE_GB,
         VIDEO_FEATURE_CACHE_GB,
         TOWER_MERGING_MAX_RATIO,

@@ -31,6 +31,14 @@ NUM_RETAINED = "num_retained"
 NUM_VIDEO_TOKENS = "num_video_tokens"
 """The same for N, by which the scheduler bounds the encoding of a step."""
 
+IMAGES = "images"
+"""``video_backend`` in the metadata of a video that is a run of images. Its ``total_num_frames`` is
+their number, its ``frames_indices`` name each image's frames."""
+
+KEEPS_EVERY_FRAME = "keeps_every_frame"
+"""Field of each video's data where one of the request is a run of images: whether each frame, as
+the tower's tokens have them, keeps at least one row; a bool of its own, kept on the CPU."""
+
 VIDEO_TEXT = "video_text"
 """Field of a video's data: the text within it, int64 (2, n), kept on the CPU. The first row holds
 token ids, the second the number of the uncompressed video's tokens before each."""

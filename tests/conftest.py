@@ -155,6 +155,7 @@ def plugin_server(servers: OneServer) -> Server:
         "max_video_tokens": MAX_TOKENS,
         "max_retained_video_tokens": DEFAULT_BUDGET,
         "video_compression": "uniform",
+        "allow_compress_images": True,
     }
     return servers.get(
         *STOCK,
@@ -197,7 +198,7 @@ def observed_server(servers: OneServer, collector: Collector, metrics_folder: Pa
     """Return a server as ``page_server`` is, with this directory for metrics."""
     return servers.get(
         *(*SCISSOR, "demo", "--web-page", f"--api-key={PAGE_KEY}", "--min-retention-ratio=0.02"),
-        *("--auto-retention-ratio=0.05:1.0", "--target-ttft-ms=1"),
+        *("--auto-retention-ratio=0.05:1.0", "--target-ttft-ms=1", "--allow-compress-images"),
         *("--api-server-count=2", f"--otlp-traces-endpoint={collector.url}"),
         environment={
             "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
@@ -228,7 +229,7 @@ def qwen(servers: OneServer, qwen_folder: Path) -> Server:
     """A server of a tiny Qwen3-VL, with the page."""
     return servers.get(
         *(*SCISSOR, str(qwen_folder), "--served-model-name=demo", "--web-page"),
-        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
+        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192", "--allow-compress-images"),
         f"--chat-template={qwen_folder / 'template.jinja'}",
     )
 
@@ -299,6 +300,8 @@ def stock_questions(clips: dict[str, Path]) -> dict[str, tuple[Path | str, ...]]
     return {
         **videos,
         "picture": (clips["picture"], "What is this?"),
+        # Not compressed, since the request does not ask for it.
+        "pictures": (*(clips["picture"],) * 4, "What are these?"),
         "text": ("Hello",),
         # Videos of unlike length in one batch end stock vLLM's engine, so these are alike.
         "several": (clips["short"], clips["picture"], clips["twin"], "Compare."),

@@ -368,7 +368,7 @@ def test_serve_help_shows_our_options_with_one_default_each(
     shown = capsys.readouterr().out
     described = re.findall(r"^  (--[a-z-]+).*\n((?: {10,}.*\n)*)", shown, re.MULTILINE)
     texts = {flag: " ".join(text.split()) for flag, text in described}
-    assert len(texts) == 12
+    assert len(texts) == 13
     assert all(text.count("(default: ") == 1 for text in texts.values())
     assert texts["--min-retention-ratio"] == "a request below this is refused (default: 0.01)"
     assert "--help=all" in shown

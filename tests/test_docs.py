@@ -37,6 +37,7 @@ DEFAULTS = {
     "--auto-retention-ratio": "none",
     "--target-ttft-ms": "none",
     "--default-max-retained-video-tokens": "none",
+    "--allow-compress-images": "off",
     "--max-video-tokens": DEFAULT_MAX_VIDEO_TOKENS,
     "--video-compression": f"`{DEFAULT_VIDEO_COMPRESSION}`",
     "--video-frame-cache-gb": f"{DEFAULT_FRAME_CACHE_GB:g}",

@@ -33,6 +33,8 @@ from scissor_vllm.frontend.endpoint import RetentionEndpoint
 from scissor_vllm.frontend.estimate import EstimateReport, EstimateRequest, estimate
 from scissor_vllm.frontend.guard import misspelt_field
 from scissor_vllm.frontend.processor import RetentionProcessor
+from scissor_vllm.frontend.request import RetentionChatCompletionRequest
+from scissor_vllm.models import IMAGE_RUN_MODELS
 from scissor_vllm.retention import RetentionReport
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
 
@@ -41,6 +43,8 @@ ESTIMATE = "/v1/scissor/estimate"
 TEXT = [{"role": "user", "content": "Hello"}]
 URL = {"url": "data:video/mp4;base64,AAAA"}
 VIDEO = [{"role": "user", "content": [{"type": "video_url", "video_url": URL}]}]
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+IMAGES = [{"role": "user", "content": [IMAGE] * 5}]
 UNTYPED = [{"role": "user", "content": [{"video_url": URL}]}]
 
 ANSWER = {
@@ -271,6 +275,108 @@ def test_a_budget_that_is_none_is_refused_in_one_short_sentence(
     assert not handler.requests
 
 
+@pytest.mark.parametrize(
+    "value", [0, 1, "true", "yes", [], [True], {"images": True}], ids=lambda value: str(value)[:8]
+)
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
+def test_compress_images_is_true_or_false(
+    app: FastAPI, client: TestClient, path: str, value: Any
+) -> None:
+    handler = init(app, allow_compress_images=True)
+    for messages in (TEXT, IMAGES):
+        message = error_of(ask(client, messages, path, compress_images=value))
+        assert message.startswith("compress_images must be true or false, got ")
+    assert not handler.requests
+
+
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
+def test_compress_images_is_refused_where_the_operator_does_not_allow_it(
+    app: FastAPI, client: TestClient, path: str
+) -> None:
+    handler = init(app)
+    app.state.online_renderer.renderer.mm_processor.info = Namespace(
+        get_num_frames_of_image=lambda: 1
+    )
+    for messages in (TEXT, IMAGES, VIDEO):
+        message = error_of(ask(client, messages, path, compress_images=True))
+        assert message.startswith("compress_images must be false or absent on this server")
+        assert "have the operator set --allow-compress-images" in message
+    assert not handler.requests
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
+def test_compress_images_is_refused_for_a_model_whose_images_are_no_frames(
+    app: FastAPI, client: TestClient, path: str, compresses: bool
+) -> None:
+    init(app, compresses=compresses)
+    if compresses:
+        app.state.online_renderer.renderer.mm_processor.info = Namespace(
+            get_num_frames_of_image=lambda: 0
+        )
+    message = error_of(ask(client, IMAGES, path, compress_images=True))
+    assert message.startswith("compress_images must be false or absent for this model")
+    for model in IMAGE_RUN_MODELS:
+        assert model in message
+    assert "send the frames as a video" in message
+
+
+@pytest.mark.parametrize("value", [None, False, True])
+def test_without_images_and_without_true_a_chat_goes_to_vllm_as_it_is(
+    app: FastAPI, client: TestClient, value: Any
+) -> None:
+    handler = init(app, allow_compress_images=True)
+    messages = TEXT if value is True else IMAGES
+    response = ask(client, messages, compress_images=value)
+    assert response.json() == ChatCompletionResponse(**ANSWER).model_dump()
+    (request,) = handler.requests
+    assert request.messages == messages
+    assert request.build_chat_params(None, "auto").media_io_kwargs is None
+
+
+def test_a_chat_whose_images_are_compressed_tells_what_was_kept(
+    app: FastAPI, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def compress_images(request: Any, state: Any) -> None:
+        request.use_loaded({"name": "a video"})
+
+    init(app, allow_compress_images=True)
+    monkeypatch.setattr(chat, "compress_images", compress_images)
+    answer = ask(client, IMAGES, compress_images=True)
+    assert answer.json()["video_compression"] == COMPRESSED
+    assert {name: answer.headers[name] for name in HEADERS} == HEADERS
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_are_fetched_no_longer_than_their_client_waits(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    async def run() -> None:
+        ended = asyncio.Event()
+
+        async def compress_images(request: Any, state: Any) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        async def receive() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        monkeypatch.setattr(chat, "compress_images", compress_images)
+        scope = {"type": "http", "app": app, "headers": []}
+        body = {"model": "m", "messages": IMAGES, "compress_images": True, "stream": stream}
+        request = RetentionChatCompletionRequest.model_validate(body)
+        raw_request: Any = Request(scope, receive)
+        answer = chat.create_chat_completion(request, raw_request)
+        assert await asyncio.wait_for(answer, 5) is None
+        await asyncio.wait_for(ended.wait(), 5)
+
+    handler = init(app, allow_compress_images=True)
+    asyncio.run(run())
+    assert not handler.requests
+
+
 @pytest.mark.parametrize("path", [CHAT, TOKENIZE, ESTIMATE])
 def test_auto_is_refused_with_the_options_that_offer_it(client: TestClient, path: str) -> None:
     message = error_of(ask(client, VIDEO, path, retention_ratio="auto"))
@@ -344,6 +450,10 @@ def test_a_ratio_that_is_no_finite_number_is_refused(client: TestClient, text: s
                 "max-retained-video-tokens",
             )
         ),
+        *(
+            (name, "compress_images")
+            for name in ("compress_image", "compressImages", "compress-images")
+        ),
     ],
 )
 def test_a_field_that_is_nearly_one_of_ours_is_refused_by_its_name(
@@ -381,7 +491,11 @@ def test_no_route_ignores_a_ratio(app: FastAPI, client: TestClient) -> None:
     expected = {"/v1/chat/completions/batch", "/v1/chat/completions/render", "/invocations"}
     assert expected | {"/v1/responses", "/v1/messages", "/v1/completions"} <= paths
     for path in paths - {CHAT, TOKENIZE, ESTIMATE}:
-        for field, value in (("retention_ratio", 0.5), ("max_retained_video_tokens", 9)):
+        for field, value in (
+            ("retention_ratio", 0.5),
+            ("max_retained_video_tokens", 9),
+            ("compress_images", True),
+        ):
             message = error_of(ask(client, VIDEO, path, **dict[str, Any]({field: value})))
             assert message.startswith(f"{field} is refused: this route"), path
             assert "send the request to /v1/chat/completions" in message
@@ -421,6 +535,7 @@ def test_the_list_of_models_tells_what_a_request_may_ask_of_videos(
         "min_retention_ratio": 0.1,
         "default_max_retained_video_tokens": 700,
         "max_video_tokens": 1 << 15,
+        "compress_images": False,
         "auto": None,
     }
     for card in cards:

@@ -23,6 +23,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.frontend.frame_cache import FRAMES
+from scissor_vllm.models import IMAGE_RUN_MODELS
 from scissor_vllm.plugin import register
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_TEXT
 from tests.families import (
@@ -126,6 +127,22 @@ def test_ratio_one_gives_the_engine_what_stock_gives(processors: Processors) -> 
             for name, field in item.items():
                 if name in mine and (modality, name) not in {("video", each) for each in PIXELS}:
                     assert _same(mine[name].data, field.data), name
+
+
+def test_a_models_images_are_compressed_if_it_is_listed(processors: Processors) -> None:
+    info = processors.ours.info
+    listed = bool(set(info.ctx.model_config.architectures) & set(IMAGE_RUN_MODELS))
+    assert (info.get_num_frames_of_image() > 0) == listed
+    settings = info.ctx.model_config.get_multimodal_config()
+    settings.mm_processor_kwargs = {"allow_compress_images": True}
+    try:
+        if listed:
+            type(info)(info.ctx)
+        else:
+            with pytest.raises(ValueError, match="allow_compress_images cannot be set for this"):
+                type(info)(info.ctx)
+    finally:
+        settings.mm_processor_kwargs = None
 
 
 def _same(left: Any, right: Any) -> bool:

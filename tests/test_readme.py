@@ -15,7 +15,7 @@ from bench.world.questions import SKILLS
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.client import ANSWER, QUESTION
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
-from tests.conftest import DEMO_CLIP_TOKENS
+from tests.conftest import DEMO_CLIP_TOKENS, PAGE_KEY
 from tests.preloaded import run_preloaded
 from tests.serving import OneServer, Server
 
@@ -44,7 +44,7 @@ def blocks(page: Path, language: str) -> list[str]:
 RUN_HERE = {
     (README, "sh"): ["make demo", "VIDEO=$(base64 -w0 scissor_vllm/demo/clip.mp4)"],
     (README, "python"): ["import torch"],
-    (API, "python"): ["import base64"],
+    (API, "python"): ["import base64", "import base64"],
     (API, "json"): ['"video_compression": {'],
     (LIBRARY, "python"): ["import torch", "import torch"],
     (METHOD, "python"): ["import torch"],
@@ -82,8 +82,8 @@ def test_a_block_says_its_language() -> None:
         assert set(fences[::2]) <= known, page
 
 
-def test_the_python_client_works(server: Server) -> None:
-    (client,) = blocks(API, "python")
+def check_client(client: str, server: Server, **more: int) -> None:
+    """Run a client of the page, and check what it prints of the demo's clip."""
     run = subprocess.run(
         [sys.executable, "-c", client.replace(PORT, f"127.0.0.1:{server.port}")],
         capture_output=True,
@@ -95,7 +95,16 @@ def test_the_python_client_works(server: Server) -> None:
     answer, printed = run.stdout.splitlines()
     assert f'"{QUESTION}"' in client
     assert answer == ANSWER
-    assert documented_compression() == eval(printed.split(" ", 1)[1])
+    assert {**documented_compression(), **more} == eval(printed.split(" ", 1)[1])
+
+
+def test_the_python_client_works(server: Server) -> None:
+    check_client(blocks(API, "python")[0], server)
+
+
+def test_the_python_client_that_sends_frames_as_images_works(page_server: Server) -> None:
+    client = blocks(API, "python")[1]
+    check_client(client.replace("unused", PAGE_KEY), page_server, num_compressed_images=16)
 
 
 def test_curl_gets_the_documented_answer(server: Server) -> None:

@@ -13,6 +13,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from scissor_vllm.compression import CompressedTokens, get_compressor, linkage
+from scissor_vllm.compression.members import representative_members
 from scissor_vllm.compression.uniform import select_evenly
 from scissor_vllm.worker import video_compression as tower
 from scissor_vllm.worker.video_compression import VideoCompression
@@ -95,6 +96,20 @@ def test_mixed_lengths_and_ratios_give_each_video_its_k_rows(method: str) -> Non
     lengths, counts = (25, 1, 7, 10), [3, 4, 28, 1]
     rows = rows_of(compression, make_videos(*lengths), counts, RecordingTower())
     assert [tuple(video_rows.shape) for video_rows in rows] == [(count, WIDTH) for count in counts]
+
+
+@pytest.mark.parametrize("method", ["average-linkage", "scc-windows", "uniform"])
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_of_a_run_of_images_each_frame_keeps_a_row(method: str, cache_gb: int) -> None:
+    compression = make_compression(method, cache_gb=cache_gb)
+    still = VideoPixels(torch.randn(1, 3, 2, 2, generator=_seeded(3)).expand(8, -1, -1, -1))
+    for identity in (None, b"run"):
+        for num_retained in (8, 9, 14, 27):
+            video = replace(still, keeps_every_frame=True, identity=identity)
+            tokens, rows = compression.compressed(video, num_retained, RecordingTower())
+            assert rows.tokens.shape == (num_retained, WIDTH)
+            frames = representative_members(tokens, rows) // TOKENS_PER_FRAME
+            assert set(frames.tolist()) == set(range(8))
 
 
 def test_a_videos_rows_do_not_depend_on_its_batch() -> None:

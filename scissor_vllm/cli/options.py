@@ -16,6 +16,7 @@ from scissor_vllm.retention import (
     parse_retention_ratio,
 )
 from scissor_vllm.settings import (
+    ALLOW_COMPRESS_IMAGES,
     AUTO_RETENTION_RATIO,
     DEFAULT_FEATURE_CACHE_GB,
     DEFAULT_FRAME_CACHE_GB,
@@ -106,6 +107,12 @@ def _add_token_limits(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="most tokens that the videos of a request keep together where it names no "
         "max_retained_video_tokens, shared out by their lengths (default: no limit)",
+    )
+    group.add_argument(
+        "--allow-compress-images",
+        action="store_true",
+        help="a request may ask by compress_images that runs of images of one size are compressed "
+        "as the frames of a video (default: off)",
     )
     group.add_argument(
         "--max-video-tokens",
@@ -264,6 +271,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         MAX_VIDEO_TOKENS: args.max_video_tokens,
         AUTO_RETENTION_RATIO: args.auto_retention_ratio,
         TARGET_TTFT_MS: args.target_ttft_ms,
+        ALLOW_COMPRESS_IMAGES: args.allow_compress_images or None,
         VIDEO_COMPRESSION: args.video_compression,
         VIDEO_FRAME_CACHE_GB: args.video_frame_cache_gb,
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,

@@ -16,12 +16,14 @@ from starlette.datastructures import State
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from scissor_vllm.frontend.auto_ratio import begin_auto, chooser
 from scissor_vllm.frontend.checks import check_request
 from scissor_vllm.frontend.draining import IN_FLIGHT, add_draining
 from scissor_vllm.frontend.estimate import ESTIMATE_PATH, attach_estimate
 from scissor_vllm.frontend.guard import CHAT_PATH
+from scissor_vllm.frontend.image_runs import check_media_connector, compress_images
 from scissor_vllm.frontend.models_route import attach_models
 from scissor_vllm.frontend.outcome import Chat, count_malformed
 from scissor_vllm.frontend.processor import RetentionProcessor
@@ -128,6 +130,8 @@ def init_state(engine_client: Any, state: State) -> None:
         state.online_renderer.renderer.mm_processor, RetentionProcessor
     )
     check_keys(kwargs, state.compresses_video, MODELS)
+    if state.retention_policy.allows_compress_images:
+        check_media_connector()
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
     state.auto_ratio = begin_auto(engine_client, state)
     if engine_client is not None and hasattr(state, IN_FLIGHT):
@@ -139,7 +143,7 @@ async def create_chat_completion(
     request: RetentionChatCompletionRequest, raw_request: Request
 ) -> Response | None:
     """Answer a chat. Headers, and ``video_compression`` beside ``usage``, tell what was kept."""
-    if request.has_video:
+    if request.has_video or request.compresses_images:
         return await _answer_video(request, raw_request)
     if request.names_fields:
         try:
@@ -153,17 +157,26 @@ async def create_chat_completion(
 async def _answer_video(
     request: RetentionChatCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """Answer a chat with a video, and count its outcome."""
+    """Answer a chat with a video, or with images that become one, and count its outcome."""
     state = raw_request.app.state
     report = request.begin_report(chooser(state, is_counted=True))
     raw_request, span = begin_span(raw_request, state.traces_endpoint)
     chat = Chat(state.retention_policy.method, request.valid_ratio, report, span)
     with chat.ended_by_errors():
         check_request(request, state)
-        response = await chat_router.create_chat_completion(request, raw_request)
+        response = None
+        if not request.compresses_images or await _compress_images(request, raw_request):
+            response = await chat_router.create_chat_completion(request, raw_request)
     tell_compression(response, report)
     chat.follow(response)
     return response
+
+
+@with_cancellation
+async def _compress_images(request: RetentionRequest, raw_request: Request) -> bool:
+    """Put videos in the place of images. Returns True, or None if the client has hung up."""
+    await compress_images(request, raw_request.app.state)
+    return True
 
 
 async def tokenize(
@@ -174,6 +187,8 @@ async def tokenize(
         return await tokenize_router.tokenize(request, raw_request)
     if request.names_fields:
         check_request(request, raw_request.app.state)
+    if request.compresses_images and not await _compress_images(request, raw_request):
+        return None
     if request.has_video:
         request.begin_report(chooser(raw_request.app.state, is_counted=False))
     return await tokenize_router.tokenize(request, raw_request)

@@ -8,10 +8,12 @@ from scissor_vllm.frontend.guard import misspelt_field
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request import RetentionRequest
 from scissor_vllm.metrics import Reason
-from scissor_vllm.models import MODELS
+from scissor_vllm.models import MODELS, NO_IMAGE_RUNS
 from scissor_vllm.retention import (
+    COMPRESS_IMAGES,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION_RATIO,
+    check_compress_images,
     check_retention_ratio,
     check_token_budget,
 )
@@ -33,6 +35,7 @@ def check_request(request: RetentionRequest, state: State) -> None:
         raise RefusedRequestError(misspelt, reason=Reason.INVALID_RATIO)
     _check_ratio(request.retention_ratio, request.has_video, state)
     _check_budget(request.max_retained_video_tokens, request.has_video, state)
+    _check_images(request.compress_images, state)
 
 
 def _check_ratio(ratio: Any, has_video: bool, state: State) -> None:
@@ -63,6 +66,29 @@ def _check_budget(budget: Any, has_video: bool, state: State) -> None:
         raise _refused(error, MAX_RETAINED_VIDEO_TOKENS, Reason.INVALID_BUDGET) from error
     if has_video and not state.compresses_video:
         raise _unsupported(MAX_RETAINED_VIDEO_TOKENS, "absent", budget)
+
+
+def _check_images(value: Any, state: State) -> None:
+    try:
+        is_asked = check_compress_images(value)
+    except TypeError as error:
+        raise _refused(error, COMPRESS_IMAGES, Reason.INVALID_IMAGES) from error
+    if not is_asked or state.retention_policy.allows_compress_images:
+        return
+    processor = state.online_renderer.renderer.mm_processor
+    if not state.compresses_video or not processor.info.get_num_frames_of_image():
+        raise RefusedRequestError(
+            f"{COMPRESS_IMAGES} must be false or absent for this model, got true: {NO_IMAGE_RUNS}; "
+            "send the frames as a video",
+            parameter=COMPRESS_IMAGES,
+            reason=Reason.UNSUPPORTED_MODEL,
+        )
+    raise RefusedRequestError(
+        f"{COMPRESS_IMAGES} must be false or absent on this server, got true: send the frames as a "
+        "video, or have the operator set --allow-compress-images",
+        parameter=COMPRESS_IMAGES,
+        reason=Reason.INVALID_IMAGES,
+    )
 
 
 def _refused(error: Exception, field: str, reason: Reason) -> RefusedRequestError:

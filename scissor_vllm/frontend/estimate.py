@@ -17,8 +17,10 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from scissor_vllm.frontend.auto_ratio import chooser
 from scissor_vllm.frontend.checks import check_request
+from scissor_vllm.frontend.image_runs import compress_images
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request import RetentionTokenizeChatRequest
+from scissor_vllm.frontend.video_items import num_images_of
 from scissor_vllm.metrics import Reason
 from scissor_vllm.models import MODELS
 from scissor_vllm.retention import RetentionReport
@@ -30,7 +32,8 @@ class VideoEstimate(BaseModel):
     """What would be kept of a video."""
 
     num_frames: int | None = Field(
-        description="Frames that are read of it; null where it is named by its uuid alone."
+        description="Frames that are read of it, or images of a run of them; null where it is "
+        "named by its uuid alone."
     )
     num_video_tokens: int = Field(description="Tokens before compression.")
     num_retained_video_tokens: int = Field(description="Tokens after compression.")
@@ -59,9 +62,9 @@ class EstimateReport(RetentionReport):
 
     def look(self, videos: Any) -> None:
         """Count them."""
-        for video in videos.get_all():
+        for video, num_images in zip(videos.get_all(), num_images_of(videos), strict=True):
             frames = video[0] if isinstance(video, tuple) else video
-            self.num_frames.append(None if frames is None else len(frames))
+            self.num_frames.append(None if frames is None else num_images or len(frames))
 
 
 class EstimateRequest(RetentionTokenizeChatRequest):
@@ -102,6 +105,8 @@ async def estimate(request: EstimateRequest, raw_request: Request) -> Response:
             parameter="model",
             reason=Reason.UNSUPPORTED_MODEL,
         )
+    if request.compresses_images:
+        await compress_images(request, state)
     report = request.begin_report(chooser(state, is_counted=False))
     assert isinstance(report, EstimateReport)
     counted = await tokenize_router.tokenization(raw_request).create_tokenize(request, raw_request)

@@ -13,9 +13,9 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.routing import APIRoute
 
-from scissor_vllm.retention import MAX_RETAINED_VIDEO_TOKENS, RETENTION_RATIO
+from scissor_vllm.retention import COMPRESS_IMAGES, MAX_RETAINED_VIDEO_TOKENS, RETENTION_RATIO
 
-REQUEST_FIELDS = (RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS)
+REQUEST_FIELDS = (RETENTION_RATIO, MAX_RETAINED_VIDEO_TOKENS, COMPRESS_IMAGES)
 """Fields of a request that vLLM does not have."""
 CHAT_PATH = "/v1/chat/completions"
 _NESTED = "extra_body"

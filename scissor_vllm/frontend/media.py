@@ -1,7 +1,7 @@
 """Fetches videos as vLLM does, and turns a client's mistake into a 4xx with its reason.
 
-It replaces vLLM's default connector (``MEDIA_CONNECTOR_REGISTRY``). Only videos go through it.
-vLLM fetches images and audio.
+It replaces vLLM's default connector (``MEDIA_CONNECTOR_REGISTRY``), which still fetches images and
+audio. Images of a request with ``compress_images`` are fetched before, and given out here by name.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.metrics import Reason
+from scissor_vllm.retention import LOADED_MEDIA, RETENTION
 
 _PARAMETER = "video_url"
-_CONNECTOR = "http"
+CONNECTOR = "http"
 """vLLM's name for its default connector."""
 _BASE64 = ";base64,"
 _MAX_MEDIA_TYPE = 1024
@@ -45,25 +46,47 @@ class RefusedMediaError(VLLMUnprocessableEntityError):
 
 def register_media_connector() -> None:
     """Replace vLLM's default connector. A connector that the operator chose stays."""
-    MEDIA_CONNECTOR_REGISTRY.register(_CONNECTOR)(VideoMediaConnector)
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(VideoMediaConnector)
 
 
 class VideoMediaConnector(MediaConnector):
     """vLLM's connector with errors that name the cause."""
 
+    @property
+    def _loaded(self) -> dict[str, Any]:
+        """What the request's images became, see ``image_runs``; each is given out once."""
+        loaded: dict[str, Any] = self.media_io_kwargs.get(RETENTION, {}).get(LOADED_MEDIA, {})
+        return loaded
+
+    def fetch_image(self, image_url: str, **options: Any) -> Any:
+        """Return what vLLM's connector does, or the image that was loaded under this name."""
+        if image_url in self._loaded:
+            return self._loaded.pop(image_url)
+        return super().fetch_image(image_url, **options)
+
+    async def fetch_image_async(self, image_url: str, **options: Any) -> Any:
+        """Return the same."""
+        if image_url in self._loaded:
+            return self._loaded.pop(image_url)
+        return await super().fetch_image_async(image_url, **options)
+
     def fetch_video(self, video_url: str, **options: Any) -> Any:
-        """Return what vLLM's connector does.
+        """Return what vLLM's connector does, or the run of images that has this name.
 
         Raises:
             RefusedRequestError: the URL is invalid, or the operator does not allow it.
             RefusedMediaError: it cannot be fetched.
         """
+        if video_url in self._loaded:
+            return self._loaded.pop(video_url)
         url = self._checked(video_url)
         with _naming_errors(url):
             return super(VideoMediaConnector, self._for_video()).fetch_video(url, **options)
 
     async def fetch_video_async(self, video_url: str, **options: Any) -> Any:
-        """Return what vLLM's connector does; raises as ``fetch_video``."""
+        """Return the same; raises as ``fetch_video``."""
+        if video_url in self._loaded:
+            return self._loaded.pop(video_url)
         url = self._checked(video_url)
         with _naming_errors(url):
             return await super(VideoMediaConnector, self._for_video()).fetch_video_async(

@@ -38,6 +38,9 @@ class VideoCompressionCard(BaseModel):
     max_video_tokens: int = Field(
         description="Most tokens, before compression, of a video that is compressed."
     )
+    compress_images: bool = Field(
+        description="Whether a request may have runs of images compressed as frames."
+    )
     auto: AutoCard | None = Field(description="null where no ratio is chosen by the server.")
 
 
@@ -74,6 +77,7 @@ def describe_compression(state: State) -> dict[str, Any] | None:
         min_retention_ratio=policy.min_ratio,
         default_max_retained_video_tokens=policy.default_budget,
         max_video_tokens=policy.max_video_tokens,
+        compress_images=policy.allows_compress_images,
         auto=auto,
     ).model_dump()
 

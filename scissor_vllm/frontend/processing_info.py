@@ -9,7 +9,9 @@ from dataclasses import replace
 from vllm.multimodal.processing import InputProcessingContext
 
 from scissor_vllm.frontend.frame_cache import FRAMES
+from scissor_vllm.models import NO_IMAGE_RUNS
 from scissor_vllm.settings import (
+    ALLOW_COMPRESS_IMAGES,
     TOWER_MERGING_MAX_RATIO,
     CacheSizes,
     RetentionPolicy,
@@ -52,6 +54,11 @@ class RetentionProcessingInfo:
                 f"{TOWER_MERGING_MAX_RATIO} cannot be set for this model: patches are merged in "
                 "SigLIP's tower of LLaVA-OneVision only; leave it out"
             )
+        if self.retention_policy.allows_compress_images and not self.get_num_frames_of_image():
+            raise ValueError(
+                f"{ALLOW_COMPRESS_IMAGES} cannot be set for this model: {NO_IMAGE_RUNS}; leave it "
+                "out"
+            )
 
     @abstractmethod
     def get_num_compressible_tokens(self, *, width: int, height: int, num_frames: int) -> int:
@@ -64,3 +71,10 @@ class RetentionProcessingInfo:
     def get_patch_size(self) -> int | None:
         """Return the side of the tower's patches in pixels, None if the tower merges no patches."""
         return None
+
+    def get_num_frames_of_image(self) -> int:
+        """Return how many equal frames stand for an image of a run, 0 without such runs.
+
+        They are the frames that share tokens, so an image shares its tokens with no other.
+        """
+        return 0

@@ -31,7 +31,12 @@ from scissor_vllm.frontend.patch_anchors import anchors_of_videos, count_patches
 from scissor_vllm.frontend.placeholders import VideoPlaceholders, fill_report
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request_settings import RequestSettings, settings_in_force
-from scissor_vllm.frontend.video_items import frames_of, pixels_of_videos, why_unreadable
+from scissor_vllm.frontend.video_items import (
+    frames_of,
+    num_images_of,
+    pixels_of_videos,
+    why_unreadable,
+)
 from scissor_vllm.metrics import CLOCK, Reason
 from scissor_vllm.retention import (
     MAX_BUDGET,
@@ -41,13 +46,16 @@ from scissor_vllm.retention import (
     RETENTION_REPORT,
     BudgetTooSmallError,
     Chooser,
+    RatioTooSmallError,
     RetainedCounts,
     RetentionReport,
     count_retained,
+    least_ratio,
 )
 from scissor_vllm.settings import OWN_KEYS, without_own_keys
 from scissor_vllm.video_fields import (
     FRAME_OF,
+    KEEPS_EVERY_FRAME,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
     PATCH_ANCHORS,
@@ -117,7 +125,12 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if settings.is_default_budget and None in num_tokens:
             # A budget is divided by lengths, and the length of a cached video is unknown.
             request.budget = None
-        counts = self._count_retained(options, num_tokens, settings.ratio, request.budget)
+        num_images = num_images_of(videos)
+        counts = self._count_retained(
+            options, num_tokens, settings.ratio, request.budget, num_images
+        )
+        if request.report is not None:
+            request.report.num_images = sum(num_images)
         options[RETENTION] = counts
         # Without the key for ratio 1.0, cache entries are those of stock vLLM.
         if counts.ratio != 1.0:
@@ -130,17 +143,28 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         num_tokens: list[int | None],
         ratio: float | Chooser,
         budget: int | None,
+        num_images: list[int],
     ) -> RetainedCounts:
         """Return K of each video by N.
 
         Raises:
-            RefusedRequestError: the budget is too small for them, or a video too long to be
-                compressed.
+            RefusedRequestError: the ratio or the budget is too small for them, or a video too long
+                to be compressed.
         """
         policy = self.info.retention_policy
-        ratio = ratio if isinstance(ratio, float) else ratio(num_tokens)
+        if not isinstance(ratio, float):
+            least = [
+                least_ratio(count, length)
+                for count, length in zip(num_tokens, num_images, strict=True)
+                if count is not None and length > 0
+            ]
+            ratio = max(ratio(num_tokens), *least, 0.0)
         try:
-            counts = count_retained(num_tokens, ratio, budget, policy.min_ratio)
+            counts = count_retained(num_tokens, ratio, budget, policy.min_ratio, num_images)
+        except RatioTooSmallError as error:
+            raise RefusedRequestError(
+                str(error), parameter=RETENTION_RATIO, reason=Reason.RATIO_BELOW_MINIMUM
+            ) from error
         except BudgetTooSmallError as error:
             raise RefusedRequestError(
                 str(error),
@@ -289,6 +313,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
             FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PATCH_ANCHORS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            KEEPS_EVERY_FRAME: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_IDENTITY: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
 
@@ -314,6 +339,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         if num_tokens:
             processed[NUM_VIDEO_TOKENS] = torch.tensor(num_tokens)
             processed[NUM_RETAINED] = torch.tensor(counts.num_retained)
+        if any(counts.num_images) and ratio != 1.0:
+            processed[KEEPS_EVERY_FRAME] = torch.tensor(counts.num_images) > 0
         return processed
 
     def _prepare(

@@ -1,6 +1,6 @@
 """Our fields of a request, and how they reach the processor."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
@@ -11,6 +11,8 @@ from vllm.renderers import ChatParams
 
 from scissor_vllm.retention import (
     AUTO,
+    COMPRESS_IMAGES,
+    LOADED_MEDIA,
     MAX_BUDGET,
     MAX_RETAINED_VIDEO_TOKENS,
     RETENTION,
@@ -44,21 +46,45 @@ _BUDGET_SCHEMA = {
 }
 
 
+_COMPRESS_IMAGES_DESCRIPTION = (
+    "Whether runs of at least 4 neighbouring images of one size in a message are compressed as the "
+    "frames of a video, where the operator allows that. Leave it out for no."
+)
+_COMPRESS_IMAGES_SCHEMA = {
+    "anyOf": [{"type": "boolean"}, {"type": "null"}],
+    "title": "Compress Images",
+}
+
 _VIDEO_FIELDS = ("video_url", "video_embeds")
+_IMAGE_TYPES = (None, "image_url", "input_image")
 
 
 def has_video(messages: Any) -> bool:
     """Return whether a chat's messages have a video; ``messages`` may be any JSON value."""
+    return _any_part(messages, is_video)
+
+
+def _any_part(messages: Any, matches: Callable[[Any], object]) -> bool:
     if not isinstance(messages, list):
         return False
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, list) and any(map(_is_video, content)):
+        if isinstance(content, list) and any(map(matches, content)):
             return True
     return False
 
 
-def _is_video(part: Any) -> bool:
+def image_url_of(part: Any) -> str | None:
+    """Return the URL of a part that vLLM reads as an image, None for any other part."""
+    if not isinstance(part, Mapping) or part.get("type") not in _IMAGE_TYPES:
+        return None
+    url = part.get("image_url")
+    if isinstance(url, Mapping):
+        url = url.get("url")
+    return url if isinstance(url, str) and url else None
+
+
+def is_video(part: Any) -> bool:
     """Return whether vLLM reads a part as a video.
 
     vLLM goes by the type. Without a type, or with a ``uuid``, it goes by the fields.
@@ -86,10 +112,17 @@ class RetentionRequest(BaseModel):
         WithJsonSchema(_BUDGET_SCHEMA, mode="validation"),
         Field(description=_BUDGET_DESCRIPTION),
     ] = None
+    compress_images: Annotated[
+        Any,
+        WithJsonSchema(_COMPRESS_IMAGES_SCHEMA, mode="validation"),
+        Field(description=_COMPRESS_IMAGES_DESCRIPTION),
+    ] = None
 
     _report: RetentionReport | None = PrivateAttr(default=None)
     _choose: Chooser | None = PrivateAttr(default=None)
     _has_video: bool = PrivateAttr(default=False)
+    _has_images: bool = PrivateAttr(default=False)
+    _loaded: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -98,12 +131,23 @@ class RetentionRequest(BaseModel):
         request = handler(data)
         if isinstance(data, dict):
             request._has_video = has_video(data.get("messages"))
+            if data.get(COMPRESS_IMAGES) is True:
+                request._has_images = _any_part(data.get("messages"), image_url_of)
         return request
 
     @property
     def has_video(self) -> bool:
-        """Whether a message has a video."""
-        return self._has_video
+        """Whether a message has a video, or images that became one."""
+        return self._has_video or bool(self._loaded)
+
+    @property
+    def compresses_images(self) -> bool:
+        """Whether images of the request are to be compressed as frames, and are not yet."""
+        return self._has_images and not self._loaded
+
+    def use_loaded(self, media: dict[str, Any]) -> None:
+        """Take what images became, by the names that stand in their parts in place of URLs."""
+        self._loaded = media
 
     @property
     def names_fields(self) -> bool:
@@ -111,6 +155,7 @@ class RetentionRequest(BaseModel):
         return (
             self.retention_ratio is not None
             or self.max_retained_video_tokens is not None
+            or self.compress_images is not None
             or bool(self.model_extra)
         )
 
@@ -148,6 +193,7 @@ class RetentionRequest(BaseModel):
             MAX_RETAINED_VIDEO_TOKENS: self.max_retained_video_tokens,
             AUTO: self._choose,
             RETENTION_REPORT: self._report,
+            LOADED_MEDIA: self._loaded,
         }
         return replace(
             params, media_io_kwargs={**(params.media_io_kwargs or {}), RETENTION: fields}

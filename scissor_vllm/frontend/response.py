@@ -38,6 +38,10 @@ class VideoCompressionReport(BaseModel):
     max_retained_video_tokens: int | None = Field(
         default=None, description="Budget in force; absent without one."
     )
+    num_compressed_images: int | None = Field(
+        default=None,
+        description="Images that are compressed as frames of these videos; absent without any.",
+    )
 
 
 class RetentionChatCompletionResponse(ChatCompletionResponse):

@@ -6,6 +6,8 @@ from typing import Any
 
 from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
 
+from scissor_vllm.video_fields import IMAGES
+
 
 def frames_of(video: Any) -> VideoProcessorItems:
     """Return a video's frames without its metadata.
@@ -39,3 +41,12 @@ def pixels_of_videos(items: MultiModalDataItems) -> VideoProcessorItems | None:
     """Return a request's videos, None if it has no video or sends embeddings instead."""
     videos = items.get("video")
     return videos if isinstance(videos, VideoProcessorItems) else None
+
+
+def num_images_of(videos: VideoProcessorItems) -> list[int]:
+    """Return the number of images of each video that is a run of images, 0 for other videos."""
+    known = videos.metadata if isinstance(videos.metadata, list) else [None] * len(videos)
+    return [
+        metadata["total_num_frames"] if metadata and metadata.get("video_backend") == IMAGES else 0
+        for metadata in known
+    ]

@@ -43,3 +43,19 @@ MODELS = {
     for architecture, module in _MODULES.items()
 }
 """Architecture, as a checkpoint's config names it, to our class."""
+
+IMAGE_RUN_MODELS = (
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
+"""Architectures of which runs of images are compressed as frames: as many equal frames as the
+tower's tokens need make an image's tokens its own, and no text of the model's own stands for it."""
+
+NO_IMAGE_RUNS = (
+    "its images cannot stand as frames of a video; runs of images are compressed for "
+    f"{', '.join(IMAGE_RUN_MODELS)} only"
+)
+"""Why they are not, for another."""

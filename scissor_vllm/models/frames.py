@@ -23,10 +23,20 @@ from vllm.model_executor.models.utils import WeightsMapper
 from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
-from scissor_vllm.video_fields import FRAME_OF, NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_FRAMES
+from scissor_vllm.video_fields import (
+    FRAME_OF,
+    NUM_RETAINED,
+    NUM_VIDEO_TOKENS,
+    VIDEO_FRAMES,
+)
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
 from scissor_vllm.worker.video_compression import VideoCompression
-from scissor_vllm.worker.video_pixels import VideoPixels, batched_pixels, take_video_pixels
+from scissor_vllm.worker.video_pixels import (
+    VideoPixels,
+    batched_pixels,
+    take_every_frame,
+    take_video_pixels,
+)
 
 FUSED_FRAMES = 16
 """Least number of frames for the fused encoder. With fewer frames the host's launches are the
@@ -55,6 +65,10 @@ class FramesProcessingInfo(RetentionProcessingInfo):
     def get_num_fixed_tokens(self) -> int:
         """Return 0: nothing follows a video."""
         return 0
+
+    def get_num_frames_of_image(self) -> int:
+        """Return 1: a frame's tokens are its own."""
+        return 1
 
     def get_patch_size(self) -> int | None:
         """Return the side of a patch in pixels, None unless the tower is SigLIP's."""
@@ -182,9 +196,15 @@ class FramesModel:
         counts = num_retained.flatten().tolist()
         videos = take_video_pixels(kwargs, self.video_dtype)
         if not videos:
+            keeps_every_frame = take_every_frame(kwargs, len(counts))
             inputs = self._parse_and_validate_video_input(**kwargs)  # type: ignore[attr-defined]
             assert inputs is not None
-            videos = [VideoPixels(pixels) for pixels in inputs["pixel_values_videos"]]
+            videos = [
+                VideoPixels(pixels, keeps_every_frame=every)
+                for pixels, every in zip(
+                    inputs["pixel_values_videos"], keeps_every_frame, strict=True
+                )
+            ]
         if self._is_for_vllm(videos) and self.video_compression.keeps_all(videos, counts):
             with self.video_compression.stage("tower", behind.device):
                 whole: MultiModalEmbeddings = stock(pixel_values_videos=batched_pixels(videos))

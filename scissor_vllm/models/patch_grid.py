@@ -41,7 +41,7 @@ from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encode
 from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.positions import VideoPlace, video_alone, with_positions
 from scissor_vllm.worker.video_compression import VideoCompression
-from scissor_vllm.worker.video_pixels import VideoPixels
+from scissor_vllm.worker.video_pixels import VideoPixels, take_every_frame
 
 _GRID, _PIXELS = "video_grid_thw", "pixel_values_videos"
 _WARM_UP_TOKENS_PER_FRAME = 256
@@ -49,6 +49,9 @@ _WARM_UP_TOKENS_PER_FRAME = 256
 
 class PatchGridProcessingInfo(RetentionProcessingInfo):
     """Mixin of a family's processing info: a video's tokens by its size."""
+
+    compresses_images: ClassVar[bool] = False
+    """Whether runs of images are compressed as the frames of a video."""
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         """Return vLLM's processor, changed to return a video's frames in place of its patches."""
@@ -76,6 +79,16 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
                 mm_kwargs=mm_kwargs or {},
             )
         )
+
+    def get_num_frames_of_image(self) -> int:
+        """Return the frames of a temporal patch if runs of images are compressed, else 0.
+
+        Vision towers see an image as such a patch of equal frames. Two images in a patch would
+        share their tokens.
+        """
+        if not self.compresses_images:
+            return 0
+        return int(self.get_hf_config().vision_config.temporal_patch_size)  # type: ignore[attr-defined]
 
     def get_num_fixed_tokens(self) -> int:
         """Return 0: every placeholder of a video is one of its tokens."""
@@ -221,6 +234,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         sizes = fields.pop(FRAME_SIZE, nothing)
         normalizations = fields.pop(PIXEL_NORMALIZATION, nothing)
         identities = fields.pop(VIDEO_IDENTITY, nothing)
+        keeps_every_frame = take_every_frame(fields, len(grids))
         texts = fields.pop(VIDEO_TEXT, nothing)
         pixels = fields[_PIXELS].split([t * h * w for t, h, w in grids])
         merged = self.config.vision_config.spatial_merge_size**2
@@ -230,6 +244,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
                     rows.view(t, h * w, -1),
                     identity=None if identity is None else identity.numpy().tobytes(),
                     tokens_per_frame=h * w // merged,
+                    keeps_every_frame=keeps_every_frame[index],
                 ),
                 {
                     VIDEO_TEXT: text,

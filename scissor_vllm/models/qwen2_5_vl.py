@@ -21,6 +21,8 @@ from scissor_vllm.models.patch_grid import (
 class Qwen2_5_VLProcessingInfo(PatchGridProcessingInfo, stock.Qwen2_5_VLProcessingInfo):  # noqa: N801
     """Counts a video's tokens."""
 
+    compresses_images = True
+
 
 class Qwen2_5_VLProcessor(PatchGridProcessor, stock.Qwen2_5_VLMultiModalProcessor):  # noqa: N801
     """Gives a video K placeholders."""

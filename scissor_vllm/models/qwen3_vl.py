@@ -24,9 +24,13 @@ from scissor_vllm.models.patch_grid import (
 class Qwen3VLProcessingInfo(PatchGridProcessingInfo, stock.Qwen3VLProcessingInfo):
     """Counts a video's tokens."""
 
+    compresses_images = True
+
 
 class Qwen3VLMoeProcessingInfo(PatchGridProcessingInfo, stock_moe.Qwen3VLMoeProcessingInfo):
     """Counts a video's tokens."""
+
+    compresses_images = True
 
 
 class Qwen3VLProcessor(PatchGridProcessor, stock.Qwen3VLMultiModalProcessor):

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from scissor_vllm.compression import CompressedTokens, Compressor, get_compressor
+from scissor_vllm.compression.every_frame import keep_every_frame
 from scissor_vllm.compression.linkage import AverageLinkage
 from scissor_vllm.compression.methods import warm_up_shapes
 from scissor_vllm.compression.uniform import select_evenly
@@ -181,7 +182,7 @@ class VideoCompression:
         if not is_whole:
             self._note_ratio(video, num_retained)
         compared = tokens if width is None else tokens[..., :width].contiguous()
-        result = self._exactly(compared, num_retained, video.identity)
+        result = self._exactly(compared, num_retained, video)
         if self._watcher is not None:
             self._watcher(compared, result)
         return tokens, result
@@ -243,8 +244,19 @@ class VideoCompression:
             self._features.put_tree(identity, tree)
         return method.cut(tree, tokens, num_retained)
 
+    def _compressed_rows(
+        self, tokens: torch.Tensor, num_retained: int, video: VideoPixels
+    ) -> CompressedTokens:
+        if not video.keeps_every_frame:
+            return self._compress_or_cut(tokens, num_retained, video.identity)
+
+        def compress(count: int) -> CompressedTokens:
+            return self._compress_or_cut(tokens, count, video.identity)
+
+        return keep_every_frame(compress, tokens, num_retained)
+
     def _exactly(
-        self, tokens: torch.Tensor, num_retained: int, identity: Hashable | None
+        self, tokens: torch.Tensor, num_retained: int, video: VideoPixels
     ) -> CompressedTokens:
         """Return K rows; raise only if ranks could otherwise have different rows.
 
@@ -275,7 +287,7 @@ class VideoCompression:
             return CompressedTokens(torch.cat([flat, repeated]), assignment)
         try:
             with self.stage("compress", tokens.device):
-                compressed = self._compress_or_cut(tokens, num_retained, identity)
+                compressed = self._compressed_rows(tokens, num_retained, video)
         except ValueError as error:
             logger.error("%s failed (%s); %d tokens kept evenly", self.method, error, num_retained)
             return select_evenly(tokens, num_retained)

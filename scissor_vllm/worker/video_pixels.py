@@ -12,6 +12,7 @@ from scissor_vllm.normalization import normalized
 from scissor_vllm.patch_merging import GROUP_FRAMES
 from scissor_vllm.video_fields import (
     FRAME_OF,
+    KEEPS_EVERY_FRAME,
     PATCH_ANCHORS,
     PIXEL_NORMALIZATION,
     VIDEO_FRAMES,
@@ -37,6 +38,8 @@ class VideoPixels:
     """P of this video, None for the model's default."""
     anchors: torch.Tensor | None = None
     """``PATCH_ANCHORS``, None if the tower computes every patch."""
+    keeps_every_frame: bool = False
+    """``KEEPS_EVERY_FRAME``."""
 
     def __len__(self) -> int:
         return len(self.pixels if self.frame_of is None else self.frame_of)
@@ -88,6 +91,12 @@ def batched_pixels(videos: list[VideoPixels]) -> torch.Tensor | list[torch.Tenso
     return whole[0][None] if len(whole) == 1 else torch.stack(whole)
 
 
+def take_every_frame(fields: dict[str, Any], num_videos: int) -> list[bool]:
+    """Take ``KEEPS_EVERY_FRAME`` out of the fields of a batch and return it for each video."""
+    taken = fields.pop(KEEPS_EVERY_FRAME, None)
+    return [False] * num_videos if taken is None else [bool(every) for every in taken]
+
+
 def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoPixels]:
     """Return a batch's videos of ``VIDEO_FRAMES``, [] without that field.
 
@@ -104,6 +113,7 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
     anchors = fields.pop(PATCH_ANCHORS, None)
     if frames is None:
         return []
+    keeps_every_frame = take_every_frame(fields, len(frames))
     if identities is None:
         names: list[bytes | None] = [None] * len(frames)
     else:
@@ -113,8 +123,8 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
     if anchors is None:
         anchors = [None] * len(frames)
     return [
-        VideoPixels(pixels, scale, dtype, name, frame_of, anchors=stand)
-        for pixels, scale, name, frame_of, stand in zip(
-            frames, normalization, names, repeats, anchors, strict=True
+        VideoPixels(pixels, scale, dtype, name, frame_of, anchors=stand, keeps_every_frame=every)
+        for pixels, scale, name, frame_of, stand, every in zip(
+            frames, normalization, names, repeats, anchors, keeps_every_frame, strict=True
         )
     ]
