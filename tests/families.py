@@ -792,7 +792,11 @@ def tiny_families(folder: Path) -> dict[str, Family]:
         "glm4v": (glm4v.build_glm4v, of_qwen2_5, one_video),
         "glm46v": (partial(glm4v.build_glm4v, version="4.6"), of_qwen2_5, one_video),
         "internvl": (internvl.build_internvl, of_llava, {}),
-        "internvl_chat": (internvl.build_internvl_chat, of_llava, {"options": NO_WEIGHTS}),
+        "internvl_chat": (
+            internvl.build_internvl_chat,
+            of_llava,
+            {"options": NO_WEIGHTS, "other_ratio": 0.55},
+        ),
         "gemma4": (
             gemma4.build_gemma4,
             {WIDE: 12 * 60, TALL: 7 * 60, SHORT: 2 * 64},
@@ -805,7 +809,11 @@ def tiny_families(folder: Path) -> dict[str, Family]:
             nemotrons,
         ),
         "cosmos3": (qwen3_5.build_cosmos3, of_qwen3, {"options": NO_WEIGHTS}),
-        "exaone4_5": (qwen3_5.build_exaone4_5, of_qwen2_5, {"options": NO_WEIGHTS}),
+        "exaone4_5": (
+            qwen3_5.build_exaone4_5,
+            of_qwen2_5,
+            {"options": NO_WEIGHTS, "chunk": WITHIN_WINDOWS},
+        ),
         "interns2_preview": (
             qwen3_5.build_interns2_preview,
             of_qwen3,
