@@ -42,7 +42,7 @@ class Question:
 
     skill: str
     text: str
-    """All that the model is told: with choices, these too, as in "what ... ? A red B blue"."""
+    """The text that the model gets, choices included, as in "what ... ? A red B blue"."""
     answer: str
     """A word or two, or with choices the letter of the right one."""
     choices: tuple[str, ...] = ()
@@ -169,7 +169,7 @@ def _topic_shape(skill: str, scene: Scene, thing: Thing, which: str) -> _Topic:
 
 
 def _topic_name(skill: str, scene: Scene, thing: Thing, key: str, *words: str) -> _Topic:
-    """Ask which thing it is; wrong are other things, and such as have one of its two features."""
+    """Ask which thing it is. Wrong answers are other things, some with one of its two features."""
     recoloured = [f"{colour} {thing.figure}" for colour in COLOURS]
     reshaped = [f"{thing.colour} {shape}" for shape in SHAPES]
     near = [_name(other) for other in scene.things]
@@ -177,7 +177,7 @@ def _topic_name(skill: str, scene: Scene, thing: Thing, key: str, *words: str) -
 
 
 def _features(skill: str, scene: Scene, thing: Thing) -> Iterator[_Topic]:
-    """Yield what the one thing of its shape or colour can be asked."""
+    """Yield questions about the only thing of its shape or colour."""
     if sum(other.figure == thing.figure for other in scene.things) == 1:
         yield _topic_colour(skill, scene, thing, _the(thing.figure))
     if sum(other.colour == thing.colour for other in scene.things) == 1:

@@ -29,7 +29,7 @@ from bench.world.scene import (
 )
 
 NUM_CLASSES = len(PLACES) + len(SHAPES) * len(COLOURS) + len(GLYPHS)
-"""What `cover` tells apart: places, things by shape and colour, signs by glyph."""
+"""The classes of `cover`: places, things by shape and colour, signs by glyph."""
 
 _MIN_COVER = 0.25
 _MAX_SCENES = 64
@@ -141,7 +141,7 @@ _Columns = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PackedScenes:
-    """Scenes as numbers, in place of which `render` and `cover` take them.
+    """Scenes as numbers. `render` and `cover` take them in this form.
 
     A worker process may pack what another paints. Each column has a row for each scene.
     """

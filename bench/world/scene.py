@@ -143,7 +143,7 @@ class Scene:
 
     @property
     def things(self) -> tuple[Thing, ...]:
-        """All that is no sign; no two of the same shape and colour."""
+        """Objects that are not signs. No two have the same shape and colour."""
         return tuple(sprite for sprite in self.sprites if not sprite.is_sign)
 
     @property
@@ -162,7 +162,7 @@ class Scene:
 
 
 def sample_scene(seed: int, skill: str | None = None, num_frames: int = NUM_FRAMES) -> Scene:
-    """Return the scene of this seed: one that `skill` can be asked about, or without one, a mix.
+    """Return the scene of a seed: one for questions of `skill`, or a mix without a skill.
 
     Equal arguments give equal scenes, on every machine. ValueError if the skill is unknown or the
     clip is too short to show it.
