@@ -19,24 +19,25 @@ from bench.world.render import pack as pack_scenes
 from bench.world.scene import MIN_NUM_FRAMES, Scene, sample_scene
 
 STAGES: tuple[tuple[float, int, int], ...] = ((0.25, 1, 2), (0.45, 4, 2), (0.55, 8, 1))
-"""Until which part of the training most clips have how many frames, and how many times the usual
-clips are in a batch. Short clips teach most of what long ones need, at a tenth of the price."""
+"""Stages: the share of the training at which one ends, the frames of most clips, and the clips of a
+batch as a multiple of the usual. Short clips teach most of what long ones need, at a tenth of the
+price."""
 OTHER_LENGTHS: Mapping[int, float] = {8: 0.08, 4: 0.05, 1: 0.02}
-"""How often a batch's clips have fewer frames than is usual at that stage."""
+"""Share of batches with clips of so many frames, where the stage has more."""
 LESSONS_END = 0.7
-"""The part of the training after which there are questions alone."""
+"""The share of the training after which batches have questions only."""
 MAX_NUM_NOTES = 12
-"""Exercises of what things are, for each clip at the start; they become fewer."""
+"""Exercises about what things are, for a clip at the start. They become fewer."""
 MAX_NUM_WAYS = 4
-"""Exercises of where they are, likewise."""
+"""Exercises about where things are, likewise."""
 EXERCISE = len(SKILLS)
-"""Stands for the skill of what is no question."""
+"""Skill index of exercises."""
 GENERAL_SHARE = 0.35
-"""Scenes that mix all; the others are each made for one skill."""
+"""Share of scenes that mix all skills. Each other scene is made for one."""
 OWN_SKILL_BOOST = 4.0
-"""How much likelier a question of the skill that its scene was made for is asked."""
+"""Factor of the weight of questions about the skill that a scene was made for."""
 CASUAL_SHARE = 0.2
-"""Questions written as people write them."""
+"""Share of questions with a capital letter and punctuation."""
 MAX_SEED = 2**31
 
 
@@ -74,10 +75,10 @@ class Curriculum:
     batch_size: int
     num_batches: int
     num_frames: int = 16
-    """Of most clips in the end."""
+    """Of most clips in the last stage."""
     skill_weights: tuple[float, ...] = (1.0,) * len(SKILLS)
     done: float = 0.0
-    """The part of the training that is done; whoever trains sets it."""
+    """Share of the training that is done. The training loop sets it."""
     stages: tuple[tuple[float, int, int], ...] = STAGES
 
     def __len__(self) -> int:

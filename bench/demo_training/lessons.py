@@ -34,14 +34,14 @@ def note(encoder: Encoder, question: Question, skill: int) -> EncodedQuestion:
 
 
 CLEARLY = 2.0
-"""How many times as far it is along one axis as along the other, to be one of four ways."""
+"""Least ratio of the distances along both axes at which a direction is one of four."""
 
 
 def ways(encoder: Encoder, scene: Scene, skill: int) -> Iterator[EncodedQuestion]:
-    """Yield which way it is between any two things of a picture: "way red star blue ring left".
+    """Yield the direction between any two things of a picture: "way red star blue ring left".
 
-    To tell motion is to tell places apart, and one frame can ask for that at a tenth of the price
-    of a clip. Things that are neither clearly beside nor clearly above each other are left out.
+    Motion is a change of place. One frame can teach places at a tenth of the price of a clip. Things
+    that are neither clearly beside nor clearly above each other are left out.
 
     Args:
         encoder: of the words.

@@ -19,9 +19,9 @@ from bench.world.scene import FRAME_SIZE
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 _TEMPLATE_WORDS = ("user", "assistant", "system")
 _MATCH = 4.0
-"""What a fresh language model's attention gives a token that is the same, before the softmax."""
+"""Logit that a fresh language model's attention gives to a token equal to the query's."""
 _BEFORE = 17.5
-"""What a head that looks just before gives the token there; four tokens on, a quarter less."""
+"""Logit that a head for the previous token gives to it. Four tokens further it is a quarter less."""
 _NUM_LAYERS_BEFORE = 2
 _TOWER_PARTS = ("embeddings.", "encoder.", "post_layernorm.", "head.")
 
@@ -39,7 +39,7 @@ class ModelSize:
     text_width: int = 256
     text_layers: int = 8
     text_heads: int = 4
-    """As many key heads: a saving there would save little of so small a cache."""
+    """Also the number of key heads: fewer would save little of so small a cache."""
     text_mlp: int = 704
     max_position: int = 32768
 
