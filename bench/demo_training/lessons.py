@@ -40,8 +40,8 @@ CLEARLY = 2.0
 def ways(encoder: Encoder, scene: Scene, skill: int) -> Iterator[EncodedQuestion]:
     """Yield the direction between any two things of a picture: "way red star blue ring left".
 
-    Motion is a change of place. One frame can teach places at a tenth of the price of a clip. Things
-    that are neither clearly beside nor clearly above each other are left out.
+    Motion is a change of place. One frame can teach places at a tenth of the cost of a clip.
+    Things that are neither clearly beside nor clearly above each other are left out.
 
     Args:
         encoder: of the words.

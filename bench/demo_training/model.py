@@ -21,7 +21,7 @@ _TEMPLATE_WORDS = ("user", "assistant", "system")
 _MATCH = 4.0
 """Logit that a fresh language model's attention gives to a token equal to the query's."""
 _BEFORE = 17.5
-"""Logit that a head for the previous token gives to it. Four tokens further it is a quarter less."""
+"""Logit that a head for the previous token gives to it; four tokens on, a quarter less."""
 _NUM_LAYERS_BEFORE = 2
 _TOWER_PARTS = ("embeddings.", "encoder.", "post_layernorm.", "head.")
 
