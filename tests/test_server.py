@@ -14,6 +14,7 @@ import openai
 import pytest
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
+from bench import hostile_requests
 from bench.numbered_clips import make_audio, make_clip
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
@@ -793,3 +794,12 @@ def test_processor_options_of_a_client_stay_refused(server: Server, clips: dict[
     for options in ({"retention_ratio": 0.1}, {"min_retention_ratio": 0.001}):
         with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs are disabled"):
             server.ask(clips["one"], "x", extra_body={"mm_processor_kwargs": options})
+
+
+def test_answers_beside_hostile_requests_stay_right(server: Server, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["--num-requests=80", "--concurrency=6", f"--json={result}"]
+    assert hostile_requests.main([f"--base-url=http://127.0.0.1:{server.port}", *arguments]) == 0
+    statuses = json.loads(result.read_text())["statuses"]
+    assert statuses["right"] == {"200": 8}
+    assert statuses["ratio"].keys() == {"400"}
