@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+import vllm.connections
+import vllm.multimodal.media.base
 from vllm.config import ModelConfig
 from vllm.config.multimodal import MultiModalConfig
 from vllm.platforms import current_platform
@@ -264,6 +266,18 @@ def _first_token_logger(record: Callable[[int, int, float], None]) -> Any:
             pass
 
     return FirstTokens()
+
+
+def media_budgets() -> dict[str, Any]:
+    """Return arguments of a media connector that bound the media of one request.
+
+    vLLM 0.32 has no such bounds. The lookup can become imports when 0.32 is no longer supported.
+    """
+    decoded = getattr(vllm.multimodal.media.base, "MediaDecodedBudget", None)
+    download = getattr(vllm.connections, "MediaRequestDownloadBudget", None)
+    if decoded is None or download is None:
+        return {}
+    return {"decoded_budget": decoded(), "download_budget": download()}
 
 
 def frames_attention(

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import vllm.connections
+import vllm.multimodal.media.base
 from vllm.config.multimodal import MultiModalConfig
 
 from scissor_vllm.vllm_compat import (
     _with_positions,
     ask_where_rows_carry_positions,
     forget_with_encoder_cache,
+    media_budgets,
     skip_plain_rows,
     tell_model_of_reset,
     watch_first_tokens,
@@ -151,3 +154,19 @@ def test_vllms_runner_has_the_reset_and_tells_the_model(monkeypatch: pytest.Monk
     runner.model = Namespace(forget_encoded=lambda: forgotten.append(len(runner.encoder_cache)))
     runner.reset_encoder_cache()
     assert forgotten == [0]
+
+
+def test_media_of_a_request_are_bounded_where_vllm_bounds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Budget:
+        pass
+
+    monkeypatch.setattr(vllm.connections, "MediaRequestDownloadBudget", Budget, raising=False)
+    monkeypatch.setattr(vllm.multimodal.media.base, "MediaDecodedBudget", Budget, raising=False)
+    budgets = media_budgets()
+    assert budgets.keys() == {"decoded_budget", "download_budget"}
+    assert all(isinstance(budget, Budget) for budget in budgets.values())
+    assert media_budgets()["decoded_budget"] is not budgets["decoded_budget"]
+    monkeypatch.delattr(vllm.connections, "MediaRequestDownloadBudget")
+    assert media_budgets() == {}

@@ -26,7 +26,7 @@ def keep_every_frame(
     """Return K rows, of which each frame has at least one.
 
     A frame has the rows whose representative member is one of its tokens. Where the method leaves
-    no frame without, its rows are returned as they are. One host synchronization a try.
+    no frame without, its rows are returned as they are. The host waits for the device.
 
     Args:
         compress: the method for these tokens, by K.

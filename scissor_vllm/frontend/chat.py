@@ -4,6 +4,7 @@ The routes replace vLLM's of the same path and call the same handlers. A request
 video nor one of our fields goes straight to vLLM's.
 """
 
+import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -16,7 +17,6 @@ from starlette.datastructures import State
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
-from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from scissor_vllm.frontend.auto_ratio import begin_auto, chooser
 from scissor_vllm.frontend.checks import check_request
@@ -172,11 +172,28 @@ async def _answer_video(
     return response
 
 
-@with_cancellation
 async def _compress_images(request: RetentionRequest, raw_request: Request) -> bool:
-    """Put videos in the place of images. Returns True, or None if the client has hung up."""
-    await compress_images(request, raw_request.app.state)
-    return True
+    """Put videos in the place of images. Returns False if the client has hung up.
+
+    vLLM's ``with_cancellation`` is for whole routes: it ends a request's count of load, and what it
+    returns after a hang-up differs by version.
+    """
+    work = asyncio.create_task(compress_images(request, raw_request.app.state))
+    gone = asyncio.create_task(_hung_up(raw_request))
+    try:
+        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+        return work.done()
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+async def _hung_up(raw_request: Request) -> None:
+    """Wait until the client has."""
+    while (await raw_request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def tokenize(

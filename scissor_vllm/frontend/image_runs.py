@@ -31,6 +31,7 @@ from scissor_vllm.frontend.video.limits import MAX_DECODE_BYTES_VARIABLE, max_de
 from scissor_vllm.metrics import Reason
 from scissor_vllm.retention import COMPRESS_IMAGES
 from scissor_vllm.video_fields import IMAGES
+from scissor_vllm.vllm_compat import media_budgets
 
 MIN_IMAGES = 4
 """Fewest images of a run."""
@@ -93,10 +94,11 @@ async def compress_images(request: RetentionRequest, state: State) -> None:
     num_frames_of_image = info.get_num_frames_of_image()
     stretches = _stretches(request)
     urls = [url for stretch in stretches for url in stretch.urls]
-    _check_limit("images", info.ctx.get_mm_config().get_limit_per_prompt("image"), len(urls))
+    image_limit = info.ctx.get_mm_config().get_limit_per_prompt("image")
+    _check_limit("images", image_limit, len(urls), "send fewer")
     video_limit = info.allowed_mm_limits.get("video", 0)
     num_videos = sum(is_video(part) for parts in _contents(request) for part in parts)
-    _check_limit(_VIDEOS, video_limit, num_videos + 1)
+    _check_limit(_VIDEOS, video_limit, num_videos + 1, _FEWER_RUNS)
     images = await _fetched(urls, _connector(request, state), num_frames_of_image)
     runs = list(_runs(stretches, images))
     num_runs = sum(run.is_compressed for run in runs)
@@ -106,16 +108,20 @@ async def compress_images(request: RetentionRequest, state: State) -> None:
         size = "x".join(map(str, media.size))
         mode = "" if media.mode == _MODE else f" in mode {media.mode}, not {_MODE}"
         raise _no_run(f"at most {len(longest.images)} of {size}{mode}")
-    _check_limit(_VIDEOS, video_limit, num_videos + num_runs)
+    _check_limit(_VIDEOS, video_limit, num_videos + num_runs, _FEWER_RUNS)
     request.use_loaded(await asyncio.to_thread(_put_in_place, runs, num_frames_of_image))
 
 
 _VIDEOS = "videos, a run of compressed images counted as one,"
+_FEWER_RUNS = f"send fewer, or leave {COMPRESS_IMAGES} out"
 
 
 def _contents(request: RetentionRequest) -> Iterator[list[Any]]:
     """Yield the parts of each message that has parts, as the list that the message holds."""
     for message in request.messages:  # type: ignore[attr-defined]
+        if not isinstance(message, dict):
+            # An OpenAI Harmony message, which vLLM refuses later.
+            continue
         content = message.get("content")
         if content is None or isinstance(content, str):
             continue
@@ -172,6 +178,7 @@ def _connector(request: Any, state: State) -> MediaConnector:
         media_io_kwargs=options,
         allowed_local_media_path=config.allowed_local_media_path,
         allowed_media_domains=config.allowed_media_domains,
+        **media_budgets(),
     )
     return connector
 
@@ -236,7 +243,10 @@ def _put_in_place(runs: list[Run], num_frames_of_image: int) -> dict[str, Any]:
 
 def _as_video(images: list[Image], num_frames_of_image: int) -> MediaWithBytes[Any]:
     """Return a video of images as vLLM's connector would return it."""
-    pixels = np.stack([np.asarray(image.media) for image in images])
+    width, height = images[0].media.size
+    frames = np.empty((len(images), num_frames_of_image, height, width, len(_MODE)), np.uint8)
+    for place, image in zip(frames, images, strict=True):
+        place[:] = np.asarray(image.media)
     indices = np.arange(len(images)).repeat(num_frames_of_image)
     metadata = {
         "total_num_frames": len(images),
@@ -251,15 +261,15 @@ def _as_video(images: list[Image], num_frames_of_image: int) -> MediaWithBytes[A
         hashlib.sha256(image.original_bytes + repr(image.io_config).encode()).digest()
         for image in images
     )
-    frames = pixels if num_frames_of_image == 1 else pixels[indices]
-    return MediaWithBytes((frames, metadata), b"".join(digests))
+    shape = (-1, height, width, len(_MODE))
+    return MediaWithBytes((frames.reshape(shape), metadata), b"".join(digests))
 
 
-def _check_limit(items: str, limit: int, num_items: int) -> None:
+def _check_limit(items: str, limit: int, num_items: int, remedy: str) -> None:
     if num_items > limit:
         raise RefusedRequestError(
-            f"a request may have {limit} {items} on this server, got {num_items}: send fewer, "
-            f"leave {COMPRESS_IMAGES} out, or have the operator raise --limit-mm-per-prompt",
+            f"a request may have {limit} {items} on this server, got {num_items}: {remedy}, or "
+            "have the operator raise --limit-mm-per-prompt as far as the model allows",
             parameter=COMPRESS_IMAGES,
             reason=Reason.INVALID_IMAGES,
         )

@@ -89,8 +89,8 @@ class Chat:
 
     def follow(self, response: Response | None) -> None:
         """Record the outcome of a response; that of a stream is recorded when the stream ends."""
-        if response is None:
-            # vLLM returns no response if the client has disconnected.
+        if response is None or type(response) is Response:
+            # The client has disconnected: vLLM 0.32 returns nothing, 0.33 an empty response.
             self.end(Outcome.ABORTED)
         elif response.status_code >= 500:
             self.end(Outcome.FAILED)

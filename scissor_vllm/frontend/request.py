@@ -123,6 +123,7 @@ class RetentionRequest(BaseModel):
     _has_video: bool = PrivateAttr(default=False)
     _has_images: bool = PrivateAttr(default=False)
     _loaded: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _is_loaded: bool = PrivateAttr(default=False)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -138,16 +139,16 @@ class RetentionRequest(BaseModel):
     @property
     def has_video(self) -> bool:
         """Whether a message has a video, or images that became one."""
-        return self._has_video or bool(self._loaded)
+        return self._has_video or self._is_loaded
 
     @property
     def compresses_images(self) -> bool:
         """Whether images of the request are to be compressed as frames, and are not yet."""
-        return self._has_images and not self._loaded
+        return self._has_images and not self._is_loaded
 
     def use_loaded(self, media: dict[str, Any]) -> None:
         """Take what images became, by the names that stand in their parts in place of URLs."""
-        self._loaded = media
+        self._loaded, self._is_loaded = media, True
 
     @property
     def names_fields(self) -> bool:

@@ -171,6 +171,10 @@ async def make_picture(request: PictureRequest, state: State) -> Picture:
     """
     if not state.compresses_video:
         raise VLLMValidationError("videos of this model are not compressed: there is no picture")
+    if request.compresses_images:
+        raise VLLMValidationError(
+            "a picture is of a video: leave compress_images out", parameter="compress_images"
+        )
     report = request.begin_report(chooser(state, is_counted=False))
     assert isinstance(report, VideoReport)
     item = await _prepared_video(request, state)

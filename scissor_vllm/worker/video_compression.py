@@ -238,22 +238,32 @@ class VideoCompression:
         method = self._compress
         if not isinstance(method, AverageLinkage) or self._features is None or identity is None:
             return method(tokens, num_retained)
+        return method.cut(self._tree(method, tokens, identity), tokens, num_retained)
+
+    def _tree(
+        self, method: AverageLinkage, tokens: torch.Tensor, identity: Hashable | None
+    ) -> torch.Tensor:
+        """Return the video's tree, cached where it can be."""
+        if self._features is None or identity is None:
+            return method.tree(tokens)
         tree = self._features.get_tree(identity, tokens.device)
         if tree is None:
             tree = method.tree(tokens)
             self._features.put_tree(identity, tree)
-        return method.cut(tree, tokens, num_retained)
+        return tree
 
     def _compressed_rows(
         self, tokens: torch.Tensor, num_retained: int, video: VideoPixels
     ) -> CompressedTokens:
         if not video.keeps_every_frame:
             return self._compress_or_cut(tokens, num_retained, video.identity)
-
-        def compress(count: int) -> CompressedTokens:
-            return self._compress_or_cut(tokens, count, video.identity)
-
-        return keep_every_frame(compress, tokens, num_retained)
+        method = self._compress
+        if isinstance(method, AverageLinkage):
+            tree = self._tree(method, tokens, video.identity)
+            return keep_every_frame(
+                lambda count: method.cut(tree, tokens, count), tokens, num_retained
+            )
+        return keep_every_frame(lambda count: method(tokens, count), tokens, num_retained)
 
     def _exactly(
         self, tokens: torch.Tensor, num_retained: int, video: VideoPixels
