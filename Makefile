@@ -31,8 +31,9 @@ accuracy: $(INSTALLED_DEV)  ## ask the small model about held-out clips, compres
 	  --questions $(ACCURACY)/clips --output $(ACCURACY)/result.json
 	@$(BIN)/python -m bench.accuracy plot $(ACCURACY)/result.json
 
-# Servers in one process of pytest, engines and all else in the other.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 40
+# Servers in one process of pytest, engines in the other, then file by file, the longest first.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder \
+  --durations 40
 
 test: $(INSTALLED_DEV) lint  ## lint, types, and tests on real engines and servers
 	$(PYTEST)

@@ -61,6 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("full" if config.getoption("--slow") else "quick")
 
 
+LONG_FILES = (
+    *("test_compress", "test_family_processors", "test_world", "test_load", "test_budget"),
+    *("test_accuracy", "test_convert", "test_interpreted_kernels", "test_video", "test_train_demo"),
+)
+"""They start before the other files, so that both processes of pytest end at about one time."""
+
+
 @pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is slow, skip GPU tests where there is no GPU, and order by servers."""
@@ -86,8 +93,10 @@ def _group(item: pytest.Item) -> int:
         item.add_marker(pytest.mark.server)
         item.add_marker(pytest.mark.xdist_group(ENGINES))
         return len(SERVER_FIXTURES)
-    item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    return len(SERVER_FIXTURES) + 1
+    file = item.path.stem
+    item.add_marker(pytest.mark.xdist_group(file))
+    place = LONG_FILES.index(file) if file in LONG_FILES else len(LONG_FILES)
+    return len(SERVER_FIXTURES) + 1 + place
 
 
 @pytest.fixture(scope="session")

@@ -1225,8 +1225,8 @@ def check_served(server_port: int, proxy_port: int) -> None:
         told = answer.video_compression
         assert told["num_retained_video_tokens"] == num_retained_tokens(DEMO_CLIP_TOKENS, 0.25)
         for url, refusal in (
-            ("https://example.com/clip.mp4", "must be from one of the allowed domains"),
-            ("file:///etc/passwd", "Cannot load local files"),
+            ("https://example.com/clip.mp4", "is not allowed by --allowed-media-domains"),
+            ("file:///etc/passwd", "is not allowed by --allowed-local-media-path"),
         ):
             with pytest.raises(openai.APIStatusError, match=refusal):
                 chat({"type": "video_url", "video_url": {"url": url}})
