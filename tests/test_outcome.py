@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import REGISTRY
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 
@@ -131,12 +131,13 @@ def test_a_stream_ends_as_its_events_say(
     [
         (JSONResponse({}), {"answered": 1, **SAVED}),
         (None, {"aborted": 1, **SAVED}),
+        (Response(), {"aborted": 1, **SAVED}),
         (JSONResponse({}, status_code=404), {"refused": 1, "other": 1}),
         (JSONResponse({}, status_code=503), {"failed": 1, **SAVED}),
     ],
 )
 def test_an_answer_ends_as_its_status_says(
-    counted: Counted, chat: Chat, response: JSONResponse | None, expected: dict[str, float]
+    counted: Counted, chat: Chat, response: Response | None, expected: dict[str, float]
 ) -> None:
     chat.follow(response)
     assert counted.since() == expected
