@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import itertools
 import os
 import tempfile
 import traceback
@@ -132,7 +131,8 @@ def _answer_plans(plans: Connection) -> None:
     with ExitStack() as stack:
         # It looks at a model's class in another process, so as not to use CUDA in this one.
         stack.enter_context(patch.object(registry, "_run_in_subprocess", lambda look: look()))
-        for number in itertools.count():
+        has_kernels = False
+        while True:
             try:
                 plan = plans.recv()
             except EOFError:
@@ -141,10 +141,12 @@ def _answer_plans(plans: Connection) -> None:
                 # A start collects garbage five times, and there is none.
                 with patch.object(gc, "collect"):
                     llm: Any = LLM(plan["model"], **{**OPTIONS, **plan["options"]})
-                if number == 0:
+                # Ranks of several load theirs in processes of their own.
+                if not has_kernels and plan["options"].get("tensor_parallel_size", 1) == 1:
                     # A second engine would replace the CPU's kernels by themselves, and fails at
                     # objects of modules that the first loaded.
                     stack.enter_context(patch.object(dispatcher, "register_kernels"))
+                    has_kernels = True
                 reply = answer_plan(llm, plan)
                 llm.llm_engine.engine_core.shutdown()
                 del llm

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from bench.numbered_clips import make_clip
-from scissor_vllm.frontend.auto_ratio import AutoRatio, CostModel, _Rate, auto_steps
+from scissor_vllm.frontend.auto_ratio import AIM, AutoRatio, CostModel, _Rate, auto_steps
 from scissor_vllm.frontend.shared_load import Load, SharedLoad
 from scissor_vllm.retention import num_retained_tokens
 from tests.serving import Server
@@ -161,7 +161,7 @@ def test_without_a_queue_the_ratio_is_the_highest(
 ) -> None:
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = simulation.run(lambda _: rate, 60 * MINUTES)
-    assert mean(request.ratio for request in served) > 0.98
+    assert mean(request.ratio for request in served) > 0.97
 
 
 @pytest.mark.parametrize("rate", [4, 6, 8, 10])
@@ -214,12 +214,12 @@ def test_a_short_burst_lowers_the_ratio_by_its_backlog(seed: int) -> None:
 
 
 class Engine:
-    """An engine that a test controls."""
+    """An engine that a test controls; `target` is what is planned with."""
 
     def __init__(self, target: float = 1.0, bounds: tuple[float, float] = (0.1, 1.0)) -> None:
         self.now = 100.0
         self.waiting: list[int] = []
-        self.auto = AutoRatio(bounds, target, self.pending, clock=lambda: self.now)
+        self.auto = AutoRatio(bounds, target / AIM, self.pending, clock=lambda: self.now)
 
     def pending(self) -> tuple[int, int]:
         return len(self.waiting), sum(self.waiting)

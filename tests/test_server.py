@@ -252,6 +252,7 @@ def test_the_list_of_models_tells_what_is_in_force(server: Server) -> None:
         "min_retention_ratio": 0.01,
         "default_max_retained_video_tokens": None,
         "max_video_tokens": 1 << 15,
+        "compress_images": False,
         "auto": None,
     }
 
