@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ RATIOS = (1.0, 0.5, 0.25, 0.1)
 RIGHT_EVERY = 10
 TIMEOUT_SECONDS = 300.0
 MAX_HANG_UP_SECONDS = 1.0
+MAX_WRONG = 100
+"""After so many wrong answers no more is asked."""
 
 REFUSED, ANSWERED, EITHER, GONE = "refused", "answered", "either", "gone"
 """What must come back: a 4xx, a 200, one of both, or nothing that anyone waits for."""
@@ -200,13 +203,15 @@ class Load:
                 if answer.status_code != 200:
                     raise RuntimeError(f"the quiet server refuses a chat: {answer.text[:300]}")
                 self._expected[body] = told(answer)
-            drawn = self._requests.draw()
+            drawn = islice(self._requests.draw(), num_requests)
             with tqdm(total=num_requests, unit="request", disable=None) as progress:
 
                 async def work() -> None:
-                    while progress.n < num_requests and len(self.wrong) < 100:
+                    for request in drawn:
+                        await self._send(*request)
                         progress.update()
-                        await self._send(*next(drawn))
+                        if len(self.wrong) >= MAX_WRONG:
+                            return
 
                 await asyncio.gather(*(work() for _ in range(concurrency)))
             health = await self._client.get(f"{self._url}/health")
