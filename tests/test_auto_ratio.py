@@ -161,7 +161,7 @@ def test_without_a_queue_the_ratio_is_the_highest(
 ) -> None:
     simulation = Simulation(num_servers=num_servers, folder=tmp_path)
     served = simulation.run(lambda _: rate, 60 * MINUTES)
-    assert mean(request.ratio for request in served) > 0.97
+    assert mean(request.ratio for request in served) > 0.98
 
 
 @pytest.mark.parametrize("rate", [4, 6, 8, 10])
