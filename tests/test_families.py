@@ -141,9 +141,11 @@ def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("encoder_mode", ["weights", "data"])
 @pytest.mark.parametrize("family", ["llava_next_video", "qwen3_vl"], indirect=True)
-def test_two_ranks_of_tensor_parallelism_answer_as_one(family: Family) -> None:
+def test_two_ranks_of_tensor_parallelism_answer_as_one(family: Family, encoder_mode: str) -> None:
     # Each rank computes half of the heads over its own rows: other rows in one are other answers.
+    # In the tower, "data" has each rank encode half of a compressed video's frames.
     questions = [*family.single, *family.several]
     (answers,) = ask(
         family.folder,
@@ -152,6 +154,7 @@ def test_two_ranks_of_tensor_parallelism_answer_as_one(family: Family) -> None:
         enable_prefix_caching=False,
         max_num_batched_tokens=8192,
         tensor_parallel_size=2,
+        mm_encoder_tp_mode=encoder_mode,
         distributed_executor_backend="mp",
     )
     for question, answer in zip(questions, answers, strict=True):

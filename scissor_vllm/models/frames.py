@@ -10,7 +10,7 @@ Rows have consecutive positions, as in the paper.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import regex as re
 import torch
@@ -30,6 +30,7 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
 )
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
+from scissor_vllm.worker.tower_ranks import encode_on_all_ranks, num_tower_ranks
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import (
     VideoPixels,
@@ -101,6 +102,10 @@ class FramesProcessor(RetentionProcessor):
 class FramesModel:
     """Mixin of a family's model, placed before vLLM's class."""
 
+    supports_encoder_tp_data: ClassVar[bool] = True
+    """vLLM's towers of these families can be whole on each rank, though its classes do not say so.
+    """
+
     config: Any
     multi_modal_projector: Any
     vision_tower: Any
@@ -110,6 +115,7 @@ class FramesModel:
         forget_with_encoder_cache()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_dtype = model_config.dtype
+        self._num_tower_ranks = num_tower_ranks()
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
         mm_config = model_config.get_multimodal_config()
         merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
@@ -167,6 +173,14 @@ class FramesModel:
             anchors: int64 (t, P), for each patch the frame whose patch replaces it, counted from
                 the first frame here; None if the tower computes all patches.
         """
+        if self._num_tower_ranks == 1:
+            return self._encode_here(pixels, anchors)
+        return encode_on_all_ranks(self._encode_here, pixels, anchors, self._num_tower_ranks)
+
+    def _encode_here(
+        self, pixels: torch.Tensor, anchors: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the tokens of ``_encode``, all encoded by this rank."""
         if anchors is not None:
             from scissor_vllm.worker.merged_encoder import merging_encoder
 
@@ -217,11 +231,11 @@ class FramesModel:
         """Encode empty frames, so that no request waits for the compilation of kernels."""
         vision = self.config.vision_config
         pixels = like.new_zeros(FUSED_FRAMES, 3, vision.image_size, vision.image_size)
-        self._encode(pixels)
+        self._encode_here(pixels)
         if self._merges_patches:
             num_patches = (vision.image_size // vision.patch_size) ** 2
             frames = torch.arange(FUSED_FRAMES)[:, None]
-            self._encode(pixels, (frames - frames % 2).expand(-1, num_patches))
+            self._encode_here(pixels, (frames - frames % 2).expand(-1, num_patches))
 
     def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
         """Return a video's rows and the rows that follow it."""

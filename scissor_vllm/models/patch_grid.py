@@ -40,6 +40,7 @@ from scissor_vllm.video_fields import (
 from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encoder_cache
 from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.positions import VideoPlace, video_alone, with_positions
+from scissor_vllm.worker.tower_ranks import frames_per_rank, num_tower_ranks
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels, take_every_frame
 
@@ -168,6 +169,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             vllm_config, tokens_per_frame=_WARM_UP_TOKENS_PER_FRAME
         )
         self.pixel_dtype = model_config.dtype
+        self._num_tower_ranks = num_tower_ranks()
         is_pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.carries_positions = model_config.uses_mrope and not is_pipelined
 
@@ -271,15 +273,21 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         is_whole = self.video_compression.keeps_all([video.pixels], [num_retained])
 
         def encode(pixels: torch.Tensor) -> torch.Tensor:
-            # The tower attends within a temporal patch, so a part has the tokens of the whole.
-            grid = video.fields[_GRID].clone()
-            grid[0] = len(pixels)
+            # The tower attends within a temporal patch, so parts have the tokens of the whole.
+            # With several ranks vLLM gives each a part.
+            num_ranks = 1 if is_whole else self._num_tower_ranks
+            lengths = torch.tensor(
+                [*map(len, pixels.split(frames_per_rank(len(pixels), num_ranks)))]
+            )
+            grids = video.fields[_GRID].repeat(len(lengths), 1)
+            grids[:, 0] = lengths
             inputs = self._parse_and_validate_video_input(  # type: ignore[attr-defined]
                 pixel_values_videos=self._patches(pixels.flatten(0, 1), video),
-                video_grid_thw=grid[None],
+                video_grid_thw=grids,
             )
             with nullcontext() if is_whole else self._tower_of_compressed():
-                (rows,) = self._process_video_input(inputs)  # type: ignore[attr-defined]
+                parts = self._process_video_input(inputs)  # type: ignore[attr-defined]
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts)
             return rows.view(len(pixels), -1, rows.shape[-1])
 
         width = self.token_width
