@@ -268,6 +268,8 @@ def check_target_ttft_ms(target: object) -> int:
 
 TOWER_MERGING_MAX_RATIO = "tower_merging_max_ratio"
 TOWER_MERGING_THRESHOLD = "tower_merging_threshold"
+DEFAULT_TOWER_MERGING_MAX_RATIO = 0.1
+"""Of our command, where the model's tower can merge; without it nothing is merged."""
 DEFAULT_TOWER_MERGING_THRESHOLD = 40.0
 
 

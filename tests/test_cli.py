@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm.cli import main, options
+from scissor_vllm.cli.defaults import choose_tower_merging
 from scissor_vllm.cli.options import (
     add_retention_options,
     apply_retention_options,
@@ -38,6 +39,7 @@ def parse(*argv: str) -> argparse.Namespace:
     args.model_tag, args.trust_remote_code = str(demo_model_path()), False
     args.revision = args.code_revision = args.api_server_count = None
     args.hf_overrides = {}
+    args.quantization = None
     return args
 
 
@@ -131,6 +133,37 @@ def test_merging_in_the_tower_reaches_the_engine_and_is_checked() -> None:
     assert in_force(args).endswith("merging in the tower at ratios up to 0.25")
     with pytest.raises(SystemExit, match=r"below 1, got 1\.0"):
         apply_retention_options(parse("--tower-merging-max-ratio", "1"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "ratio"),
+    [
+        ({}, 0.1),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, None),
+        ({"architectures": ["LlavaNextVideoForConditionalGeneration"]}, None),
+        ({"quantization_config": {"quant_method": "fp8"}}, None),
+    ],
+    ids=["siglip", "another tower", "another model", "quantized"],
+)
+def test_patches_are_merged_by_default_where_answers_were_compared(
+    changed: dict[str, object], ratio: float | None, tmp_path: Path
+) -> None:
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    args = parse_for(tmp_path)
+    choose_tower_merging(args)
+    assert args.tower_merging_max_ratio == ratio
+
+
+def test_the_operators_choice_of_merging_stays() -> None:
+    off = parse("--tower-merging-max-ratio", "0")
+    among_the_engines = parse()
+    among_the_engines.mm_processor_kwargs = {"tower_merging_max_ratio": 0.25}
+    quantized_at_start = parse()
+    quantized_at_start.quantization = "fp8"
+    for args, ratio in ((off, 0.0), (among_the_engines, None), (quantized_at_start, None)):
+        choose_tower_merging(args)
+        assert args.tower_merging_max_ratio == ratio
 
 
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:

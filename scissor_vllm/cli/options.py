@@ -7,6 +7,7 @@ import ipaddress
 import os
 from typing import Any
 
+from scissor_vllm.cli.defaults import CPUS_FOR_API_SERVERS, architectures_of
 from scissor_vllm.cpus import num_cpus
 from scissor_vllm.retention import (
     AUTO,
@@ -44,8 +45,6 @@ from scissor_vllm.settings import (
 )
 
 GROUP = "Video compression"
-CPUS_FOR_API_SERVERS = 16
-"""Number of CPUs from which a second API server pays."""
 
 
 def refuse(message: str) -> SystemExit:
@@ -299,24 +298,6 @@ def _check_model(args: argparse.Namespace, kwargs: dict[str, Any]) -> None:
     check_keys(kwargs, architectures is None or bool(MODELS.keys() & set(architectures)), MODELS)
 
 
-def architectures_of(args: argparse.Namespace) -> list[str] | None:
-    """Return the architectures in a model's config, None if it cannot be read here."""
-    from vllm.transformers_utils.config import get_config
-
-    overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
-    if named := overrides.get("architectures"):
-        return list(named)
-    try:
-        config = get_config(
-            args.model_tag or args.model, args.trust_remote_code, args.revision, args.code_revision
-        )
-    except Exception:
-        # The model may be in a bucket, in another format or missing. vLLM reports that, and the
-        # API server checks again.
-        return None
-    return list(config.architectures or [])
-
-
 def in_force(args: argparse.Namespace) -> str:
     """Return the settings in force as one log line."""
     kwargs = args.mm_processor_kwargs or {}
@@ -368,29 +349,6 @@ def is_loopback(host: str | None) -> bool:
         return ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return False
-
-
-def choose_api_servers(args: argparse.Namespace) -> None:
-    """Start two API servers where they answer as one does, unless the operator chose a number.
-
-    One prepares about 11 videos a second of 32 frames. Two have a processor cache each, so a video
-    that is named by its ``uuid`` alone would be found by one of them: they are started where the
-    operator switched that cache off. vLLM refuses several beside some options.
-    """
-    needs_one = (
-        args.api_server_count is not None
-        or args.mm_processor_cache_gb > 0
-        or num_cpus() < CPUS_FOR_API_SERVERS
-        or args.headless
-        or args.grpc
-        or args.enable_fault_tolerance
-        or isinstance(args.fault_tolerance_config, dict)
-        or args.enable_elastic_ep
-        or args.data_parallel_size > 1
-        or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true")
-    )
-    if not needs_one:
-        args.api_server_count = 2
 
 
 def add_page_options(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from scissor_vllm.cli import NEEDS_VLLM, has_vllm
+from scissor_vllm.cli.defaults import choose_api_servers, choose_tower_merging
 from scissor_vllm.cli.options import (
     add_page_options,
     add_retention_options,
     apply_page_options,
     apply_retention_options,
-    choose_api_servers,
     exposure,
     given_options,
     in_force,
@@ -66,6 +66,7 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
 
     if args.model_tag == DEMO_MODEL:
         use_demo_model(args)
+    choose_tower_merging(args)
     apply_retention_options(args)
     bound_encoder_steps(args)
     apply_page_options(args)
