@@ -30,6 +30,11 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
 )
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
+from scissor_vllm.worker.encoder_graphs import (
+    GRAPH_FRAMES,
+    USES_BEFORE_CAPTURE,
+    EncoderGraphs,
+)
 from scissor_vllm.worker.tower_ranks import encode_on_all_ranks, num_tower_ranks
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import (
@@ -116,6 +121,7 @@ class FramesModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_dtype = model_config.dtype
         self._num_tower_ranks = num_tower_ranks()
+        self._graphs: EncoderGraphs | None = None
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
         mm_config = model_config.get_multimodal_config()
         merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
@@ -184,13 +190,13 @@ class FramesModel:
         if anchors is not None:
             from scissor_vllm.worker.merged_encoder import merging_encoder
 
-            with merging_encoder(self.vision_tower, anchors):
+            with merging_encoder(self.vision_tower, anchors, self._graphs):
                 return self._features(pixels)
         if not pixels.is_cuda or len(pixels) < FUSED_FRAMES:
             return self._features(pixels)
         from scissor_vllm.worker.siglip import fused_encoder
 
-        with fused_encoder(self.vision_tower):
+        with fused_encoder(self.vision_tower, self._graphs):
             return self._features(pixels)
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
@@ -228,14 +234,26 @@ class FramesModel:
         )
 
     def _warm_up_tower(self, like: torch.Tensor) -> None:
-        """Encode empty frames, so that no request waits for the compilation of kernels."""
+        """Encode empty frames, so that no request waits for the compilation of kernels.
+
+        On a GPU it captures the graphs that take the most memory, which vLLM thereby counts.
+        """
+        num_frames, num_uses = FUSED_FRAMES, 1
+        if like.is_cuda:
+            from scissor_vllm.worker.siglip import graphs_of
+
+            self._graphs = graphs_of(self.vision_tower)
+            num_frames, num_uses = GRAPH_FRAMES, USES_BEFORE_CAPTURE + 1
         vision = self.config.vision_config
-        pixels = like.new_zeros(FUSED_FRAMES, 3, vision.image_size, vision.image_size)
-        self._encode_here(pixels)
+        pixels = like.new_zeros(num_frames, 3, vision.image_size, vision.image_size)
+        calls: list[torch.Tensor | None] = [None]
         if self._merges_patches:
             num_patches = (vision.image_size // vision.patch_size) ** 2
-            frames = torch.arange(FUSED_FRAMES)[:, None]
-            self._encode_here(pixels, (frames - frames % 2).expand(-1, num_patches))
+            frames = torch.arange(num_frames)[:, None]
+            calls.append((frames - (frames == 1).long()).expand(-1, num_patches))
+        for anchors in calls:
+            for _ in range(num_uses):
+                self._encode_here(pixels, anchors)
 
     def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
         """Return a video's rows and the rows that follow it."""

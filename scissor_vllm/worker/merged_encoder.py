@@ -10,9 +10,9 @@ up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,17 @@ from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer,
 
 from scissor_vllm.patch_merging import computed_patches, nearest_probes, probe_places
 from scissor_vllm.vllm_compat import frames_attention
+from scissor_vllm.worker.encoder_graphs import GRAPH_FRAMES, EncoderGraphs
 
 _DECAY = 8 / 9
 """Decay of a probe's weight with its squared distance on the lattice."""
+
+_GRAPH_STEPS = 48
+"""Numbers of rows for which there are graphs, up to all places of a call: 1 % is computed for
+nothing in the mean."""
+
+_GRAPH_INPUTS = ("row_of_place", "move_of_place", "probes", "weights", "query_ends", "key_ends")
+"""Fields of ``MergedPatches`` that the layers read."""
 
 Attend = Callable[[Any, torch.Tensor], torch.Tensor]
 """A layer's attention: a function of ``SiglipAttention`` and normed tokens."""
@@ -125,12 +133,15 @@ def merges_patches(vision_tower: nn.Module) -> bool:
 
 
 @contextmanager
-def merging_encoder(vision_tower: Any, anchors: torch.Tensor) -> Iterator[None]:
+def merging_encoder(
+    vision_tower: Any, anchors: torch.Tensor, graphs: EncoderGraphs | None = None
+) -> Iterator[None]:
     """Make a vision tower skip the patches that take an anchor's values, in the context.
 
     Args:
         vision_tower: one for which :func:`merges_patches` is true.
         anchors: of the frames of the tower's call, see :meth:`MergedPatches.of`.
+        graphs: run calls of few frames by these; None launches every kernel.
     """
     # Imported here, because it imports Triton.
     from scissor_vllm.worker.siglip import encode_fused, encoding_by, plain_layers
@@ -143,9 +154,10 @@ def merging_encoder(vision_tower: Any, anchors: torch.Tensor) -> Iterator[None]:
         if layers is None
         else partial(encode_fused, layers)
     )
-    with encoding_by(
-        vision_tower, partial(_encode_merged, run, MergedPatches.of(anchors, device, dtype))
-    ):
+    merged = MergedPatches.of(anchors, device, dtype)
+    if graphs is not None and layers is not None and len(anchors) <= GRAPH_FRAMES:
+        run = partial(_encode_by_graph, graphs, layers, merged)
+    with encoding_by(vision_tower, partial(_encode_merged, run, merged)):
         yield
 
 
@@ -158,6 +170,37 @@ def _encode_merged(
     hidden = inputs_embeds.flatten(0, 1).index_select(0, merged.computed)
     encoded = run(hidden, partial(_attend, merged))
     return placed(encoded, merged).view(inputs_embeds.shape)
+
+
+def _encode_by_graph(
+    graphs: EncoderGraphs,
+    layers: list[Any],
+    merged: MergedPatches,
+    hidden: torch.Tensor,
+    _: Attend,
+) -> torch.Tensor:
+    """Return the output of plain layers for (M, C), with rows up to the next of the graphs'."""
+    from scissor_vllm.worker.siglip import encode_fused
+
+    num_frames, num_places = len(merged.num_queries), merged.num_places
+    step = max(1, num_frames * num_places // _GRAPH_STEPS)
+
+    def launch(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
+        held = replace(
+            merged,
+            **dict(zip(_GRAPH_INPUTS, inputs, strict=True)),
+            # The kernel's size must not depend on the video.
+            num_queries=[num_places] * num_frames,
+        )
+        encode_fused(layers, rows, partial(_attend, held))
+
+    return graphs.run(
+        ("merged", num_frames, num_places),
+        hidden,
+        math.ceil(len(hidden) / step) * step,
+        [getattr(merged, name) for name in _GRAPH_INPUTS],
+        launch,
+    )
 
 
 def _encode(layers: list[Any], hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
