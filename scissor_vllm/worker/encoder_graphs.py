@@ -1,18 +1,17 @@
 """CUDA graphs of a vision tower's layers: one launch instead of hundreds.
 
 The host takes 13 ms to launch SigLIP's layers, time in which it prepares nothing else. A graph
-reads its input at fixed addresses, so rows and indices are copied there. Graphs differ by the number
-of rows. Merged patches have any number, so theirs is rounded up, and rows behind are computed for
-nothing. All graphs share one buffer of rows and one memory pool.
+reads its input at fixed addresses, so rows and indices are copied there. Graphs differ by their
+number of rows. Merged patches have any number, so theirs is rounded up, and rows behind are computed
+for nothing. All graphs share one buffer of rows and one memory pool.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-logger = logging.getLogger(__name__)
+from scissor_vllm.cuda_graphs import captured
 
 GRAPH_FRAMES = 32
 """Most frames of a call that is captured. Longer calls keep the GPU busy while the host launches,
@@ -79,7 +78,9 @@ class EncoderGraphs:
         for theirs, given in zip(kind.inputs, inputs, strict=True):
             theirs.copy_(given)
         if kind.graph is None and kind.num_uses == USES_BEFORE_CAPTURE:
-            kind.graph = self._captured(key, lambda: launch(held, kind.inputs))
+            kind.graph = captured(
+                lambda: launch(held, kind.inputs), self._pool, self._capture_stream, key
+            )
         kind.num_uses += 1
         if kind.graph is None:
             launch(held, kind.inputs)
@@ -95,23 +96,3 @@ class EncoderGraphs:
             torch.cuda.synchronize(self._device)
             self._kinds.clear()
         self._rows = like.new_zeros(num_rows, like.shape[1])
-
-    def _captured(self, key: Key, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """Return the captured graph of the launches, None if capture fails.
-
-        ``torch.cuda.graph`` would synchronize the device first; nothing here needs that.
-        """
-        graph = torch.cuda.CUDAGraph()
-        self._capture_stream.wait_stream(torch.cuda.current_stream(self._device))
-        try:
-            with torch.cuda.stream(self._capture_stream):
-                # Other threads of a server use the device during the capture.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    launch()
-                finally:
-                    graph.capture_end()
-        except RuntimeError as error:
-            logger.warning("the tower's layers run without a CUDA graph for %s: %s", key, error)
-            return None
-        return graph

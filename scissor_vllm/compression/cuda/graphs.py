@@ -5,7 +5,6 @@ A graph reads the video's shape from the device, so one serves all shapes whose 
 lanes: ``2 * len(LANES)`` graphs at most, all on one workspace and one memory pool.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +17,7 @@ from scissor_vllm.compression.cuda.workspace import (
     Workspace,
     num_lanes,
 )
-
-logger = logging.getLogger(__name__)
+from scissor_vllm.cuda_graphs import captured
 
 USES_BEFORE_CAPTURE = 1
 """Number of eager searches of a kind before its capture; they compile the kernels."""
@@ -60,31 +58,11 @@ class SharedSearches:
         if graph is None and key not in self._graphs:
             uses = self._num_uses[key] = self._num_uses.get(key, 0) + 1
             if uses > USES_BEFORE_CAPTURE:
-                graph = self._graphs[key] = self._captured(key, launch)
+                graph = self._graphs[key] = captured(launch, self._pool, self._capture_stream, key)
         if graph is None:
             launch()
         else:
             graph.replay()
-
-    def _captured(self, key: Key, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """Return the captured graph of the launches, None if capture fails.
-
-        ``torch.cuda.graph`` would synchronize the device first; nothing here needs that.
-        """
-        graph = torch.cuda.CUDAGraph()
-        self._capture_stream.wait_stream(torch.cuda.current_stream(self.workspace.device))
-        try:
-            with torch.cuda.stream(self._capture_stream):
-                # Other threads of a server use the device during the capture.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    launch()
-                finally:
-                    graph.capture_end()
-        except RuntimeError as error:
-            logger.warning("searches of kind %s run without a CUDA graph: %s", key, error)
-            return None
-        return graph
 
 
 _lock = threading.Lock()

@@ -1,0 +1,40 @@
+"""Captures CUDA graphs while a server uses the device."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def captured(
+    launch: Callable[[], None],
+    pool: tuple[int, int],
+    stream: torch.cuda.Stream,
+    kind: object,
+) -> torch.cuda.CUDAGraph | None:
+    """Return the captured graph of launches, None if capture fails.
+
+    ``torch.cuda.graph`` would synchronize the device first; nothing here needs that.
+
+    Args:
+        launch: launches kernels on the current stream, without a host synchronization.
+        pool: of the graph's memory, shared with graphs that run one after the other.
+        stream: to capture on; the current stream's earlier work comes before.
+        kind: what the log calls the launches.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    try:
+        with torch.cuda.stream(stream):
+            # Other threads of a server use the device during the capture.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+    except RuntimeError as error:
+        logger.warning("no CUDA graph of %s: %s", kind, error)
+        return None
+    return graph
