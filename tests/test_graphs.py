@@ -1,4 +1,4 @@
-"""When a search is captured in a CUDA graph, checked with stand-ins for graphs, without a GPU."""
+"""When searches and towers are captured in CUDA graphs, by stand-ins for graphs, without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
+from scissor_vllm import cuda_graphs
 from scissor_vllm.compression.cuda import graphs
+from scissor_vllm.worker import encoder_graphs
 
 
 class FakeGraph:
@@ -34,11 +36,11 @@ def test_a_kind_is_captured_when_it_comes_again_and_then_replayed(
 ) -> None:
     graphs_captured: list[FakeGraph] = []
 
-    def captured(key: Any, launch: Any) -> FakeGraph:
+    def captured(*_: Any) -> FakeGraph:
         graphs_captured.append(FakeGraph())
         return graphs_captured[-1]
 
-    monkeypatch.setattr(searches, "_captured", captured)
+    monkeypatch.setattr(graphs, "captured", captured)
     launched: list[int] = []
     for number in range(graphs.USES_BEFORE_CAPTURE + 3):
         searches.start(("a",), partial(launched.append, number))
@@ -53,13 +55,17 @@ def test_where_a_capture_fails_searches_go_on_without_and_it_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr(graphs.logger, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(
+        cuda_graphs.logger, "warning", lambda text, *args: warnings.append(text % args)
+    )
 
     class Failing:
         def capture_begin(self, **options: Any) -> None:
             raise RuntimeError("out of memory")
 
     class Stream:
+        device = None
+
         def wait_stream(self, stream: Any) -> None: ...
 
         def __enter__(self) -> None: ...
@@ -75,7 +81,7 @@ def test_where_a_capture_fails_searches_go_on_without_and_it_is_said_once(
         searches.start(("a",), partial(launched.append, number))
     assert launched == list(range(5))
     (warning,) = warnings
-    assert "run without a CUDA graph: out of memory" in warning
+    assert warning == "no CUDA graph of ('a',): out of memory"
 
 
 def test_there_are_no_more_graphs_than_widths_of_frames_whatever_the_shapes() -> None:
@@ -106,3 +112,58 @@ def test_only_small_videos_of_a_gpu_share_memory() -> None:
         assert too_many is None
     with graphs.shared(4096, 2048, torch.device("cuda")) as too_wide:
         assert too_wide is None
+
+
+class RecordedGraph:
+    """A graph that launches again what was captured, on the tensors of that time."""
+
+    num_replays = 0
+
+    def __init__(self, launch: Any) -> None:
+        self.launch = launch
+
+    def replay(self) -> None:
+        RecordedGraph.num_replays += 1
+        self.launch()
+
+
+@pytest.fixture
+def tower_graphs(monkeypatch: pytest.MonkeyPatch) -> encoder_graphs.EncoderGraphs:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(encoder_graphs, "captured", lambda launch, *_: RecordedGraph(launch))
+    monkeypatch.setattr(RecordedGraph, "num_replays", 0)
+    return encoder_graphs.EncoderGraphs(torch.device("cpu"))
+
+
+def add(rows: torch.Tensor, inputs: Any) -> None:
+    rows += inputs[0]
+
+
+def test_a_towers_graph_reads_each_runs_own_rows_and_inputs(
+    tower_graphs: encoder_graphs.EncoderGraphs,
+) -> None:
+    # Lengths come again, grow beyond the buffer, which ends all graphs, and shrink.
+    for number, (num_rows, num_padded) in enumerate(
+        [(3, 4), (4, 4), (2, 4), (6, 8), (5, 8), (3, 4), (3, 4), (7, 8), (1, 4)]
+    ):
+        rows = torch.full((num_rows, 2), float(number))
+        added = torch.tensor([1.0, 10.0]) * number
+        result = tower_graphs.run(("a",), rows, num_padded, [added], add)
+        assert torch.equal(result, rows + added), number
+        assert torch.equal(rows, torch.full((num_rows, 2), float(number))), number
+    # 4: eager, then 2; 8 begins anew: eager, 1; 4: eager, 1; 8: 1; 4: 1.
+    assert RecordedGraph.num_replays == 6
+
+
+def test_a_tower_has_a_bounded_number_of_graphs(
+    tower_graphs: encoder_graphs.EncoderGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_graphs, "_MAX_GRAPHS", 2)
+    rows = torch.zeros(8, 2)
+    for _ in range(3):
+        for num_rows in (8, 7, 6, 5):
+            result = tower_graphs.run((), rows[:num_rows], num_rows, [torch.ones(2)], add)
+            assert torch.equal(result, torch.ones(num_rows, 2))
+    assert RecordedGraph.num_replays == 2 * 2

@@ -2,8 +2,8 @@
 
 The host takes 13 ms to launch SigLIP's layers, time in which it prepares nothing else. A graph
 reads its input at fixed addresses, so rows and indices are copied there. Graphs differ by their
-number of rows. Merged patches have any number, so theirs is rounded up, and rows behind are computed
-for nothing. All graphs share one buffer of rows and one memory pool.
+number of rows. Merged patches have any number, so theirs is rounded up; what is computed for rows
+behind is not used. All graphs share one buffer of rows and one memory pool.
 """
 
 from collections.abc import Callable, Sequence
