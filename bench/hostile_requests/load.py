@@ -35,15 +35,30 @@ BUSY = 503
 
 
 class Load:
-    """Requests to one server, and what came back."""
+    """Requests to one server, and what came back.
 
-    def __init__(self, base_url: str, traffic: Traffic, seed: int) -> None:
+    Args:
+        base_url: of the server, without ``/v1``.
+        traffic: what is sent.
+        seed: of hang-ups.
+        transport: in place of HTTP.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        traffic: Traffic,
+        seed: int,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._url = base_url
         self._traffic = traffic
         self._rng = random.Random(seed + 1)
         # httpx's own limit is 100 connections: the others would wait here.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-        self._client = httpx.AsyncClient(timeout=TIMEOUT_SECONDS, limits=limits)
+        self._client = httpx.AsyncClient(
+            timeout=TIMEOUT_SECONDS, limits=limits, transport=transport
+        )
         self._expected: dict[Request, Any] = {}
         self.statuses: dict[str, Counter[str]] = {}
         self.wrong: list[str] = []
@@ -73,7 +88,8 @@ class Load:
             if health.status_code != 200:
                 self.wrong.append(f"/health is {health.status_code} at the end")
             for request, expected in self._expected.items():
-                if told(request, await self._post(request)) != expected:
+                answer = await self._post(request)
+                if answer.status_code != 200 or told(request, answer) != expected:
                     self.wrong.append(f"{request.kind}: another answer at the end")
 
     async def _send_all(self, num_requests: int, concurrency: int, seconds: float) -> None:
