@@ -1,4 +1,4 @@
-"""A server one of whose processes is killed ends with an error, tells its clients, and starts anew."""
+"""A server ends with an error when one of its processes is killed, and it starts anew."""
 
 from __future__ import annotations
 
