@@ -166,8 +166,8 @@ def test_a_request_rate_spaces_the_requests_by_the_seed(
     planned: list[float] = []
     draw = np.random.gamma
 
-    def drawn(**parameters: float) -> float:
-        planned.append(draw(**parameters))
+    def drawn(shape: float, scale: float) -> float:
+        planned.append(draw(shape, scale))
         return planned[-1]
 
     # Of vLLM's client, from whose plan the clock of a busy machine may differ.

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def child(pids: Connection) -> None:
 
 
 def parent(pids: Connection, method: str, num_children: int) -> None:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     for _ in range(num_children):
         context.Process(target=child, args=(pids,)).start()
     time.sleep(60)

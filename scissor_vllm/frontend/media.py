@@ -124,10 +124,10 @@ class VideoMediaConnector(MediaConnector):
         Images that stay images are fetched as vLLM fetches them, with its errors.
         """
         url = self._checked(image_url, _IMAGE)
-        connector = super(VideoMediaConnector, self._checking_redirects(_IMAGE))
+        connector = self._checking_redirects(_IMAGE)
         with _naming_errors(url, _IMAGE):
             try:
-                return await connector.fetch_image_async(url)
+                return await super(VideoMediaConnector, connector).fetch_image_async(url)
             except _UNREADABLE_IMAGE as error:
                 raise _refused(
                     f"an image must be one that can be decoded ({error}): send it as JPEG or PNG",
