@@ -7,6 +7,7 @@ stock vLLM.
 
 import os
 
+from scissor_vllm.orphans import end_with_parent
 from scissor_vllm.settings import FORMER_VIDEO_LOADER, VIDEO_LOADER
 from scissor_vllm.version_gate import reason_for_stock, stand_aside, warn_once
 
@@ -19,6 +20,7 @@ def register() -> None:
     Raises:
         ValueError: one of our environment variables has an invalid value.
     """
+    end_with_parent()
     reason = reason_for_stock()
     if reason is None:
         try:

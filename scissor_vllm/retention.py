@@ -23,8 +23,9 @@ AUTO = "auto"
 """In place of a ratio: the server chooses it."""
 AUTO_STEPS = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Ratios that the server chooses from, beside the operator's bounds."""
-Chooser = Callable[[Sequence[int | None]], float]
-"""Returns the ratio of a request that leaves it to the server, by N of its videos."""
+Chooser = Callable[[Sequence[int | None], float], float]
+"""Returns the ratio of a request that leaves it to the server, by N of its videos and the least
+ratio that its videos allow, 0 for any."""
 RETENTION = "retention"
 """Our key in vLLM's ``media_io_kwargs``: a mapping with the ones here, of one HTTP request. In the
 options of a request's processor: its :class:`RetainedCounts`."""

@@ -170,21 +170,33 @@ def carry_positions(model: Any, rows: Iterable[torch.Tensor]) -> bool:
     return any(output.shape[-1] != model.row_width for output in rows)
 
 
-def wait_before_shutdown(engine_client: Any, in_flight: Any) -> None:
+def wait_before_shutdown(
+    engine_client: Any, in_flight: Any, on_failure: Callable[[], None] = lambda: None
+) -> None:
     """Have an engine's client wait for the requests in flight before it shuts down.
 
     After SIGTERM, vLLM 0.32 and 0.33 call ``EngineClient.shutdown`` in a thread while the server
     still answers. It ends the renderer, and with several API servers the connection to the engine,
     before the engine has drained. It can go when vLLM counts a request from its arrival on.
 
+    A server whose engine has failed is shut down too, and vLLM's command then ends with status 0.
+    ``on_failure`` can go when it does not.
+
     Args:
         engine_client: an API server's.
         in_flight: :class:`scissor_vllm.frontend.draining.InFlight` of the same API server.
+        on_failure: called at the shutdown of an engine that has failed.
     """
     shutdown = engine_client.shutdown
+    has_begun = False
 
     @wraps(shutdown)
     def drain_and_shutdown(timeout: float | None = None) -> None:
+        nonlocal has_begun
+        # A client that was shut down has no engine either.
+        if not has_begun and engine_client.errored:
+            on_failure()
+        has_begun = True
         left = in_flight.drain(0 if _is_on_event_loop() else timeout or 0)
         try:
             shutdown(timeout=left if timeout else timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,15 @@ import openai
 import pytest
 
 from bench.numbered_clips import make_clip
-from scissor_vllm.frontend.auto_ratio import AIM, AutoRatio, CostModel, _Rate, auto_steps
+from scissor_vllm.frontend import auto_ratio
+from scissor_vllm.frontend.auto_ratio import (
+    AIM,
+    AutoRatio,
+    CostModel,
+    _Rate,
+    auto_steps,
+    chooser,
+)
 from scissor_vllm.frontend.shared_load import Load, SharedLoad
 from scissor_vllm.retention import num_retained_tokens
 from tests.serving import Server
@@ -377,6 +386,46 @@ def test_a_load_slightly_newer_than_the_clock_is_accepted(tmp_path: Path) -> Non
     later = 102.0
     writer.publish(Load(num_pending=2))
     assert reader.publish(Load(num_pending=1)).num_pending == 1
+
+
+@pytest.mark.parametrize(
+    ("least", "lowest"), [(0.0, 0.1), (0.1, 0.1), (0.11, 0.15), (0.8, 1.0), (1.0, 1.0)]
+)
+def test_a_request_gets_no_ratio_below_the_least_that_its_videos_allow(
+    least: float, lowest: float
+) -> None:
+    engine, idle = Engine(), Engine()
+    for simulated in (engine, idle):
+        simulated.answer(1000, 0.5, times=5)
+    engine.waiting = [1000] * 50
+    assert engine.auto.preview([1000], 0.01, least) == lowest
+    assert engine.auto.choose([1000], 0.01, least) == lowest
+    # It counts as what goes to the engine.
+    assert sum(tokens for _, tokens in engine.auto._prepared) == lowest * 1000
+    assert idle.auto.choose([1000], 0.01, least) == 1.0
+
+
+def test_where_no_ratio_to_choose_from_is_enough_the_highest_is_chosen() -> None:
+    engine = Engine(bounds=(0.1, 0.3))
+    engine.answer(1000, 0.5, times=5)
+    engine.waiting = [1000] * 50
+    assert engine.auto.choose([1000], 0.01, 0.4) == 0.3
+
+
+def test_what_is_counted_is_the_ratio_that_the_videos_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[float] = []
+    monkeypatch.setattr(auto_ratio, "count_auto_choice", counted.append)
+    engine = Engine()
+    engine.answer(1000, 0.5, times=5)
+    engine.waiting = [1000] * 50
+    state: Any = Namespace(auto_ratio=engine.auto)
+    choose, look = (chooser(state, is_counted=is_counted) for is_counted in (True, False))
+    assert choose is not None
+    assert look is not None
+    chosen = [choose([1000], least) for least in (0.0, 0.2)]
+    assert chosen == counted == [0.1, 0.25]
+    assert look([1000], 0.2) == 0.25
+    assert len(counted) == 2
 
 
 # Over HTTP.

@@ -179,7 +179,8 @@ def test_a_ratio_that_is_left_to_the_server_is_asked_once_with_the_videos_tokens
 ) -> None:
     asked: list[list[int]] = []
 
-    def choose(num_tokens: list[int]) -> float:
+    def choose(num_tokens: list[int], least: float) -> float:
+        assert least == 0.0
         asked.append(list(num_tokens))
         return 0.5
 

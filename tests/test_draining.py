@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from bench.numbered_clips import make_clip
-from scissor_vllm.frontend.draining import add_draining
+from scissor_vllm.frontend.draining import InFlight, add_draining
 from scissor_vllm.vllm_compat import wait_before_shutdown
 from tests.serving import SCISSOR, OneServer, Server, message
 
@@ -123,10 +123,12 @@ class Client:
 
     def __init__(self) -> None:
         self.timeouts: list[float | None] = []
-        self.fails = False
+        self.fails = self.errored = False
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.timeouts.append(timeout)
+        # As vLLM's is after it has ended.
+        self.errored = True
         if self.fails:
             raise RuntimeError("the engine is dead")
 
@@ -243,13 +245,22 @@ def test_a_shutdown_on_the_event_loop_waits_for_nothing() -> None:
 
 
 def test_a_server_without_an_engine_has_nothing_to_wait_for() -> None:
-    from scissor_vllm.frontend.draining import InFlight
-
     in_flight = InFlight()
-    client: Any = SimpleNamespace(shutdown=lambda timeout=None: None)
+    client: Any = SimpleNamespace(shutdown=lambda timeout=None: None, errored=False)
     wait_before_shutdown(client, in_flight)
     thread = threading.Thread(target=client.shutdown)
     thread.start()
     thread.join(5)
     assert not thread.is_alive()
     assert in_flight.is_draining
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_a_shutdown_tells_an_engine_that_failed_from_one_that_was_ended(has_failed: bool) -> None:
+    client: Any = Client()
+    client.errored = has_failed
+    failures: list[bool] = []
+    wait_before_shutdown(client, InFlight(), lambda: failures.append(True))
+    for _ in range(2):
+        client.shutdown(timeout=0)
+    assert failures == [True] * has_failed

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -347,14 +347,20 @@ def test_a_chat_whose_images_are_compressed_tells_what_was_kept(
     assert {name: answer.headers[name] for name in HEADERS} == HEADERS
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_images_are_fetched_no_longer_than_their_client_waits(
-    app: FastAPI, monkeypatch: pytest.MonkeyPatch, stream: bool
+def assert_ends_with_its_client(
+    app: FastAPI, call: Callable[[Any, Any], Coroutine[Any, Any, None]]
 ) -> None:
+    """Assert that a route's work is cancelled when its client hangs up.
+
+    Args:
+        app: with the routes.
+        call: calls the route; takes work without end, and the request of a client that has hung up.
+    """
+
     async def run() -> None:
         ended = asyncio.Event()
 
-        async def compress_images(request: Any, state: Any) -> None:
+        async def work(request: Any, state: Any) -> None:
             try:
                 await asyncio.Event().wait()
             finally:
@@ -363,17 +369,25 @@ def test_images_are_fetched_no_longer_than_their_client_waits(
         async def receive() -> dict[str, str]:
             return {"type": "http.disconnect"}
 
-        monkeypatch.setattr(chat, "compress_images", compress_images)
-        scope = {"type": "http", "app": app, "headers": []}
-        body = {"model": "m", "messages": IMAGES, "compress_images": True, "stream": stream}
-        request = RetentionChatCompletionRequest.model_validate(body)
-        raw_request: Any = Request(scope, receive)
-        answer = chat.create_chat_completion(request, raw_request)
-        assert await asyncio.wait_for(answer, 5) is None
+        raw_request = Request({"type": "http", "app": app, "headers": []}, receive)
+        await asyncio.wait_for(call(work, raw_request), 5)
         await asyncio.wait_for(ended.wait(), 5)
 
-    handler = init(app, allow_compress_images=True)
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_are_fetched_no_longer_than_their_client_waits(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    async def call(compress_images: Any, raw_request: Any) -> None:
+        monkeypatch.setattr(chat, "compress_images", compress_images)
+        body = {"model": "m", "messages": IMAGES, "compress_images": True, "stream": stream}
+        request = RetentionChatCompletionRequest.model_validate(body)
+        assert await chat.create_chat_completion(request, raw_request) is None
+
+    handler = init(app, allow_compress_images=True)
+    assert_ends_with_its_client(app, call)
     assert not handler.requests
 
 
@@ -562,27 +576,14 @@ def test_an_estimate_counts_no_frames_of_a_video_that_is_named_alone() -> None:
 
 
 def test_an_estimate_ends_when_its_client_hangs_up(app: FastAPI) -> None:
-    async def run() -> None:
-        ended = asyncio.Event()
-
-        async def create_tokenize(request: Any, raw_request: Any) -> Any:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
-
-        async def receive() -> dict[str, str]:
-            return {"type": "http.disconnect"}
-
+    async def call(create_tokenize: Any, raw_request: Any) -> None:
         handler: Any = Namespace(create_tokenize=create_tokenize)
         app.state.serving_tokenization = handler
-        raw_request: Any = Request({"type": "http", "app": app}, receive)
         request = EstimateRequest.model_validate({"model": "m", "messages": VIDEO})
-        await asyncio.wait_for(estimate(request, raw_request), 5)
-        await asyncio.wait_for(ended.wait(), 5)
+        await estimate(request, raw_request)
 
     init(app)
-    asyncio.run(run())
+    assert_ends_with_its_client(app, call)
 
 
 # What the operator set.

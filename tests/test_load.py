@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,19 +160,32 @@ def test_a_server_with_the_plugin_is_not_measured_as_stock(
         assert bench(fake.base_url, *by_default)[0] == 0
 
 
-def test_a_request_rate_spaces_the_requests_by_the_seed(bench: Callable[..., Any]) -> None:
+def test_a_request_rate_spaces_the_requests_by_the_seed(
+    bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[float] = []
+    draw = np.random.gamma
+
+    def drawn(shape: float, scale: float) -> float:
+        planned.append(draw(shape, scale))
+        return planned[-1]
+
+    # Of vLLM's client, from whose plan the clock of a busy machine may differ.
+    monkeypatch.setattr(np.random, "gamma", drawn)
     with fake_server() as fake:
         arguments = ("--retention-ratio", "0.5", "--request-rate", "6", "--num-prompts", "6")
         bench(fake.base_url, *arguments, "--num-warmups", "0")
         again = ("--append", "--label", "again")
         _, content = bench(fake.base_url, *arguments, "--num-warmups", "0", *again)
     (first,), (second,) = (run["cells"] for run in content["runs"])
-    starts = [request["start_seconds"] for request in first["requests"]]
-    # vLLM scales its Poisson arrivals so that the last of n comes after n / rate seconds.
-    assert starts == sorted(starts)
-    assert 0.5 < starts[-1] < 1.2
-    repeated = [request["start_seconds"] for request in second["requests"]]
-    assert repeated == pytest.approx(starts, abs=0.15)
+    intervals, repeated = planned[:6], planned[6:]
+    assert repeated == intervals
+    assert len(set(intervals)) == 6
+    for cell in (first, second):
+        starts = [request["start_seconds"] for request in cell["requests"]]
+        # vLLM scales its Poisson arrivals so that the last of n comes after n / rate seconds.
+        assert starts == sorted(starts)
+        assert starts[-1] > 0.3
     assert first["max_concurrency"] is None
     assert first["request_rate_per_second"] == 6
 

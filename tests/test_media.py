@@ -1,22 +1,24 @@
-"""A video that cannot be fetched is the client's to mend: one sentence, a 4xx, a reason."""
+"""Media that cannot be fetched are the client's to mend: one sentence, a 4xx, a reason."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.multimodal.media.video import VideoMediaIO
 
-from scissor_vllm.frontend.media import VideoMediaConnector
+from scissor_vllm.frontend.media import _IMAGE, _VIDEO, VideoMediaConnector
 from scissor_vllm.frontend.refusal import RefusedVideoError, reason_of
 from scissor_vllm.metrics import Reason
 
@@ -65,20 +67,30 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No decoding, and no patience."""
     monkeypatch.setattr(VideoMediaIO, "load_bytes", lambda self, data: data)
     monkeypatch.setenv("VLLM_VIDEO_FETCH_TIMEOUT", "1")
+    monkeypatch.setenv("VLLM_IMAGE_FETCH_TIMEOUT", "1")
     monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
 
 
+WAYS = ("fetch_video_async", "fetch_video", "fetch_frame_async")
+"""Of a video, and of an image that becomes a frame."""
+
+
 def fetch(url: str, *, is_async: bool = True, **options: Any) -> Any:
+    return fetch_by(WAYS[0] if is_async else WAYS[1], url, **options)
+
+
+def fetch_by(way: str, url: str, **options: Any) -> Any:
     connector = VideoMediaConnector(**options)
-    if not is_async:
-        return connector.fetch_video(url)
+    if not way.endswith("async"):
+        return getattr(connector, way)(url)
 
     async def run() -> Any:
         try:
-            return await connector.fetch_video_async(url)
+            return await getattr(connector, way)(url)
         finally:
             # Of this loop; a server has one.
-            for connection in (connector.connection, connector._for_video().connection):
+            kinds = (connector, *map(connector._checking_redirects, (_VIDEO, _IMAGE)))
+            for connection in (kind.connection for kind in kinds):
                 if connection._async_client is not None:
                     await connection._async_client.close()
                     connection._async_client = None
@@ -86,18 +98,27 @@ def fetch(url: str, *, is_async: bool = True, **options: Any) -> Any:
     return asyncio.run(run())
 
 
-def refusal(url: str, status: int, reason: Reason, **options: Any) -> str:
-    """Return the message of a refusal, which is the same asked for either way."""
+def refusal(
+    url: str, status: int, reason: Reason, ways: Sequence[str] = WAYS, **options: Any
+) -> str:
+    """Return the message of a video's refusal, which is the same asked for in each way."""
     messages = []
-    for is_async in (True, False):
+    for way in ways:
         with pytest.raises(Exception) as raised:  # noqa: PT011
-            fetch(url, is_async=is_async, **options)
+            fetch_by(way, url, **options)
         error = create_error_response(raised.value).error
         assert error.code == status, error
+        # A decoder does not know the field.
+        assert error.param in (None, "image_url" if "frame" in way else "video_url")
         assert reason_of(raised.value) is reason
         assert "\n" not in error.message
         assert len(error.message) < 300
         messages.append(error.message)
+    for way, message in zip(ways, messages, strict=True):
+        if "frame" in way:
+            # Errors of libraries may differ.
+            told = message.partition(" (")[0].replace("an image", "a video")
+            assert told.replace("the image", "the video") == messages[0].partition(" (")[0]
     return messages[0]
 
 
@@ -204,5 +225,31 @@ def test_what_a_decoder_refuses_stays_as_it_says(monkeypatch: pytest.MonkeyPatch
         raise RefusedVideoError("no frames", reason=Reason.VIDEO_TOO_LARGE)
 
     monkeypatch.setattr(VideoMediaIO, "load_bytes", refuse)
-    told = refusal(f"data:video/mp4;base64,{ENCODED}", 400, Reason.VIDEO_TOO_LARGE)
+    url = f"data:video/mp4;base64,{ENCODED}"
+    told = refusal(url, 400, Reason.VIDEO_TOO_LARGE, WAYS[:2])
     assert told == "no frames"
+
+
+def damaged_images() -> dict[str, bytes]:
+    """Return files for which Pillow raises what vLLM does not catch."""
+    png, bmp = io.BytesIO(), io.BytesIO()
+    picture = Image.effect_noise((40, 50), 100)
+    picture.save(png, "PNG")
+    picture.save(bmp, "BMP")
+    chunk, size = bytearray(png.getvalue()), bytearray(bmp.getvalue())
+    begin = chunk.index(b"IDAT") - 4
+    length = int.from_bytes(chunk[begin : begin + 4], "big")
+    chunk[begin : begin + 4] = (length // 2).to_bytes(4, "big")
+    size[18:26] = (30000).to_bytes(4, "little") * 2
+    return {"a chunk's length": bytes(chunk), "its size": bytes(size), "text": b"hello"}
+
+
+@pytest.mark.parametrize("name", damaged_images())
+def test_an_image_that_cannot_be_decoded_is_a_bad_request(name: str) -> None:
+    data = base64.b64encode(damaged_images()[name]).decode()
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        fetch_by("fetch_frame_async", f"data:image/png;base64,{data}")
+    assert create_error_response(raised.value).error.code == 400
+    if name != "text":
+        assert "send it as JPEG or PNG" in str(raised.value)
+        assert reason_of(raised.value) is Reason.UNREADABLE_VIDEO

@@ -14,7 +14,7 @@ import openai
 import pytest
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-from bench import hostile_requests
+from bench.hostile_requests.command import main as send_hostile_requests
 from bench.numbered_clips import make_audio, make_clip
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.settings import DEFAULT_VIDEO_COMPRESSION
@@ -800,7 +800,7 @@ def test_processor_options_of_a_client_stay_refused(server: Server, clips: dict[
 def test_answers_beside_hostile_requests_stay_right(server: Server, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     arguments = ["--num-requests=40", "--concurrency=4", f"--json={result}"]
-    assert hostile_requests.main([f"--base-url=http://127.0.0.1:{server.port}", *arguments]) == 0
+    assert send_hostile_requests([f"--base-url=http://127.0.0.1:{server.port}", *arguments]) == 0
     statuses = json.loads(result.read_text())["statuses"]
     assert statuses["right"] == {"200": 4}
     assert statuses["ratio"].keys() == {"400"}

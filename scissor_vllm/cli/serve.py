@@ -23,6 +23,7 @@ from scissor_vllm.cli.options import (
     refuse,
 )
 from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
+from scissor_vllm.orphans import VARIABLE as END_WITH_PARENT
 from scissor_vllm.settings import VIDEO_LOADER
 from scissor_vllm.version_gate import reason_for_stock, warn_once
 
@@ -78,6 +79,16 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
         warn_once(exposed)
     command.validate(args)
     command.cmd(args)
+    return _status()
+
+
+def _status() -> int:
+    """Return the exit status of a server that has ended: 1 if its engine failed."""
+    from scissor_vllm.frontend.draining import ENGINE_FAILED
+
+    if ENGINE_FAILED.is_set():
+        logger.error("scissor_vllm: the engine failed, see above: start the server again")
+        return 1
     return 0
 
 
@@ -125,6 +136,7 @@ def set_environment(environment: MutableMapping[str, str]) -> None:
     A loader that the operator chose stays.
     """
     name_plugin(environment)
+    environment[END_WITH_PARENT] = "1"
     environment.setdefault("VLLM_VIDEO_LOADER_BACKEND", VIDEO_LOADER)
 
 

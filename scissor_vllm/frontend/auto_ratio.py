@@ -195,12 +195,14 @@ class AutoRatio:
         between = max(1, len(self.steps) - 2)
         self._shares = [low + (high - low) * i / between for i in range(len(self.steps) - 1)]
 
-    def choose(self, num_tokens: Sequence[int | None], elapsed: float) -> float:
+    def choose(self, num_tokens: Sequence[int | None], elapsed: float, least: float = 0.0) -> float:
         """Return the ratio of a request, which goes to the engine next.
 
         Args:
             num_tokens: N of its videos, None where that is not known.
             elapsed: seconds since it arrived.
+            least: that its videos allow. Where no ratio to choose from is enough, the highest is
+                returned.
         """
         with self._lock:
             now = self._clock()
@@ -216,15 +218,17 @@ class AutoRatio:
                 self._typical.observe(elapsed, sum(known) or self._typical.num_tokens)
             self._rate.observe(now, load.num_arrived)
             self._move(now)
-            ratio = self._highest_in_time(known, elapsed, load)
+            ratio = self._highest_in_time(known, elapsed, load, least)
             self._prepared.append((now, ratio * sum(known)))
             return ratio
 
-    def preview(self, num_tokens: Sequence[int | None], elapsed: float) -> float:
+    def preview(
+        self, num_tokens: Sequence[int | None], elapsed: float, least: float = 0.0
+    ) -> float:
         """Return what a request would get now that does not go to the engine."""
         with self._lock:
             known = [tokens for tokens in num_tokens if tokens is not None]
-            return self._highest_in_time(known, elapsed, self._load_of_all())
+            return self._highest_in_time(known, elapsed, self._load_of_all(), least)
 
     def record_first_tokens(
         self, num_prompts: int, num_tokens: int, longest: float = math.inf
@@ -284,7 +288,9 @@ class AutoRatio:
         left = self._target - self._typical.before - self._costs.seconds(1, num_tokens)
         return max(0.0, self._shares[level] * left)
 
-    def _highest_in_time(self, num_tokens: Sequence[int], elapsed: float, load: Load) -> float:
+    def _highest_in_time(
+        self, num_tokens: Sequence[int], elapsed: float, load: Load, least: float
+    ) -> float:
         """Return the highest ratio from the level on that the backlog leaves to a request.
 
         Where its first token is in time at none, compression is no remedy: the level's.
@@ -293,11 +299,11 @@ class AutoRatio:
             load.num_pending + load.num_prepared,
             load.num_pending_tokens + load.num_prepared_tokens,
         )
-        lowest = len(self.steps) - 1
-        index = self._level
+        lowest = max(0, sum(step >= least for step in self.steps) - 1)
+        index = min(self._level, lowest)
         while index < lowest and wait > self._most_wait(index):
             index += 1
-        for ratio in self.steps[index:]:
+        for ratio in self.steps[index : lowest + 1]:
             kept = sum(num_retained_tokens(count, ratio) for count in num_tokens)
             if elapsed + wait + self._costs.seconds(1, kept) <= self._target:
                 return ratio
@@ -339,11 +345,11 @@ def chooser(state: State, *, is_counted: bool) -> Chooser | None:
         return None
     arrival = time.monotonic()
 
-    def choose(num_tokens: Sequence[int | None]) -> float:
+    def choose(num_tokens: Sequence[int | None], least: float) -> float:
         elapsed = time.monotonic() - arrival
         if not is_counted:
-            return auto.preview(num_tokens, elapsed)
-        ratio = auto.choose(num_tokens, elapsed)
+            return auto.preview(num_tokens, elapsed, least)
+        ratio = auto.choose(num_tokens, elapsed, least)
         count_auto_choice(ratio)
         return ratio
 

@@ -20,7 +20,7 @@ from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 
 from scissor_vllm.frontend.auto_ratio import begin_auto, chooser
 from scissor_vllm.frontend.checks import check_request
-from scissor_vllm.frontend.draining import IN_FLIGHT, add_draining
+from scissor_vllm.frontend.draining import ENGINE_FAILED, IN_FLIGHT, add_draining
 from scissor_vllm.frontend.estimate import ESTIMATE_PATH, attach_estimate
 from scissor_vllm.frontend.guard import CHAT_PATH
 from scissor_vllm.frontend.image_runs import check_media_connector, compress_images
@@ -135,7 +135,7 @@ def init_state(engine_client: Any, state: State) -> None:
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
     state.auto_ratio = begin_auto(engine_client, state)
     if engine_client is not None and hasattr(state, IN_FLIGHT):
-        wait_before_shutdown(engine_client, state.in_flight)
+        wait_before_shutdown(engine_client, state.in_flight, ENGINE_FAILED.set)
     begin_requests_at_zero(state.retention_policy.method)
 
 

@@ -23,6 +23,8 @@ IN_FLIGHT = "in_flight"
 """Of an app's state: its :class:`InFlight`."""
 RETRY_AFTER_SECONDS = 5
 HEALTH_PATHS = ("/health", "/ping")
+ENGINE_FAILED = threading.Event()
+"""Set once the engine of this process's API server has failed, which ends the server."""
 _MARGIN_SECONDS = 2.0
 """Of the timeout, at most half of it: left for the server to close its connections."""
 _BODY = json.dumps(

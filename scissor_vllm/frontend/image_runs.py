@@ -22,9 +22,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from starlette.datastructures import State
 from vllm import envs
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaWithBytes
 
-from scissor_vllm.frontend.media import CONNECTOR
+from scissor_vllm.frontend.media import CONNECTOR, VideoMediaConnector
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request import RetentionRequest, image_url_of, is_video
 from scissor_vllm.frontend.video.limits import MAX_DECODE_BYTES_VARIABLE, max_decode_bytes
@@ -87,8 +87,10 @@ async def compress_images(request: RetentionRequest, state: State) -> None:
         state: of the app.
 
     Raises:
-        RefusedRequestError: no run of ``MIN_IMAGES``, or beyond a limit of the operator.
-        Exception: what vLLM raises for an image that it cannot fetch or decode.
+        RefusedRequestError: no run of ``MIN_IMAGES``, beyond a limit of the operator, or a URL that
+            is invalid or not allowed.
+        RefusedMediaError: an image cannot be fetched.
+        ValueError: what vLLM raises for an image that it cannot decode.
     """
     info = state.online_renderer.renderer.mm_processor.info
     num_frames_of_image = info.get_num_frames_of_image()
@@ -164,7 +166,7 @@ def _runs(stretches: list[Stretch], images: list[Image]) -> Iterator[Run]:
             first += len(run.images)
 
 
-def _connector(request: Any, state: State) -> MediaConnector:
+def _connector(request: Any, state: State) -> VideoMediaConnector:
     """Return the connector that vLLM would fetch the request's images by."""
     renderer = state.online_renderer
     config = renderer.model_config
@@ -173,7 +175,7 @@ def _connector(request: Any, state: State) -> MediaConnector:
         # vLLM refuses a request's own from other clients.
         params = request.build_chat_params(None, "auto")
         options = params.with_defaults(default_media_io_kwargs=options).media_io_kwargs
-    connector: MediaConnector = MEDIA_CONNECTOR_REGISTRY.load(
+    connector: VideoMediaConnector = MEDIA_CONNECTOR_REGISTRY.load(
         envs.VLLM_MEDIA_CONNECTOR,
         media_io_kwargs=options,
         allowed_local_media_path=config.allowed_local_media_path,
@@ -184,7 +186,7 @@ def _connector(request: Any, state: State) -> MediaConnector:
 
 
 async def _fetched(
-    urls: list[str], connector: MediaConnector, num_frames_of_image: int
+    urls: list[str], connector: VideoMediaConnector, num_frames_of_image: int
 ) -> list[Image]:
     """Return the images, fetched and decoded at the same time; the first failure ends all.
 
@@ -195,7 +197,7 @@ async def _fetched(
 
     async def fetch(url: str) -> Image:
         nonlocal num_bytes
-        image: Any = await connector.fetch_image_async(url)
+        image: Any = await connector.fetch_frame_async(url)
         width, height = image.media.size
         num_bytes += width * height * len(_MODE) * num_frames_of_image
         if num_bytes > limit:

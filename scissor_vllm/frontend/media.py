@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import binascii
 import copy
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from urllib.request import url2pathname
 
 import aiohttp
 import requests
+from PIL import Image
 from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
@@ -26,7 +29,6 @@ from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.metrics import Reason
 from scissor_vllm.retention import LOADED_MEDIA, RETENTION
 
-_PARAMETER = "video_url"
 CONNECTOR = "http"
 """vLLM's name for its default connector."""
 _BASE64 = ";base64,"
@@ -35,13 +37,34 @@ _MAX_MEDIA_TYPE = 1024
 _MAX_SHOWN = 80
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of media in errors."""
+
+    article: str
+    noun: str
+
+    @property
+    def parameter(self) -> str:
+        """Field of a message's part."""
+        return f"{self.noun}_url"
+
+    def __str__(self) -> str:
+        return f"{self.article} {self.noun}"
+
+
+_VIDEO, _IMAGE = _Kind("a", "video"), _Kind("an", "image")
+_UNREADABLE_IMAGE = (
+    *(SyntaxError, IndexError, TypeError, KeyError, EOFError, struct.error),
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for damaged files, beside the ``OSError`` that vLLM turns into a 400."""
+
+
 class RefusedMediaError(VLLMUnprocessableEntityError):
-    """A video cannot be fetched; vLLM answers it with 422, as it does for a remote 404."""
+    """Media cannot be fetched; vLLM answers it with 422, as it does for a remote 404."""
 
     reason = Reason.MEDIA_NOT_FETCHED
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, parameter=_PARAMETER)
 
 
 def register_media_connector() -> None:
@@ -79,48 +102,67 @@ class VideoMediaConnector(MediaConnector):
         """
         if video_url in self._loaded:
             return self._loaded.pop(video_url)
-        url = self._checked(video_url)
-        with _naming_errors(url):
-            return super(VideoMediaConnector, self._for_video()).fetch_video(url, **options)
+        url = self._checked(video_url, _VIDEO)
+        with _naming_errors(url, _VIDEO):
+            return super(VideoMediaConnector, self._checking_redirects(_VIDEO)).fetch_video(
+                url, **options
+            )
 
     async def fetch_video_async(self, video_url: str, **options: Any) -> Any:
         """Return the same; raises as ``fetch_video``."""
         if video_url in self._loaded:
             return self._loaded.pop(video_url)
-        url = self._checked(video_url)
-        with _naming_errors(url):
-            return await super(VideoMediaConnector, self._for_video()).fetch_video_async(
-                url, **options
-            )
+        url = self._checked(video_url, _VIDEO)
+        with _naming_errors(url, _VIDEO):
+            return await super(
+                VideoMediaConnector, self._checking_redirects(_VIDEO)
+            ).fetch_video_async(url, **options)
 
-    def _for_video(self) -> VideoMediaConnector:
+    async def fetch_frame_async(self, image_url: str) -> Any:
+        """Return an image that may become a frame; raises as ``fetch_video``.
+
+        Images that stay images are fetched as vLLM fetches them, with its errors.
+        """
+        url = self._checked(image_url, _IMAGE)
+        connector = self._checking_redirects(_IMAGE)
+        with _naming_errors(url, _IMAGE):
+            try:
+                return await super(VideoMediaConnector, connector).fetch_image_async(url)
+            except _UNREADABLE_IMAGE as error:
+                raise _refused(
+                    f"an image must be one that can be decoded ({error}): send it as JPEG or PNG",
+                    _IMAGE,
+                    Reason.UNREADABLE_VIDEO,
+                ) from error
+
+    def _checking_redirects(self, kind: _Kind) -> VideoMediaConnector:
         """Return a connector that follows redirects to allowed hosts only."""
         if not self.allowed_media_domains:
             return self
         connector = copy.copy(self)
-        connector.connection = _connection_to(tuple(self.allowed_media_domains))
+        connector.connection = _connection_to(tuple(self.allowed_media_domains), kind)
         return connector
 
-    def _checked(self, url: str) -> str:
+    def _checked(self, url: str, kind: _Kind) -> str:
         """Return the checked URL in the form that vLLM's connector takes."""
         if url[:5].lower() == "data:":
-            return _plain_data_url(url)
+            return _plain_data_url(url, kind)
         scheme, host = _scheme_and_host(url)
         if scheme == "file":
-            self._check_path(url)
+            self._check_path(url, kind)
         elif scheme not in ("http", "https") or not host:
             raise _refused(
-                f"a video's URL must be an http, https or data URL, got {url[:_MAX_SHOWN]!r}"
+                f"{kind}'s URL must be an http, https or data URL, got {url[:_MAX_SHOWN]!r}", kind
             )
         elif self.allowed_media_domains:
-            _check_host(host, self.allowed_media_domains)
+            _check_host(host, self.allowed_media_domains, kind)
         return url
 
-    def _check_path(self, url: str) -> None:
+    def _check_path(self, url: str, kind: _Kind) -> None:
         allowed = self.allowed_local_media_path
         path = Path(url2pathname(urlsplit(url).netloc + urlsplit(url).path))
         if allowed is None or allowed not in path.resolve().parents:
-            raise _not_allowed("this file: URL", "--allowed-local-media-path")
+            raise _not_allowed("this file: URL", "--allowed-local-media-path", kind)
 
 
 def _scheme_and_host(url: str) -> tuple[str, str | None]:
@@ -131,13 +173,14 @@ def _scheme_and_host(url: str) -> tuple[str, str | None]:
         return "", None
 
 
-def _plain_data_url(url: str) -> str:
+def _plain_data_url(url: str, kind: _Kind) -> str:
     """Return a data URL without media type parameters: browsers write commas into them."""
     end = url[:_MAX_MEDIA_TYPE].lower().find(_BASE64)
     if end < 0:
         raise _refused(
-            "a video's data URL must be data:TYPE;base64,DATA, got one that begins with "
-            f"{url[:32]!r}"
+            f"{kind}'s data URL must be data:TYPE;base64,DATA, got one that begins with "
+            f"{url[:32]!r}",
+            kind,
         )
     if "," not in url[:end] and url.startswith(_BASE64, end):
         return url
@@ -145,62 +188,78 @@ def _plain_data_url(url: str) -> str:
     return f"data:{media_type}{_BASE64}{url[end + len(_BASE64) :]}"
 
 
-def _check_host(host: str | None, allowed: Any) -> None:
+def _check_host(host: str | None, allowed: Any, kind: _Kind) -> None:
     if host not in allowed:
-        raise _not_allowed(f"the host {(host or '')[:_MAX_SHOWN]!r}", "--allowed-media-domains")
+        raise _not_allowed(
+            f"the host {(host or '')[:_MAX_SHOWN]!r}", "--allowed-media-domains", kind
+        )
 
 
-def _not_allowed(what: str, option: str) -> RefusedRequestError:
+def _not_allowed(what: str, option: str, kind: _Kind) -> RefusedRequestError:
     return _refused(
-        f"{what} is not allowed by {option} of this server: send the video as a data URL",
+        f"{what} is not allowed by {option} of this server: send the {kind.noun} as a data URL",
+        kind,
         Reason.MEDIA_NOT_ALLOWED,
     )
 
 
-def _refused(message: str, reason: Reason = Reason.MEDIA_NOT_FETCHED) -> RefusedRequestError:
-    return RefusedRequestError(message, parameter=_PARAMETER, reason=reason)
+def _refused(
+    message: str, kind: _Kind, reason: Reason = Reason.MEDIA_NOT_FETCHED
+) -> RefusedRequestError:
+    return RefusedRequestError(message, parameter=kind.parameter, reason=reason)
 
 
 @contextmanager
-def _naming_errors(url: str) -> Iterator[None]:
+def _naming_errors(url: str, kind: _Kind) -> Iterator[None]:
     """Raise errors of the client or of the remote host as 4xx errors."""
+    fetching = _fetching(url, kind)
+
+    def failed(cause: str) -> RefusedMediaError:
+        return RefusedMediaError(f"{fetching} {cause}: {_REMEDY}", parameter=kind.parameter)
+
     try:
         yield
     except RefusedMediaError:
         raise
     except binascii.Error as error:
-        raise _refused(f"a video's data must be in base64 ({error}): encode it anew") from error
+        raise _refused(
+            f"{kind}'s data must be in base64 ({error}): encode it anew", kind
+        ) from error
     except VLLMUnprocessableEntityError as error:
         cause = str(error.args[0]).removeprefix("Failed to fetch media from URL: ")
-        raise RefusedMediaError(f"{_fetched(url)} failed ({cause}): {_REMEDY}") from error
+        raise failed(f"failed ({cause})") from error
     except (aiohttp.ClientResponseError, requests.HTTPError) as error:
         status = getattr(error, "status", None) or getattr(error.response, "status_code", "?")  # type: ignore[union-attr]
-        raise RefusedMediaError(f"{_fetched(url)} failed (HTTP {status}): {_REMEDY}") from error
+        raise failed(f"failed (HTTP {status})") from error
     except TimeoutError as error:
-        raise RefusedMediaError(f"{_fetched(url)} took too long: {_REMEDY}") from error
+        raise failed("took too long") from error
     except (aiohttp.ClientError, requests.RequestException, OSError) as error:
-        cause = type(error).__name__
-        raise RefusedMediaError(f"{_fetched(url)} failed ({cause}): {_REMEDY}") from error
+        raise failed(f"failed ({type(error).__name__})") from error
 
 
 _REMEDY = "send a URL that this server can read, or a data URL"
 
 
-def _fetched(url: str) -> str:
-    host = urlsplit(url).hostname
-    return f"fetching the video from {host[:_MAX_SHOWN]}" if host else "reading the video's file"
+def _fetching(url: str, kind: _Kind) -> str:
+    _, host = _scheme_and_host(url)
+    return (
+        f"fetching the {kind.noun} from {host[:_MAX_SHOWN]}"
+        if host
+        else f"reading the {kind.noun}'s file"
+    )
 
 
 @lru_cache(maxsize=8)
-def _connection_to(allowed: tuple[str, ...]) -> HTTPConnection:
+def _connection_to(allowed: tuple[str, ...], kind: _Kind) -> HTTPConnection:
     """Return a connection that follows redirects to these hosts only."""
-    return _CheckedConnection(allowed)
+    return _CheckedConnection(allowed, kind)
 
 
 class _CheckedConnection(HTTPConnection):
-    def __init__(self, allowed: tuple[str, ...]) -> None:
+    def __init__(self, allowed: tuple[str, ...], kind: _Kind) -> None:
         super().__init__()
         self._allowed = allowed
+        self._kind = kind
         self._async_client: aiohttp.ClientSession | None = None
 
     def get_sync_client(self) -> requests.Session:
@@ -225,4 +284,5 @@ class _CheckedConnection(HTTPConnection):
         self._check_target(str(redirect.url), target)
 
     def _check_target(self, url: str, location: str) -> None:
-        _check_host(urlsplit(urljoin(url, location)).hostname, self._allowed)
+        host = urlsplit(urljoin(url, location)).hostname
+        _check_host(host, self._allowed, self._kind)

@@ -158,7 +158,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 for count, length in zip(num_tokens, num_images, strict=True)
                 if count is not None and length > 0
             ]
-            ratio = max(ratio(num_tokens), *least, 0.0)
+            ratio = ratio(num_tokens, max(least, default=0.0))
         try:
             counts = count_retained(num_tokens, ratio, budget, policy.min_ratio, num_images)
         except RatioTooSmallError as error:

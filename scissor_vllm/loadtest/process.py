@@ -28,6 +28,8 @@ def running_server(
     log: Path,
     timeout_seconds: float,
     environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    health_path: str = "/health",
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """Yield the base URL, without ``/v1``, of a server that answers; it is stopped at the end.
@@ -39,6 +41,8 @@ def running_server(
         log: file for the output.
         timeout_seconds: time limit for the first answer.
         environment: additional variables.
+        folder: in which it is started; None for this process's.
+        health_path: that answers 200 once it is up.
         on_wait: called twice a second until the server answers.
 
     Raises:
@@ -57,11 +61,12 @@ def running_server(
             stderr=output,
             start_new_session=True,
             env={**os.environ, **(environment or {})},
+            cwd=folder,
         )
         try:
             base_url = f"http://127.0.0.1:{port}"
             begin = time.monotonic()
-            while not _is_healthy(base_url):
+            while not _is_healthy(f"{base_url}{health_path}"):
                 waited = time.monotonic() - begin
                 if process.poll() is not None or waited > timeout_seconds:
                     state = "ended" if process.poll() is not None else "is not up"
@@ -93,9 +98,9 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _is_healthy(base_url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{base_url}/health", timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -1,0 +1,1 @@
+"""Thousands of requests that a server must refuse, beside others that it must answer right."""

@@ -1,0 +1,73 @@
+"""A child of a server's process ends once its parent was killed, and no other process does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from scissor_vllm.orphans import VARIABLE, end_with_parent
+
+
+def child(pids: Connection) -> None:
+    end_with_parent()
+    pids.send(os.getpid())
+    time.sleep(60)
+
+
+def parent(pids: Connection, method: str, num_children: int) -> None:
+    context: Any = multiprocessing.get_context(method)
+    for _ in range(num_children):
+        context.Process(target=child, args=(pids,)).start()
+    time.sleep(60)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("is_server", [True, False])
+def test_children_of_a_server_end_with_it(
+    monkeypatch: pytest.MonkeyPatch, method: str, is_server: bool
+) -> None:
+    if is_server:
+        monkeypatch.setenv(VARIABLE, "1")
+    else:
+        monkeypatch.delenv(VARIABLE, raising=False)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    # Not a daemon, which may have no children.
+    started = multiprocessing.get_context("spawn").Process(target=parent, args=(sender, method, 2))
+    started.start()
+    children = [receiver.recv() for _ in range(2)]
+    try:
+        time.sleep(1.5)
+        assert all(map(is_running, children))
+        started.kill()
+        started.join(10)
+        deadline = time.monotonic() + (20 if is_server else 3)
+        while any(map(is_running, children)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert any(map(is_running, children)) != is_server
+    finally:
+        for pid in filter(is_running, children):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_process_that_no_process_of_python_started_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: None)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+    end_with_parent()
