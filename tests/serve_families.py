@@ -61,12 +61,17 @@ GPU_OPTIONS = (
     # Servers side by side: each says what it takes, instead of measuring what the others leave.
     "--gpu-memory-utilization=0.05",
     f"--kv-cache-memory-bytes={2 << 30}",
+    # Tiny models gain nothing by it.
+    "--no-enable-flashinfer-autotune",
 )
 GPU_ENVIRONMENT = {
     # FlashInfer's kernels are built at the first start, which takes minutes.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # So are those that torch.compile makes of a video processor.
     "TORCHDYNAMO_DISABLE": "1",
+    # Triton compiles 88 configurations of six kernels of Qwen3.5, which takes 100 s. The first one
+    # of each kernel takes 6 s for all, and any configuration gives a right answer.
+    "VLLM_TRITON_FORCE_FIRST_CONFIG": "1",
 }
 GRAPHS = json.dumps(
     {
