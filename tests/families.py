@@ -297,13 +297,14 @@ def _answer_chat(llm: Any, params: Any, fields: dict[str, Any]) -> dict[str, Any
 def _as_json(output: Any) -> dict[str, Any]:
     """Return vLLM's ``RequestOutput`` as the fields of an :class:`Answer`."""
     (completion,) = output.outputs
-    steps = zip(completion.token_ids, completion.logprobs, strict=True)
+    logprobs = completion.logprobs or []  # An encode-only instance has none, and a made-up token.
+    tokens = list(completion.token_ids)[: len(logprobs)]
     return {
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_cached_tokens": output.num_cached_tokens,
-        "tokens": list(completion.token_ids),
-        "logprobs": [step[token].logprob for token, step in steps],
-        "first": {token: each.logprob for token, each in completion.logprobs[0].items()},
+        "tokens": tokens,
+        "logprobs": [step[token].logprob for token, step in zip(tokens, logprobs, strict=True)],
+        "first": {token: each.logprob for step in logprobs[:1] for token, each in step.items()},
     }
 
 
