@@ -777,7 +777,7 @@ FAMILIES = [
     *("llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
     *("glm4v", "internvl", "gemma4", "nemotron"),
 ]
-"""All but LLaVA-OneVision, which is the demo's."""
+"""All but LLaVA-OneVision, which is the demo's: servers of it are tested."""
 VARIANTS = [
     *("qwen3_5_moe", "glm46v", "internvl_chat", "nemotron_omni"),
     *("cosmos3", "exaone4_5", "interns2_preview"),
@@ -816,6 +816,7 @@ def tiny_families(folder: Path) -> dict[str, Family]:
     }
     one_video = {"mixed": (PICTURE, WIDE)}
     made: dict[str, tuple[Callable[[Path], Any], Mapping[Media, int], dict[str, Any]]] = {
+        "llava_onevision": (build_llava_onevision, of_llava, one_video),
         "llava_next_video": (build_llava_next_video, of_llava, {"mixed": ()}),
         "qwen2_vl": (qwen2_vl.build_qwen2_vl, of_qwen2_5, {}),
         "qwen2_5_vl": (build_qwen2_5_vl, of_qwen2_5, {}),
