@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -296,13 +297,14 @@ def _answer_chat(llm: Any, params: Any, fields: dict[str, Any]) -> dict[str, Any
 def _as_json(output: Any) -> dict[str, Any]:
     """Return vLLM's ``RequestOutput`` as the fields of an :class:`Answer`."""
     (completion,) = output.outputs
-    steps = zip(completion.token_ids, completion.logprobs, strict=True)
+    logprobs = completion.logprobs or []  # An encode-only instance has none, and a made-up token.
+    tokens = list(completion.token_ids)[: len(logprobs)]
     return {
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_cached_tokens": output.num_cached_tokens,
-        "tokens": list(completion.token_ids),
-        "logprobs": [step[token].logprob for token, step in steps],
-        "first": {token: each.logprob for token, each in completion.logprobs[0].items()},
+        "tokens": tokens,
+        "logprobs": [step[token].logprob for token, step in zip(tokens, logprobs, strict=True)],
+        "first": {token: each.logprob for step in logprobs[:1] for token, each in step.items()},
     }
 
 
@@ -592,6 +594,36 @@ def build_draft(folder: Path, target: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def build_with_mtp(folder: Path, target: Path) -> None:
+    """Copy a checkpoint of Qwen3.5, and give it a layer that predicts a second token.
+
+    The layer is a copy of the language model's last one, which has full attention.
+    """
+    shutil.copytree(target, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    text = config["text_config"]
+    text["mtp_num_hidden_layers"] = 1
+    path.write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    last = f"layers.{text['num_hidden_layers'] - 1}."
+    width = text["hidden_size"]
+    drawn = torch.randn(width, 2 * width, generator=torch.Generator().manual_seed(0))
+    weights |= {
+        **{
+            f"mtp.layers.0.{name.split(last)[1]}": weight.clone()
+            for name, weight in weights.items()
+            if f"language_model.{last}" in name
+        },
+        "mtp.fc.weight": (drawn / width**0.5).to(next(iter(weights.values())).dtype),
+        **{
+            f"mtp.{norm}.weight": torch.zeros(width)  # Qwen3.5 adds 1.
+            for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")
+        },
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _store_experts_as_the_hub_does(path: Path) -> None:
     """Swap the last two axes of experts' weights: transformers 5 saves them the other way, which
     vLLM 0.32 does not load.
@@ -742,10 +774,10 @@ LARGE_STEPS = {"max_num_batched_tokens": 512}
 
 
 FAMILIES = [
-    *("llava_next_video", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
+    *("llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
     *("glm4v", "internvl", "gemma4", "nemotron"),
 ]
-"""All but LLaVA-OneVision, which is the demo's."""
+"""All but LLaVA-OneVision, which is the demo's: servers of it are tested."""
 VARIANTS = [
     *("qwen3_5_moe", "glm46v", "internvl_chat", "nemotron_omni"),
     *("cosmos3", "exaone4_5", "interns2_preview"),
@@ -757,10 +789,10 @@ def tiny_families(folder: Path) -> dict[str, Family]:
     """Return a model of each family, to be written below a folder.
 
     With Qwen-VL and GLM a temporal patch holds two frames; the seventh of TALL is doubled. Their
-    sizes in tokens are 10 x 6, 4 x 14 and 6 x 6 with Qwen2.5-VL and GLM, 10 x 6, 4 x 12 and 5 x 5
-    with Qwen3-VL.
+    sizes in tokens are 10 x 6, 4 x 14 and 6 x 6 with Qwen2-VL, Qwen2.5-VL and GLM, 10 x 6, 4 x 12
+    and 5 x 5 with Qwen3-VL.
     """
-    from tests.tiny_models import gemma4, glm4v, internvl, nemotron, qwen3_5
+    from tests.tiny_models import gemma4, glm4v, internvl, nemotron, qwen2_vl, qwen3_5
 
     of_llava = {media: media.num_frames * 16 for media in (WIDE, TALL, SHORT)}
     of_pairs = {media: (media.num_frames + 1) // 2 * 16 for media in (WIDE, TALL, SHORT)}
@@ -784,7 +816,9 @@ def tiny_families(folder: Path) -> dict[str, Family]:
     }
     one_video = {"mixed": (PICTURE, WIDE)}
     made: dict[str, tuple[Callable[[Path], Any], Mapping[Media, int], dict[str, Any]]] = {
+        "llava_onevision": (build_llava_onevision, of_llava, one_video),
         "llava_next_video": (build_llava_next_video, of_llava, {"mixed": ()}),
+        "qwen2_vl": (qwen2_vl.build_qwen2_vl, of_qwen2_5, {}),
         "qwen2_5_vl": (build_qwen2_5_vl, of_qwen2_5, {}),
         "qwen3_vl": (build_qwen3_vl, of_qwen3, {}),
         "qwen3_5": (qwen3_5.build_qwen3_5, of_qwen3, recurrent),

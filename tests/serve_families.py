@@ -35,7 +35,7 @@ import torch
 from bench.numbered_clips import make_clip
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.loadtest.record import environment, write_json
-from tests.families import build_llava_onevision, marks_of, tiny_families
+from tests.families import marks_of, tiny_families
 from tests.preloaded import SMALL
 from tests.serving import SCISSOR, Server, serving
 from tests.tiny_models.spread import LOAD_FORMAT
@@ -61,12 +61,17 @@ GPU_OPTIONS = (
     # Servers side by side: each says what it takes, instead of measuring what the others leave.
     "--gpu-memory-utilization=0.05",
     f"--kv-cache-memory-bytes={2 << 30}",
+    # Tiny models gain nothing by it.
+    "--no-enable-flashinfer-autotune",
 )
 GPU_ENVIRONMENT = {
     # FlashInfer's kernels are built at the first start, which takes minutes.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # So are those that torch.compile makes of a video processor.
     "TORCHDYNAMO_DISABLE": "1",
+    # Triton compiles 88 configurations of six kernels of Qwen3.5, which takes 100 s. The first one
+    # of each kernel takes 6 s for all, and any configuration gives a right answer.
+    "VLLM_TRITON_FORCE_FIRST_CONFIG": "1",
 }
 GRAPHS = json.dumps(
     {
@@ -96,20 +101,17 @@ def enlarged(config: dict[str, Any]) -> dict[str, Any]:
     for rope in (text.get("rope_parameters"), text.get("rope_scaling")):
         if rope and rope.get("mrope_section"):
             rope["mrope_section"] = [factor * size for size in rope["mrope_section"]]
-    if "out_hidden_size" in config.get("vision_config", {}):
-        config["vision_config"]["out_hidden_size"] = text["hidden_size"]
+    vision = config.get("vision_config", {})
+    if "out_hidden_size" in vision:
+        vision["out_hidden_size"] = text["hidden_size"]
+    if "embed_dim" in vision:  # Qwen2-VL's
+        vision["hidden_size"] = text["hidden_size"]
     return config
 
 
 def build(name: str, folder: Path) -> Path:
     """Write a family's checkpoint without weights, at a GPU's sizes, and its chat template."""
-    families = tiny_families(folder)
-    if name in families:
-        place = families[name].folder
-    else:
-        place = folder / name
-        place.mkdir()
-        build_llava_onevision(place)
+    place = tiny_families(folder)[name].folder
     for weights in place.glob("*.safetensors*"):
         weights.unlink()
     path = place / "config.json"
@@ -247,8 +249,7 @@ def serve_family(name: str, *, concurrency: int, seconds: float) -> dict[str, An
         model = build(name, place)
         config = json.loads((model / "config.json").read_text())
         row: dict[str, Any] = {"family": name, "architecture": config["architectures"][0]}
-        one_video = not tiny_families(place)[name].mixed if name in tiny_families(place) else False
-        asked = questions(place, has_pictures=not one_video)
+        asked = questions(place, has_pictures=bool(tiny_families(place)[name].mixed))
         for number, (command, variables) in enumerate(commands(name, model)):
             begin = time.monotonic()
             log = place / "log"
@@ -341,7 +342,7 @@ def as_line(row: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Serve families; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    everything = ["llava_onevision", *tiny_families(Path())]
+    everything = list(tiny_families(Path()))
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(everything))
     parser.add_argument("--output", type=Path, help="file for the rows")
     parser.add_argument("--concurrency", type=int, default=32)

@@ -1,5 +1,5 @@
 """Each family on a real engine beside stock vLLM: exactly K tokens, and positions right whatever
-vLLM does with a prompt. (LLaVA-OneVision is the demo's: ``test_server.py``, ``test_plugin.py``.)
+vLLM does with a prompt. (Of LLaVA-OneVision, the demo's, ``test_server.py`` has most of them.)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tests.families import (
     Question,
     ask,
     build_draft,
+    build_with_mtp,
     largest_difference,
     observe,
 )
@@ -25,7 +26,10 @@ NUM_BEHIND = 24
 
 
 @pytest.fixture(
-    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+    params=[
+        *FAMILIES,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_onevision", *VARIANTS)),
+    ]
 )
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     return families[request.param]
@@ -138,6 +142,29 @@ def test_a_draft_model_that_reads_the_same_rows_changes_no_answer(
     assert observed.counters["spec_decode_num_draft_tokens"] > 0
     for question, answer in zip(questions, observed.answers[0], strict=True):
         assert largest_difference(answer, family.whole[question]) < 1e-4, question
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"], indirect=True)
+def test_a_layer_that_predicts_two_tokens_reads_the_same_rows_and_changes_no_answer(
+    family: Family, tmp_path: Path
+) -> None:
+    build_with_mtp(tmp_path / "mtp", family.folder)
+    questions = [each for each in [*family.single, *family.several] if each.ratio != 1.0]
+    observed = observe(
+        tmp_path / "mtp",
+        [questions],
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        max_num_seqs=8,
+        num_tokens=family.num_answered,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 2},
+        disable_log_stats=False,
+        **{**family.options, **family.chunk},
+    )
+    assert observed.counters["spec_decode_num_draft_tokens"] > 0
+    for question, answer in zip(questions, observed.answers[0], strict=True):
+        assert largest_difference(answer, family.whole[question]) < family.tolerance, question
 
 
 @pytest.mark.slow

@@ -20,10 +20,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.frontend.frame_cache import FRAMES
-from scissor_vllm.models import IMAGE_RUN_MODELS
+from scissor_vllm.models import IMAGE_RUN_MODELS, MODELS
 from scissor_vllm.plugin import register
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_TEXT
 from tests.families import (
@@ -302,3 +303,6 @@ def test_text_within_a_video_goes_to_the_worker_with_a_compressed_video_alone(
         (tokens,) = processors.placeholders(processors.ask_stock(SHORT))
         ids = [token for token in tokens if token != processors.pad]
         assert item[VIDEO_TEXT].data[0].tolist() == ids
+        (architecture,) = processors.ours.info.ctx.model_config.architectures
+        model = resolve_obj_by_qualname(MODELS[architecture].replace(":", "."))
+        assert model.has_text_within == bool(ids)

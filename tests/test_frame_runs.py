@@ -111,6 +111,19 @@ def test_a_server_that_prunes_as_well_does_not_start(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
+def test_without_a_language_model_no_family_with_text_in_its_videos_starts(
+    architecture: str,
+) -> None:
+    model = resolve_obj_by_qualname(MODELS[architecture].replace(":", "."))
+    if not getattr(model, "has_text_within", False):
+        pytest.skip("its videos have no text")
+    alone = MultiModalConfig(mm_encoder_only=True)
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(get_multimodal_config=lambda: alone))
+    with pytest.raises(ValueError, match=r"an encode-only instance .* use ec_role ec_both"):
+        model(vllm_config=config)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
 def test_a_model_forgets_its_features_when_the_encoder_cache_is_reset(architecture: str) -> None:
     model = resolve_obj_by_qualname(MODELS[architecture].replace(":", "."))
     forgotten: list[str] = []

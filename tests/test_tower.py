@@ -316,6 +316,7 @@ def counted() -> dict[str, float]:
     }
 
 
-def test_instances_that_send_embeddings_to_each_other_do_not_start() -> None:
-    with pytest.raises(ValueError, match="--ec-transfer-config and scissor_vllm exclude"):
-        make_compression(transfer=SimpleNamespace(is_ec_producer=True))
+def test_a_connector_that_sizes_rows_beforehand_ends_the_start() -> None:
+    make_compression(transfer=SimpleNamespace(ec_connector="ECExampleConnector"))
+    with pytest.raises(ValueError, match=r"must be ECExampleConnector with .*, got ECMoonc"):
+        make_compression(transfer=SimpleNamespace(ec_connector="ECMooncakeConnector"))

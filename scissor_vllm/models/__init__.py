@@ -29,6 +29,7 @@ _MODULES = {
     "NemotronH_Nano_VL_V2": "nemotron_nano_vl",
     "NemotronH_Omni_Reasoning_V3": "nemotron_nano_vl:NemotronH_Nano_VL_V2",
     "NemotronH_Super_Omni_Reasoning_V3": "nemotron_nano_vl:NemotronH_Nano_VL_V2",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",

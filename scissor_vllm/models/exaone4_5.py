@@ -32,3 +32,5 @@ class Exaone4_5_ForConditionalGeneration(  # noqa: N801
     PatchGridModel, stock.Exaone4_5_ForConditionalGeneration
 ):
     """Encodes a video to exactly K rows."""
+
+    has_text_within = False

@@ -13,7 +13,7 @@ The processor sends the text with the video (``VIDEO_TEXT``), so a worker needs 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature
@@ -178,13 +178,23 @@ class FrameRunsModel:
 
     video_compression: VideoCompression
 
-    def _check_no_pruning(self, vllm_config: VllmConfig) -> None:
-        """Raise ValueError if vLLM prunes videos on its own."""
+    has_text_within: ClassVar[bool] = True
+    """Whether text stands within a video. Its rows are the language model's embeddings."""
+
+    def _check_options(self, vllm_config: VllmConfig) -> None:
+        """Raise ValueError if vLLM prunes videos, or has no embeddings for text within them."""
         mm_config = vllm_config.model_config.get_multimodal_config()
         if mm_config.is_multimodal_pruning_enabled():
             raise ValueError(
                 "--video-pruning-rate and scissor_vllm exclude each other: leave the first out and "
                 "send a retention_ratio, or start vLLM with VLLM_PLUGINS= to prune"
+            )
+        if self.has_text_within and mm_config.mm_encoder_only:
+            raise ValueError(
+                "an encode-only instance (--mm-encoder-only, or ec_role ec_producer) loads no "
+                "language model, whose embeddings this model's videos need for the text within "
+                "them: use ec_role ec_both, or start vLLM with VLLM_PLUGINS= to serve without "
+                "ratios"
             )
 
     def forget_encoded(self) -> None:
@@ -246,7 +256,7 @@ class SequentialFrameRunsModel(FrameRunsModel):
     """Mixin of a model with 1-D positions, whose tower takes a video's frames one by one."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        self._check_no_pruning(vllm_config)
+        self._check_options(vllm_config)
         forget_with_encoder_cache()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)

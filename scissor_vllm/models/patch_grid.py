@@ -157,7 +157,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
-        self._check_no_pruning(vllm_config)
+        self._check_options(vllm_config)
         # Before the layers are made: some size their table of rotations by the answer. Positions
         # continue after the whole video, however few tokens are kept.
         ask_model_for_positions(model_config)

@@ -38,6 +38,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801
 ):
     """Encodes a video to exactly K rows."""
 
+    has_text_within = False
     place_fields = (*PatchGridModel.place_fields, "second_per_grid_ts")
 
     _aligned_mlps: Any = None

@@ -82,6 +82,28 @@ def adapts_tower(vllm_config: VllmConfig) -> bool:
     return lora is not None and bool(lora.enable_tower_connector_lora)
 
 
+CONNECTORS = ("ECExampleConnector",)
+"""vLLM's connectors of encoder outputs that carry rows of any width."""
+
+
+def check_connector(vllm_config: VllmConfig) -> None:
+    """Raise ValueError if the engine exchanges embeddings by a connector that cannot carry rows.
+
+    vLLM's other connectors size a transfer by the width of an uncompressed row, measured at
+    startup. Rows that carry positions are wider.
+    """
+    transfer = vllm_config.ec_transfer_config
+    connector = None if transfer is None else transfer.ec_connector
+    if connector is None or connector in CONNECTORS:
+        return
+    raise ValueError(
+        f"ec_connector of --ec-transfer-config must be {' or '.join(CONNECTORS)} with "
+        f"scissor_vllm, got {connector}: it sizes a transfer by uncompressed rows, and a "
+        "compressed video's are wider; change it, or start vLLM with VLLM_PLUGINS= to serve "
+        "without ratios"
+    )
+
+
 class VideoCompression:
     """Compresses videos one by one: pixels in, K rows of each video out.
 
@@ -99,16 +121,9 @@ class VideoCompression:
             tokens_per_frame: P, of videos that do not name theirs.
 
         Raises:
-            ValueError: the engine sends embeddings to other instances.
+            ValueError: the engine exchanges embeddings by a connector that cannot carry its rows.
         """
-        if vllm_config.ec_transfer_config is not None:
-            # vLLM's connectors size a transfer by the width of an uncompressed row, measured at
-            # startup. Rows that carry positions or text are wider.
-            raise ValueError(
-                "--ec-transfer-config and scissor_vllm exclude each other: a compressed video's "
-                "rows are wider than what vLLM measures for its transfers; leave the first out, "
-                "or start vLLM with VLLM_PLUGINS= to serve without ratios"
-            )
+        check_connector(vllm_config)
         mm_config = vllm_config.model_config.get_multimodal_config()
         policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         self.method = policy.method
