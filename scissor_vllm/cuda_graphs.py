@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 def captured(
     launch: Callable[[], None],
-    pool: tuple[int, int],
+    pool: Any,
     stream: torch.cuda.Stream,
     kind: object,
 ) -> torch.cuda.CUDAGraph | None:
@@ -20,7 +21,7 @@ def captured(
 
     Args:
         launch: launches kernels on the current stream, without a host synchronization.
-        pool: of the graph's memory, shared with graphs that run one after the other.
+        pool: ``torch.cuda.graph_pool_handle()``, shared with graphs that run one after the other.
         stream: to capture on; the current stream's earlier work comes before.
         kind: what the log calls the launches.
     """
