@@ -144,9 +144,10 @@ def compress_by_linkage(
 ) -> CompressedTokens:
     """Return tokens merged by average linkage inside windows, one picture of rows after another.
 
-    A row stands at the place, in a frame, of its middle member. With fewer rows than windows, runs of consecutive windows share a row, in K runs as equally
-    long as can be. On a GPU with Triton the host does not wait for the device; tokens that are not
-    finite then count as zeros.
+    Each window's rows are in the order of their middle members' places in a frame. With fewer rows
+    than windows, runs of consecutive windows share a row, in K runs as equally long as can be. On a
+    GPU with Triton the host does not wait for the device; tokens that are not finite then count as
+    zeros.
 
     Args:
         tokens: (T, P, D) floating, one video; N = T*P. Not modified.
