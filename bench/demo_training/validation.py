@@ -56,14 +56,15 @@ def make_batches(
 ) -> list[ValidationBatch]:
     """Return clips that take turns among the skills, each asked about its skill alone.
 
-    Skills that need longer clips are left out.
+    Skills that need longer clips are left out. Seeds in steps of the number of skills have one
+    skill.
     """
     encoder = Encoder(tokenizer)
     skills = [skill for skill in SKILLS if MIN_NUM_FRAMES[skill] <= num_frames]
     batches = []
-    for begin in range(seeds.start, seeds.stop, batch_size):
+    for begin in range(0, len(seeds), batch_size):
         scenes, rows = [], []
-        for seed in range(begin, min(begin + batch_size, seeds.stop)):
+        for seed in seeds[begin : begin + batch_size]:
             skill = skills[seed % len(skills)]
             scene = sample_scene(seed, skill, num_frames)
             asked = ask(scene, seed, skill)

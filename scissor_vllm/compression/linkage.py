@@ -9,6 +9,9 @@ Exponent 0 is average linkage; 1 weighs groups as Ward's method does. The merges
 sorted by height, are one tree. The N - K lowest merges leave exactly K groups, so one tree serves
 every K. A row is the mean of its group's tokens.
 
+Rows are in the order of windows, and inside a window in the order of a frame's places: a window's
+rows are one picture. Language models read places off the order of rows.
+
 Every round joins all pairs of groups that are each other's nearest. The heights never fall from a
 child to its parent, so this gives the tree of the textbook algorithm, which joins one pair at a
 time. Source: reciprocal nearest neighbours, F. Murtagh, "A Survey of Recent Advances in
@@ -28,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from scissor_vllm.compression.result import CompressedTokens
-from scissor_vllm.compression.sums import means
+from scissor_vllm.compression.sums import means, sizes
 from scissor_vllm.compression.validation import check_num_retained, check_tokens, checked_frames
 
 WINDOW_FRAMES = 4
@@ -139,11 +142,12 @@ def compress_by_linkage(
     window_frames: int = WINDOW_FRAMES,
     ward_exponent: float = 0.0,
 ) -> CompressedTokens:
-    """Return tokens merged by average linkage inside windows, in order of their first members.
+    """Return tokens merged by average linkage inside windows, one picture of rows after another.
 
-    With fewer rows than windows, runs of consecutive windows share a row, in K runs as equally
-    long as can be. On a GPU with Triton the host does not wait for the device; tokens that are not
-    finite then count as zeros.
+    Each window's rows are in the order of their middle members' places in a frame. With fewer rows
+    than windows, runs of consecutive windows share a row, in K runs as equally long as can be. On a
+    GPU with Triton the host does not wait for the device; tokens that are not finite then count as
+    zeros.
 
     Args:
         tokens: (T, P, D) floating, one video; N = T*P. Not modified.
@@ -210,7 +214,8 @@ def cut(tree: LinkageTree, tokens: torch.Tensor, num_retained: int) -> Compresse
             f"the tree has {len(tree.parent)} tokens and the video {num_tokens}: cut a tree with "
             "the tokens that it was made of"
         )
-    part = _groups(tree, num_retained)
+    groups = _groups(tree, num_retained)
+    part = _in_order_of_places(groups, num_retained, tokens.shape[1], tree.window_tokens)
     flat = tokens.detach().reshape(num_tokens, -1)
     cuda = _cuda_kernels(tokens.device)
     if cuda is not None:
@@ -248,6 +253,31 @@ def _groups(tree: LinkageTree, num_groups: int) -> torch.Tensor:
     for _ in range(min(tree.window_tokens, len(token)).bit_length()):
         root = root[root]
     return (torch.cumsum(root == token, 0) - 1)[root]
+
+
+def _in_order_of_places(
+    groups: torch.Tensor, num_groups: int, per_frame: int, window_tokens: int
+) -> torch.Tensor:
+    """Return the groups (N,) int64 numbered by window, then by the place of their middle member.
+
+    A token's place is its number in its frame. The middle member is the lower median of a group's
+    members by place. Groups of one window and place keep their order. No host synchronization.
+
+    Args:
+        groups: (N,) int64 in 0..K-1, none of them empty.
+        num_groups: K.
+        per_frame: P, the places of a frame.
+        window_tokens: tokens of a window. Lower groups have lower windows.
+    """
+    place = torch.arange(len(groups), device=groups.device) % per_frame
+    by_place = torch.argsort(groups * per_frame + place, stable=True)
+    count = sizes(groups, num_groups)
+    middle = by_place[torch.cumsum(count, 0) - count + (count - 1) // 2]
+    key = middle // window_tokens * per_frame + middle % per_frame
+    order = torch.argsort(key, stable=True)
+    number = torch.empty_like(order)
+    number[order] = torch.arange(num_groups, device=order.device)
+    return number[groups]
 
 
 def _window_tokens(num_frames: int, per_frame: int, window_frames: int) -> int:
