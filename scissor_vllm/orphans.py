@@ -20,7 +20,10 @@ _watched: set[int] = set()
 
 
 def end_with_parent() -> None:
-    """Have this process, if a server's process started it, end once its parent is gone."""
+    """Have this process, if a server's process started it, end once its parent is gone.
+
+    vLLM starts processes by fork or spawn.
+    """
     parent = multiprocessing.parent_process()
     is_of_server = os.environ.get(VARIABLE) not in (None, str(os.getpid()))
     if not is_of_server or parent is None or os.getpid() in _watched:

@@ -37,7 +37,7 @@ def is_running(pid: int) -> bool:
         return file.read().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", "fork"])
 @pytest.mark.parametrize("is_server", [True, False])
 def test_children_of_a_server_end_with_it(
     monkeypatch: pytest.MonkeyPatch, method: str, is_server: bool
