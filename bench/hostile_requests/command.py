@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             (pid,) = _children() - before
         load = Load(base_url, Traffic(args.seed, folder, offer_of(base_url)), args.seed)
         sampler = MemorySampler(pid)
+        # The commit of now: a run takes long.
+        made_in = environment()
         begin = time.perf_counter()
         with sampler:
             asyncio.run(load.run(args.num_requests, args.concurrency, args.duration, args.burst))
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.base_url:
             settings |= {"server_flags": SERVER_FLAGS, "environment": SERVER_ENVIRONMENT}
         content = {
-            "environment": environment(),
+            "environment": made_in,
             "settings": settings,
             "statuses": load.statuses,
             "seconds": round(seconds, 1),
