@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     if not is_flat:
         print(f"memory grows faster than {args.max_growth:g} MiB an hour, or open files do")
     if args.json:
-        names = ("num_requests", "concurrency", "seed", "max_growth")
+        names = ("num_requests", "duration", "burst", "concurrency", "seed", "max_growth")
         settings: dict[str, Any] = {name: getattr(args, name) for name in names}
         if not args.base_url:
             settings |= {"server_flags": SERVER_FLAGS, "environment": SERVER_ENVIRONMENT}
