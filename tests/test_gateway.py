@@ -71,8 +71,9 @@ def client_of(gateway: str, key: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{gateway}/v1", api_key=key, max_retries=0, timeout=120)
 
 
-def ask(gateway: str, key: str, alias: str, **fields: Any) -> Any:
-    options = {"messages": [message(CLIP, "what digit does the sign show ?")], "max_tokens": 4}
+def ask(gateway: str, key: str, alias: str, max_tokens: int = 4, **fields: Any) -> Any:
+    messages = [message(CLIP, "what digit does the sign show ?")]
+    options = {"messages": messages, "max_tokens": max_tokens}
     chat: Any = client_of(gateway, key).chat.completions.create
     return chat(model=alias, extra_body=fields, **options)
 
@@ -142,7 +143,7 @@ def test_a_key_has_so_many_requests_in_flight_without_a_database(gateway: str) -
 
     def status(number: int) -> int:
         try:
-            ask(gateway, BATCH, "video-fast", ignore_eos=True, max_completion_tokens=400 + number)
+            ask(gateway, BATCH, "video-fast", 400 + number, ignore_eos=True)
         except openai.APIStatusError as error:
             return error.status_code
         return 200

@@ -19,7 +19,7 @@ NUM_IN_FLIGHT = 4
 CLIENT_SECONDS = 20.0
 """Longest that a client waits after the kill: vLLM's API servers have 5 s to end."""
 END_SECONDS = 40.0
-ENGINE, WORKER, API_SERVER, PARENT = "EngineCore", "Worker", "APIServer", "parent"
+ENGINE, WORKER, API_SERVER, PARENT = "engine core", "worker", "API server", "parent"
 
 
 def told(server: Server, clip: Path, stream: bool) -> str:
@@ -49,14 +49,21 @@ def told(server: Server, clip: Path, stream: bool) -> str:
     return "whole"
 
 
+def process_of(parent: psutil.Process, name: str) -> psutil.Process:
+    """Return a process of a server by its place: the engine core alone has children."""
+    children = [c for c in parent.children() if "resource_tracker" not in " ".join(c.cmdline())]
+    (engine,) = (child for child in children if child.children())
+    found = {ENGINE: engine, WORKER: engine.children()[0], PARENT: parent}
+    if name == API_SERVER:
+        return next(child for child in children if child != engine)
+    return found[name]
+
+
 def assert_ends_clearly(server: Server, clip: Path, victim: str) -> list[str]:
     """Kill a process of a server under load; return how the answers in flight ended."""
     parent = psutil.Process(server.process.pid)
     processes = [parent, *parent.children(recursive=True)]
-    if victim == PARENT:
-        killed = parent
-    else:
-        killed = next(p for p in processes if f"VLLM::{victim}" in " ".join(p.cmdline()))
+    killed = process_of(parent, victim)
     with ThreadPoolExecutor(NUM_IN_FLIGHT) as pool:
         running = [
             pool.submit(told, server, clip, number % 2 == 0) for number in range(NUM_IN_FLIGHT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,7 +43,7 @@ def test_children_of_a_server_end_with_it(
     monkeypatch: pytest.MonkeyPatch, method: str, is_server: bool
 ) -> None:
     if is_server:
-        monkeypatch.setenv(VARIABLE, "1")
+        monkeypatch.setenv(VARIABLE, str(os.getpid()))
     else:
         monkeypatch.delenv(VARIABLE, raising=False)
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -64,10 +65,12 @@ def test_children_of_a_server_end_with_it(
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_process_that_no_process_of_python_started_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("is_child", [True, False])
+def test_the_server_itself_and_what_python_did_not_start_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, is_child: bool
 ) -> None:
-    monkeypatch.setenv(VARIABLE, "1")
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: None)
-    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+    monkeypatch.setenv(VARIABLE, str(os.getpid()) if is_child else "1")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object() if is_child else None)
+    before = threading.active_count()
     end_with_parent()
+    assert threading.active_count() == before

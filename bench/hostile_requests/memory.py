@@ -15,7 +15,7 @@ MIB = 1 << 20
 WARM_UP_SHARE = 1 / 3
 """Share of a run in which caches fill: it is not in the fit."""
 MIN_SAMPLES = 6
-_SHOWN_MIB = 50
+SHOWN_MIB = 50
 """Processes that never had as much are not listed."""
 
 
@@ -95,6 +95,6 @@ def growth(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
         "mib_per_hour": slope(total),
         "files_per_hour": slope([float(entry["num_files"]) for entry in fitted]),
         "processes_mib_per_hour": {
-            name: slope(values) for name, values in series.items() if max(values) >= _SHOWN_MIB
+            name: slope(values) for name, values in series.items() if max(values) >= SHOWN_MIB
         },
     }

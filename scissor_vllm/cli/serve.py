@@ -23,7 +23,7 @@ from scissor_vllm.cli.options import (
     refuse,
 )
 from scissor_vllm.demo.model import DEMO_MODEL, demo_model_path
-from scissor_vllm.orphans import VARIABLE as END_WITH_PARENT
+from scissor_vllm.orphans import VARIABLE as SERVER_PID
 from scissor_vllm.settings import VIDEO_LOADER
 from scissor_vllm.version_gate import reason_for_stock, warn_once
 
@@ -136,7 +136,7 @@ def set_environment(environment: MutableMapping[str, str]) -> None:
     A loader that the operator chose stays.
     """
     name_plugin(environment)
-    environment[END_WITH_PARENT] = "1"
+    environment[SERVER_PID] = str(os.getpid())
     environment.setdefault("VLLM_VIDEO_LOADER_BACKEND", VIDEO_LOADER)
 
 
