@@ -144,8 +144,13 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     """Of the tokens."""
-    first: dict[int, float] = field(default_factory=dict)
-    """The likeliest tokens of the first step and their log probabilities."""
+    steps: list[dict[int, float]] = field(default_factory=list)
+    """The likeliest tokens of each step and their log probabilities."""
+
+    @property
+    def first(self) -> dict[int, float]:
+        """The likeliest tokens of the first step and their log probabilities."""
+        return self.steps[0]
 
 
 def largest_difference(left: Answer, right: Answer) -> float:
@@ -154,6 +159,25 @@ def largest_difference(left: Answer, right: Answer) -> float:
         return float("inf")
     pairs = zip(left.logprobs, right.logprobs, strict=True)
     return max(abs(one - other) for one, other in pairs)
+
+
+def largest_difference_to_a_tie(left: Answer, right: Answer) -> float:
+    """Return how far apart two answers' log probabilities are up to the first tokens that differ.
+
+    There both tokens count, so that a small difference means that they are about equally likely.
+    It is infinity if an answer does not know the other one's token.
+    """
+    if left.num_prompt_tokens != right.num_prompt_tokens:
+        return float("inf")
+    differences = [0.0]
+    pairs = zip(left.tokens, right.tokens, strict=True)
+    for (mine, other), ours, theirs in zip(pairs, left.steps, right.steps, strict=True):
+        for token in (mine, other):
+            known = token in ours and token in theirs
+            differences.append(abs(ours[token] - theirs[token]) if known else float("inf"))
+        if mine != other:
+            break
+    return max(differences)
 
 
 @dataclass(frozen=True)
@@ -246,7 +270,8 @@ def chat(
 
 
 def _answer(fields: dict[str, Any]) -> Answer:
-    return Answer(**{**fields, "first": {int(k): v for k, v in fields["first"].items()}})
+    steps = [{int(token): logprob for token, logprob in step} for step in fields["steps"]]
+    return Answer(**{**fields, "steps": steps})
 
 
 def answer_plan(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +329,7 @@ def _as_json(output: Any) -> dict[str, Any]:
         "num_cached_tokens": output.num_cached_tokens,
         "tokens": tokens,
         "logprobs": [step[token].logprob for token, step in zip(tokens, logprobs, strict=True)],
-        "first": {token: each.logprob for step in logprobs[:1] for token, each in step.items()},
+        "steps": [[(token, each.logprob) for token, each in step.items()] for step in logprobs],
     }
 
 
@@ -665,6 +690,7 @@ class Family:
         ratios: at which each video is asked about.
         num_answered: tokens of an answer.
         caches_prefixes: whether the CPU engine can.
+        num_cache_groups: of layers whose caches take blocks of their own.
         tolerance: how far log probabilities may be apart where rounding may differ.
     """
 
@@ -680,6 +706,7 @@ class Family:
     ratios: tuple[float, ...] = RATIOS
     num_answered: int = 6
     caches_prefixes: bool = True
+    num_cache_groups: int = 1
     tolerance: float = 1e-4
 
     @cached_property
@@ -834,7 +861,7 @@ def tiny_families(folder: Path) -> dict[str, Family]:
         "gemma4": (
             gemma4.build_gemma4,
             {WIDE: 12 * 60, TALL: 7 * 60, SHORT: 2 * 64},
-            {"chunk": WITHIN_WINDOWS},
+            {"chunk": WITHIN_WINDOWS, "num_cache_groups": 2},
         ),
         "nemotron": (nemotron.build_nemotron, of_llava, nemotrons),
         "nemotron_omni": (

@@ -18,6 +18,7 @@ from tests.families import (
     build_draft,
     build_with_mtp,
     largest_difference,
+    largest_difference_to_a_tie,
     observe,
 )
 
@@ -39,7 +40,7 @@ def test_ratio_one_answers_as_vllm_without_the_plugin(family: Family) -> None:
     for question, expected in family.stock.items():
         ratio = 1.0 if any(each.num_frames for each in question.media) else None
         answer = family.whole[Question(question.media, ratio)]
-        assert largest_difference(answer, expected) < 1e-5, question
+        assert largest_difference(answer, expected) == 0, question
 
 
 def test_exactly_k_tokens_of_each_video_reach_the_model(family: Family) -> None:
@@ -86,19 +87,32 @@ def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family)
     assert largest_difference(answer, family.whole[family.other]) < family.tolerance
 
 
+PREEMPTED = (
+    *("llava_onevision", "llava_next_video", "qwen2_vl", "qwen3_vl"),
+    *("glm4v", "internvl", "gemma4"),
+)
+"""Beside Qwen2.5-VL. A prompt of Qwen3.5 or Nemotron fits one block of hundreds of tokens, which
+never has to grow."""
+
+
 @pytest.mark.parametrize(
-    "family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)], indirect=True
+    "family",
+    ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in PREEMPTED)],
+    indirect=True,
 )
 def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Family) -> None:
-    # 23 blocks of 32 tokens hold a few of them at a time; guesses come from the prompt.
+    # The blocks hold the longest prompt and little more; guesses come from the prompt.
     questions = [each for each in [*family.single, *family.several] if each.ratio != 1.0]
+    longest = max(family.whole[question].num_prompt_tokens for question in questions)
+    num_blocks = -(-(longest + family.num_answered) // 32) + 1
     observed = observe(
         family.folder,
         [questions],
-        max_model_len=704,
+        max_model_len=32 * num_blocks,
         enable_prefix_caching=False,
         block_size=32,
-        num_gpu_blocks_override=24,
+        # vLLM keeps a block for itself.
+        num_gpu_blocks_override=num_blocks * family.num_cache_groups + 1,
         max_num_batched_tokens=256,
         scheduler_reserve_full_isl=False,
         speculative_config={
@@ -111,7 +125,7 @@ def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Famil
         **family.options,
     )
     assert observed.counters["num_preemptions"] > 0
-    assert observed.counters["spec_decode_num_accepted_tokens"] > 0
+    assert observed.counters["spec_decode_num_draft_tokens"] > 0
     for question, answer in zip(questions, observed.answers[0], strict=True):
         assert largest_difference(answer, family.whole[question]) < 1e-4, question
 
@@ -164,7 +178,8 @@ def test_a_layer_that_predicts_two_tokens_reads_the_same_rows_and_changes_no_ans
     )
     assert observed.counters["spec_decode_num_draft_tokens"] > 0
     for question, answer in zip(questions, observed.answers[0], strict=True):
-        assert largest_difference(answer, family.whole[question]) < family.tolerance, question
+        alone = family.whole[question]
+        assert largest_difference_to_a_tie(answer, alone) < family.tolerance, question
 
 
 @pytest.mark.slow
