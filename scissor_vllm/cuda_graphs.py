@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,5 +38,17 @@ def captured(
                 graph.capture_end()
     except RuntimeError as error:
         logger.warning("no CUDA graph of %s: %s", kind, error)
+        _end_failed_capture(stream)
         return None
     return graph
+
+
+def _end_failed_capture(stream: torch.cuda.Stream) -> None:
+    """Have torch draw random numbers again, by a capture that does not fail.
+
+    A failed one leaves the generator in the belief that a capture goes on, and it then raises.
+    """
+    empty = torch.cuda.CUDAGraph()
+    with suppress(RuntimeError), torch.cuda.stream(stream):
+        empty.capture_begin(capture_error_mode="thread_local")
+        empty.capture_end()

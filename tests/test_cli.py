@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from scissor_vllm.cli import main, options
-from scissor_vllm.cli.defaults import choose_tower_merging
+from scissor_vllm.cli import defaults, main, options
+from scissor_vllm.cli.defaults import (
+    choose_api_servers,
+    choose_parallelism,
+    choose_tower_merging,
+    leave_parallelism_open,
+)
 from scissor_vllm.cli.options import (
     add_retention_options,
     apply_retention_options,
@@ -26,6 +32,7 @@ from scissor_vllm.cli.serve import (
 )
 from scissor_vllm.compression import METHODS
 from scissor_vllm.demo.model import demo_model_path
+from scissor_vllm.orphans import VARIABLE as END_WITH_PARENT
 from scissor_vllm.version import __version__
 from tests.preloaded import run_preloaded
 
@@ -166,6 +173,69 @@ def test_the_operators_choice_of_merging_stays() -> None:
         assert args.tower_merging_max_ratio == ratio
 
 
+@pytest.mark.parametrize(
+    ("changed", "mode", "has_arena"),
+    [
+        ({}, "data", True),
+        ({"tensor_parallel_size": 1}, "weights", False),
+        ({"mm_encoder_tp_mode": "weights"}, "weights", True),
+        ({"enable_shm_tensor_arena": False}, "data", False),
+        ({"distributed_executor_backend": "ray"}, "data", False),
+        ({"nnodes": 2}, "data", False),
+        (
+            {"hf_overrides": {"architectures": ["Qwen3VLForConditionalGeneration"]}},
+            "weights",
+            False,
+        ),
+    ],
+)
+def test_ranks_share_out_frames_by_shared_memory_unless_the_operator_chose(
+    changed: dict[str, object], mode: str, has_arena: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mm-encoder-tp-mode", default="weights")
+    parser.add_argument("--enable-shm-tensor-arena", default=False)
+    leave_parallelism_open(parser)
+    args = argparse.Namespace(**vars(parse()), **vars(parser.parse_args([])))
+    args.tensor_parallel_size, args.nnodes, args.distributed_executor_backend = 2, 1, None
+    vars(args).update(changed)
+    monkeypatch.setattr(defaults, "_has_shared_memory", lambda: True)
+    choose_parallelism(args)
+    assert (args.mm_encoder_tp_mode, args.enable_shm_tensor_arena) == (mode, has_arena)
+    args.enable_shm_tensor_arena = None
+    monkeypatch.setattr(defaults, "_has_shared_memory", lambda: False)
+    choose_parallelism(args)
+    assert args.enable_shm_tensor_arena is False
+
+
+@pytest.mark.parametrize(
+    ("changed", "num_cpus", "num_servers"),
+    [
+        ({}, 16, 4),
+        ({}, 15, None),
+        ({"mm_processor_cache_gb": 4}, 16, None),
+        ({"api_server_count": 1}, 16, 1),
+        ({"data_parallel_size": 2}, 16, None),
+        ({"grpc": True}, 16, None),
+    ],
+)
+def test_several_api_servers_start_where_they_answer_as_one(
+    changed: dict[str, object],
+    num_cpus: int,
+    num_servers: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = parse()
+    args.mm_processor_cache_gb, args.headless, args.grpc = 0, False, False
+    args.enable_fault_tolerance = args.enable_elastic_ep = False
+    args.fault_tolerance_config, args.data_parallel_size = None, 1
+    vars(args).update(changed)
+    monkeypatch.setattr(defaults, "num_cpus", lambda: num_cpus)
+    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    choose_api_servers(args)
+    assert args.api_server_count == num_servers
+
+
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:
     args = parse(*argv)
     args.model_tag = str(model)
@@ -222,7 +292,7 @@ def test_one_line_tells_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> Non
         "caches of 1 GiB for frames and 0 GiB for features, API servers 1"
     )
     monkeypatch.setattr(options, "num_cpus", lambda: 16)
-    assert "--api-server-count 2" in in_force(args)
+    assert "--api-server-count 4" in in_force(args)
     args.api_server_count = 6
     assert in_force(args).endswith("API servers 6")
 
@@ -374,6 +444,7 @@ def test_plugins_that_were_named_stay_the_only_ones_beside_ours() -> None:
     assert environment == {
         "VLLM_PLUGINS": "mine,scissor_vllm",
         "VLLM_VIDEO_LOADER_BACKEND": "opencv",
+        END_WITH_PARENT: str(os.getpid()),
     }
 
 

@@ -13,17 +13,23 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CPUS_FOR_API_SERVERS = 16
-"""Number of CPUs from which a second API server pays."""
+"""Number of CPUs from which more API servers than one pay."""
+API_SERVERS = 4
 
-_MERGES_PATCHES = "LlavaOnevisionForConditionalGeneration"
+_LLAVA_ONEVISION = "LlavaOnevisionForConditionalGeneration"
+_WHOLE_TOWER_ON_EACH_RANK = frozenset({_LLAVA_ONEVISION, "LlavaNextVideoForConditionalGeneration"})
+"""Models whose uncompressed videos do not wait for one rank in that mode."""
+_ARENA_BYTES = 3 << 30
+"""Of shared memory, free: vLLM's arena has 2 GiB."""
 
 
 def choose_api_servers(args: argparse.Namespace) -> None:
-    """Start two API servers where they answer as one does, unless the operator chose a number.
+    """Start several API servers where they answer as one does, unless the operator chose a number.
 
-    One prepares about 11 videos a second of 32 frames. Two have a processor cache each, so a video
-    that is named by its ``uuid`` alone would be found by one of them: they are started where the
-    operator switched that cache off. vLLM refuses several beside some options.
+    One prepares about 7 videos a second of 32 frames beside the others. Several have a processor
+    cache each, so a video that is named by its ``uuid`` alone would be found by one of them: they
+    are started where the operator switched that cache off. vLLM refuses several beside some
+    options.
     """
     needs_one = (
         args.api_server_count is not None
@@ -38,7 +44,37 @@ def choose_api_servers(args: argparse.Namespace) -> None:
         or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true")
     )
     if not needs_one:
-        args.api_server_count = 2
+        args.api_server_count = API_SERVERS
+
+
+def leave_parallelism_open(parser: argparse.ArgumentParser) -> None:
+    """Have the options that :func:`choose_parallelism` chooses be None where none is given."""
+    parser.set_defaults(mm_encoder_tp_mode=None, enable_shm_tensor_arena=None)
+
+
+def choose_parallelism(args: argparse.Namespace) -> None:
+    """Choose how ranks of tensor parallelism get and encode videos, where the operator does not.
+
+    Each rank has the whole tower of LLaVA's models, so that ranks share out a video's frames and
+    do not exchange sums in each layer. Frames reach the ranks by shared memory. Without tensor
+    parallelism, and for other models, vLLM's defaults stay.
+    """
+    shares_out = False
+    if args.tensor_parallel_size > 1:
+        shares_out = not _WHOLE_TOWER_ON_EACH_RANK.isdisjoint(architectures_of(args) or [])
+    if args.mm_encoder_tp_mode is None:
+        args.mm_encoder_tp_mode = "data" if shares_out else "weights"
+    if args.enable_shm_tensor_arena is None:
+        has_one_host = args.nnodes == 1 and args.distributed_executor_backend in (None, "mp")
+        args.enable_shm_tensor_arena = shares_out and has_one_host and _has_shared_memory()
+
+
+def _has_shared_memory() -> bool:
+    try:
+        free = os.statvfs("/dev/shm")
+    except OSError:
+        return False
+    return free.f_bavail * free.f_frsize >= _ARENA_BYTES
 
 
 def choose_tower_merging(args: argparse.Namespace) -> None:
@@ -51,7 +87,7 @@ def choose_tower_merging(args: argparse.Namespace) -> None:
     if TOWER_MERGING_MAX_RATIO in (args.mm_processor_kwargs or {}):
         return
     config = config_of(args)
-    if config is None or _MERGES_PATCHES not in (
+    if config is None or _LLAVA_ONEVISION not in (
         _overridden_architectures(args) or config.architectures or []
     ):
         return

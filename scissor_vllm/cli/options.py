@@ -7,7 +7,7 @@ import ipaddress
 import os
 from typing import Any
 
-from scissor_vllm.cli.defaults import CPUS_FOR_API_SERVERS, architectures_of
+from scissor_vllm.cli.defaults import API_SERVERS, CPUS_FOR_API_SERVERS, architectures_of
 from scissor_vllm.cpus import num_cpus
 from scissor_vllm.retention import (
     AUTO,
@@ -322,7 +322,7 @@ def in_force(args: argparse.Namespace) -> str:
     if merging.max_ratio:
         line += f", merging in the tower at ratios up to {merging.max_ratio}"
     if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
-        line += " (--api-server-count 2 prepares more videos at once, with a cache in each)"
+        line += f" (--api-server-count {API_SERVERS} prepares more videos at once, with a cache in each)"
     return line
 
 

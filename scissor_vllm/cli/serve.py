@@ -10,7 +10,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from scissor_vllm.cli import NEEDS_VLLM, has_vllm
-from scissor_vllm.cli.defaults import choose_api_servers, choose_tower_merging
+from scissor_vllm.cli.defaults import (
+    choose_api_servers,
+    choose_parallelism,
+    choose_tower_merging,
+    leave_parallelism_open,
+)
 from scissor_vllm.cli.options import (
     add_page_options,
     add_retention_options,
@@ -62,7 +67,9 @@ def serve(argv: list[str]) -> int:
 
 
 def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
-    command, args = _parsed(argv, drain_by_default, add_retention_options, add_page_options)
+    command, args = _parsed(
+        argv, drain_by_default, leave_parallelism_open, add_retention_options, add_page_options
+    )
     from vllm.logger import configure_logging_from_args
 
     if args.model_tag == DEMO_MODEL:
@@ -72,6 +79,7 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
     bound_encoder_steps(args)
     apply_page_options(args)
     choose_api_servers(args)
+    choose_parallelism(args)
     args.process_metrics = has_own_metrics_directory and args.api_server_count in (None, 1)
     configure_logging_from_args(args)
     logger.info(in_force(args))

@@ -122,6 +122,7 @@ class FramesModel:
         self.video_dtype = model_config.dtype
         self._num_tower_ranks = num_tower_ranks()
         self._graphs: EncoderGraphs | None = None
+        self._is_eager = model_config.enforce_eager
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
         mm_config = model_config.get_multimodal_config()
         merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
@@ -239,7 +240,7 @@ class FramesModel:
         On a GPU it captures the graphs that take the most memory, which vLLM thereby counts.
         """
         num_frames, num_uses = FUSED_FRAMES, 1
-        if like.is_cuda:
+        if like.is_cuda and not self._is_eager:
             from scissor_vllm.worker.siglip import graphs_of
 
             self._graphs = graphs_of(self.vision_tower)

@@ -95,4 +95,6 @@ class EncoderGraphs:
         if self._kinds:
             torch.cuda.synchronize(self._device)
             self._kinds.clear()
+            # A pool ends with the last of its graphs.
+            self._pool = torch.cuda.graph_pool_handle()
         self._rows = like.new_zeros(num_rows, like.shape[1])
