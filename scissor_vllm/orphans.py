@@ -15,23 +15,31 @@ import time
 VARIABLE = "SCISSOR_VLLM_SERVER_PID"
 """Names the process of ``scissor-vllm serve``; those that it starts end with their parents."""
 _INTERVAL_SECONDS = 1.0
-_watched: set[int] = set()
-"""Processes that watch: a fork has its parent's, and its own thread."""
+_watching: set[int] = set()
+"""Processes with a thread that watches; a fork has its parent's numbers."""
 
 
 def end_with_parent() -> None:
-    """Have this process, if a server's process started it, end once its parent is gone.
+    """Have this process end once its parent is gone, if a server's process started it.
 
-    vLLM starts processes by fork or spawn.
+    In the server's process: have its forks do so. vLLM calls no plugin again in a fork. It starts
+    processes by fork or spawn.
     """
-    parent = multiprocessing.parent_process()
-    is_of_server = os.environ.get(VARIABLE) not in (None, str(os.getpid()))
-    if not is_of_server or parent is None or os.getpid() in _watched:
-        return
-    _watched.add(os.getpid())
-    threading.Thread(
-        target=_wait_and_end, args=(os.getppid(),), name="scissor-vllm-orphans", daemon=True
-    ).start()
+    server = os.environ.get(VARIABLE)
+    if server == str(os.getpid()):
+        if os.getpid() not in _watching:
+            _watching.add(os.getpid())
+            os.register_at_fork(after_in_child=_watch)
+    elif server is not None and multiprocessing.parent_process() is not None:
+        _watch()
+
+
+def _watch() -> None:
+    if os.getpid() not in _watching:
+        _watching.add(os.getpid())
+        threading.Thread(
+            target=_wait_and_end, args=(os.getppid(),), name="scissor-vllm-orphans", daemon=True
+        ).start()
 
 
 def _wait_and_end(parent: int) -> None:
