@@ -23,6 +23,7 @@ from scissor_vllm.settings import (
     DEFAULT_MAX_VIDEO_TOKENS,
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
+    DEFAULT_TOWER_MERGING_MAX_RATIO,
     DEFAULT_TOWER_MERGING_THRESHOLD,
     DEFAULT_VIDEO_COMPRESSION,
 )
@@ -43,7 +44,7 @@ DEFAULTS = {
     "--video-frame-cache-gb": f"{DEFAULT_FRAME_CACHE_GB:g}",
     "--video-feature-cache-gb": f"{DEFAULT_FEATURE_CACHE_GB:g}",
     "--web-page": "off",
-    "--tower-merging-max-ratio": 0,
+    "--tower-merging-max-ratio": f"{DEFAULT_TOWER_MERGING_MAX_RATIO} for LLaVA-OneVision, else 0",
     "--tower-merging-threshold": f"{DEFAULT_TOWER_MERGING_THRESHOLD:g}",
 }
 

@@ -172,7 +172,7 @@ def _add_tower_merging_options(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="requests of this ratio and below have the vision tower compute a patch once for "
         "frames in which it hardly changes; approximate, LLaVA-OneVision only, and without effect "
-        "where the camera moves (default: 0, off)",
+        "where the camera moves; 0 switches it off (default: 0.1 for LLaVA-OneVision)",
     )
     group.add_argument(
         "--tower-merging-threshold",
@@ -322,7 +322,8 @@ def in_force(args: argparse.Namespace) -> str:
     if merging.max_ratio:
         line += f", merging in the tower at ratios up to {merging.max_ratio}"
     if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
-        line += f" (--api-server-count {API_SERVERS} prepares more videos at once, with a cache in each)"
+        more = f"--api-server-count {API_SERVERS}"
+        line += f" ({more} prepares more videos at once, with a cache in each)"
     return line
 
 
