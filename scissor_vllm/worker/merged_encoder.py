@@ -90,13 +90,16 @@ class MergedPatches:
             "query_ends": nn.functional.pad(num_queries.cumsum(0), (1, 0)),
             "key_ends": torch.arange(num_frames + 1) * num_places,
         }
-        packed = torch.cat([part.flatten().to(torch.int32) for part in parts.values()])
+        # Each part begins at a multiple of 16 bytes: kernels are compiled anew for other addresses.
+        flat = [part.flatten().to(torch.int32) for part in parts.values()]
+        padded = [nn.functional.pad(part, (0, -len(part) % 4)) for part in flat]
+        packed = torch.cat(padded)
         if device.type == "cuda":
             packed = packed.pin_memory().to(device, non_blocking=True)
-        split = packed.split([part.numel() for part in parts.values()])
+        split = packed.split([*map(len, padded)])
         fields = {
-            name: flat.view(part.shape)
-            for (name, part), flat in zip(parts.items(), split, strict=True)
+            name: values[: part.numel()].view(part.shape)
+            for (name, part), values in zip(parts.items(), split, strict=True)
         }
         fields["weights"] = fields["weights"].view(torch.float32).to(dtype)
         return cls(**fields, num_queries=num_queries.tolist())
