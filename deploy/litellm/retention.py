@@ -4,8 +4,8 @@
 key or of the alias, and gives clients the server's headers under their own names. A key has its
 default and its floor in its metadata, an alias in its ``model_info``.
 
-``user_api_key_auth`` reads keys from ``keys.yaml``, or from the file that ``GATEWAY_KEYS`` names.
-With a database, leave ``custom_auth`` out and set the metadata by ``/key/generate``.
+``user_api_key_auth`` knows the keys of ``keys.yaml``, or of the file that ``GATEWAY_KEYS`` names.
+With a database, leave ``custom_auth`` and that file out, and set the metadata by ``/key/generate``.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def read_keys(path: Path) -> list[tuple[str, UserAPIKeyAuth]]:
 
 
 limits = RetentionLimits()
-KEYS = read_keys(Path(os.environ.get("GATEWAY_KEYS") or Path(__file__).with_name("keys.yaml")))
+KEYS_FILE = Path(os.environ.get("GATEWAY_KEYS") or Path(__file__).with_name("keys.yaml"))
+KEYS = read_keys(KEYS_FILE) if KEYS_FILE.exists() else []
 
 
 async def user_api_key_auth(request: Request, api_key: str) -> UserAPIKeyAuth:
