@@ -388,7 +388,8 @@ class RetentionReport:
         }
         if self.num_images:
             response["num_compressed_images"] = self.num_images
-        if self.num_patches:
-            response["num_video_patches"] = sum(self.num_patches)
-            response["num_computed_video_patches"] = sum(self.num_computed_patches)
+        num_patches, num_computed = sum(self.num_patches), sum(self.num_computed_patches)
+        if num_computed < num_patches:
+            response["num_video_patches"] = num_patches
+            response["num_computed_video_patches"] = num_computed
         return response
