@@ -415,7 +415,7 @@ def test_auto_has_the_processor_ask_the_server(app: FastAPI, client: TestClient)
         handler = init(app, engine, retention_ratio=default, **AUTO)
         assert ask(client, VIDEO, **fields).status_code == 200
         kwargs = handler.requests[0].build_chat_params(None, "auto").media_io_kwargs
-        assert kwargs["retention"]["auto"]([100]) == 0.8
+        assert kwargs["retention"]["auto"]([100], 0.0) == 0.8
     (_, first_tokens) = engine.logger_manager.stat_loggers
     waiting = [Namespace(prompt_len=1000, is_prefilling=True) for _ in range(500)]
     done = Namespace(prompt_len=10**9, is_prefilling=False)
@@ -424,7 +424,7 @@ def test_auto_has_the_processor_ask_the_server(app: FastAPI, client: TestClient)
     for _ in range(5):
         first_tokens.record(None, stats)
         time.sleep(0.01)
-    assert kwargs["retention"]["auto"]([100]) == 0.1
+    assert kwargs["retention"]["auto"]([100], 0.0) == 0.1
 
 
 def test_auto_without_the_engines_statistics_ends_the_start(app: FastAPI) -> None:

@@ -214,8 +214,10 @@ def cut(tree: LinkageTree, tokens: torch.Tensor, num_retained: int) -> Compresse
             f"the tree has {len(tree.parent)} tokens and the video {num_tokens}: cut a tree with "
             "the tokens that it was made of"
         )
-    groups = _groups(tree, num_retained)
-    part = _in_order_of_places(groups, num_retained, tokens.shape[1], tree.window_tokens)
+    part = _groups(tree, num_retained)
+    if num_retained < num_tokens:
+        # All tokens stay as they are.
+        part = _in_order_of_places(part, num_retained, tokens.shape[1], tree.window_tokens)
     flat = tokens.detach().reshape(num_tokens, -1)
     cuda = _cuda_kernels(tokens.device)
     if cuda is not None:
