@@ -10,7 +10,8 @@ sorted by height, are one tree. The N - K lowest merges leave exactly K groups, 
 every K. A row is the mean of its group's tokens.
 
 Rows are in the order of windows, and inside a window in the order of a frame's places: a window's
-rows are one picture. Language models read places off the order of rows.
+rows are one picture, or several if they are more than a frame has places. Language models read
+places off the order of rows.
 
 Every round joins all pairs of groups that are each other's nearest. The heights never fall from a
 child to its parent, so this gives the tree of the textbook algorithm, which joins one pair at a
@@ -23,6 +24,7 @@ exact in any order of summation. All arithmetic after that is float32, in one st
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -144,7 +146,7 @@ def compress_by_linkage(
 ) -> CompressedTokens:
     """Return tokens merged by average linkage inside windows, one picture of rows after another.
 
-    Each window's rows are in the order of their middle members' places in a frame. With fewer rows
+    Each picture's rows are in the order of their middle members' places in a frame. With fewer rows
     than windows, runs of consecutive windows share a row, in K runs as equally long as can be. On a
     GPU with Triton the host does not wait for the device; tokens that are not finite then count as
     zeros.
@@ -214,10 +216,8 @@ def cut(tree: LinkageTree, tokens: torch.Tensor, num_retained: int) -> Compresse
             f"the tree has {len(tree.parent)} tokens and the video {num_tokens}: cut a tree with "
             "the tokens that it was made of"
         )
-    part = _groups(tree, num_retained)
-    if num_retained < num_tokens:
-        # All tokens stay as they are.
-        part = _in_order_of_places(part, num_retained, tokens.shape[1], tree.window_tokens)
+    groups = _groups(tree, num_retained)
+    part = _in_order_of_places(groups, num_retained, tokens.shape[1], tree.window_tokens)
     flat = tokens.detach().reshape(num_tokens, -1)
     cuda = _cuda_kernels(tokens.device)
     if cuda is not None:
@@ -260,10 +260,13 @@ def _groups(tree: LinkageTree, num_groups: int) -> torch.Tensor:
 def _in_order_of_places(
     groups: torch.Tensor, num_groups: int, per_frame: int, window_tokens: int
 ) -> torch.Tensor:
-    """Return the groups (N,) int64 numbered by window, then by the place of their middle member.
+    """Return the groups (N,) int64 numbered by picture, then by the place of their middle member.
 
-    A token's place is its number in its frame. The middle member is the lower median of a group's
-    members by place. Groups of one window and place keep their order. No host synchronization.
+    A window is one picture while its rows are hardly more than the places of a frame, on average
+    over the video. With more rows it is several, of equally many frames. At K = N tokens stay as
+    they are. A token's place is its number in its frame. The middle member is the lower median of a
+    group's members by place, and of one place by frame. Groups of one picture and place keep their
+    order. No host synchronization.
 
     Args:
         groups: (N,) int64 in 0..K-1, none of them empty.
@@ -271,12 +274,21 @@ def _in_order_of_places(
         per_frame: P, the places of a frame.
         window_tokens: tokens of a window. Lower groups have lower windows.
     """
-    place = torch.arange(len(groups), device=groups.device) % per_frame
+    num_tokens = len(groups)
+    if num_groups == num_tokens:
+        return groups
+    window_frames = max(1, window_tokens // per_frame)
+    # Ratios of whole frames, such as a quarter, are rounded up to a row or so more.
+    surplus = num_groups - math.ceil(num_tokens / window_tokens)
+    num_pictures = max(1, math.ceil(surplus * window_frames / num_tokens))
+    picture_tokens = math.ceil(window_frames / num_pictures) * per_frame
+
+    place = torch.arange(num_tokens, device=groups.device) % per_frame
     by_place = torch.argsort(groups * per_frame + place, stable=True)
     count = sizes(groups, num_groups)
     middle = by_place[torch.cumsum(count, 0) - count + (count - 1) // 2]
-    key = middle // window_tokens * per_frame + middle % per_frame
-    order = torch.argsort(key, stable=True)
+    picture = middle // window_tokens * num_pictures + middle % window_tokens // picture_tokens
+    order = torch.argsort(picture * per_frame + middle % per_frame, stable=True)
     number = torch.empty_like(order)
     number[order] = torch.arange(num_groups, device=order.device)
     return number[groups]
