@@ -450,12 +450,16 @@ def test_a_server_tells_what_it_chose(page_server: Server, tmp_path: Path) -> No
     def ask(number: int) -> Any:
         return page_server.ask(clip, f"{number}?", ratio="auto", max_tokens=2)
 
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(ask, range(48)))
-    chosen = [answer.video_compression["retention_ratio"] for answer in answers]
+    answers: list[Any] = []
+    chosen: list[float] = []
+    # Once a server knows what a prompt takes, any backlog is too long for a goal of 1 ms.
+    while not chosen or (min(chosen) == 1.0 and len(chosen) < 480):
+        first = len(answers)
+        with ThreadPoolExecutor(16) as pool:
+            answers += pool.map(ask, range(first, first + 48))
+        chosen = [answer.video_compression["retention_ratio"] for answer in answers]
     after = choices()
     assert {s: after[s] - before[s] for s in steps} == {s: chosen.count(s) for s in steps}
-    # Once a server knows what a prompt takes, any backlog is too long for a goal of 1 ms.
     assert min(chosen) < 1.0
     for answer, ratio in zip(answers, chosen, strict=True):
         compression = answer.video_compression

@@ -47,6 +47,13 @@ from scissor_vllm.frontend.video.loader import (
     register_video_loader,
 )
 
+
+@pytest.fixture(autouse=True)
+def no_cached_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the process's cache, which another file's processors may have switched on."""
+    monkeypatch.setattr("scissor_vllm.frontend.video.loader.FRAMES", FrameCache())
+
+
 # Two converters of YUV to RGB round differently.
 COLOUR_TOLERANCE = 6
 
