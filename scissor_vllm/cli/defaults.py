@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from scissor_vllm.cpus import num_cpus
 from scissor_vllm.settings import DEFAULT_TOWER_MERGING_MAX_RATIO, TOWER_MERGING_MAX_RATIO
@@ -99,12 +100,17 @@ def choose_tower_merging(args: argparse.Namespace) -> None:
 
 def config_of(args: argparse.Namespace) -> PretrainedConfig | None:
     """Return a model's config, None if it cannot be read here."""
+    return _read_config(
+        args.model_tag or args.model, args.trust_remote_code, args.revision, args.code_revision
+    )
+
+
+@cache
+def _read_config(*names: Any) -> PretrainedConfig | None:
     from vllm.transformers_utils.config import get_config
 
     try:
-        return get_config(
-            args.model_tag or args.model, args.trust_remote_code, args.revision, args.code_revision
-        )
+        return get_config(*names)
     except Exception:
         # The model may be in a bucket, in another format or missing. vLLM reports that, and the
         # API server checks again.

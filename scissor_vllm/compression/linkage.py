@@ -278,7 +278,7 @@ def _in_order_of_places(
     if num_groups == num_tokens:
         return groups
     window_frames = max(1, window_tokens // per_frame)
-    # Ratios of whole frames, such as a quarter, are rounded up to a row or so more.
+    # K is rounded up: a quarter of 4 frames may be a row more than one frame has places.
     surplus = num_groups - math.ceil(num_tokens / window_tokens)
     num_pictures = max(1, math.ceil(surplus * window_frames / num_tokens))
     picture_tokens = math.ceil(window_frames / num_pictures) * per_frame

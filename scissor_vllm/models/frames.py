@@ -197,7 +197,7 @@ class FramesModel:
             return self._features(pixels)
         from scissor_vllm.worker.siglip import fused_encoder
 
-        with fused_encoder(self.vision_tower, self._graphs):
+        with fused_encoder(self.vision_tower):
             return self._features(pixels)
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
@@ -237,24 +237,26 @@ class FramesModel:
     def _warm_up_tower(self, like: torch.Tensor) -> None:
         """Encode empty frames, so that no request waits for the compilation of kernels.
 
-        On a GPU it captures the graphs that take the most memory, which vLLM thereby counts.
+        Where patches are merged on a GPU, it captures the graph that takes the most memory, so that
+        vLLM counts that memory.
         """
+        vision = self.config.vision_config
+        pixels = like.new_zeros(GRAPH_FRAMES, 3, vision.image_size, vision.image_size)
+        self._encode_here(pixels[:FUSED_FRAMES])
+        if not self._merges_patches:
+            return
         num_frames, num_uses = FUSED_FRAMES, 1
         if like.is_cuda and not self._is_eager:
             from scissor_vllm.worker.siglip import graphs_of
 
             self._graphs = graphs_of(self.vision_tower)
             num_frames, num_uses = GRAPH_FRAMES, USES_BEFORE_CAPTURE + 1
-        vision = self.config.vision_config
-        pixels = like.new_zeros(num_frames, 3, vision.image_size, vision.image_size)
-        calls: list[torch.Tensor | None] = [None]
-        if self._merges_patches:
-            num_patches = (vision.image_size // vision.patch_size) ** 2
-            frames = torch.arange(num_frames)[:, None]
-            calls.append((frames - (frames == 1).long()).expand(-1, num_patches))
-        for anchors in calls:
-            for _ in range(num_uses):
-                self._encode_here(pixels, anchors)
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        frames = torch.arange(num_frames)[:, None]
+        # One frame's patches are merged, so nearly all are computed.
+        anchors = (frames - (frames == 1).long()).expand(-1, num_patches)
+        for _ in range(num_uses):
+            self._encode_here(pixels[:num_frames], anchors)
 
     def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
         """Return a video's rows and the rows that follow it."""

@@ -11,7 +11,7 @@ other layer (quantized, with adapters, another activation). Remove it when vLLM 
 operations.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
 
-from scissor_vllm.worker.encoder_graphs import GRAPH_FRAMES, EncoderGraphs
+from scissor_vllm.worker.encoder_graphs import EncoderGraphs
 from scissor_vllm.worker.siglip_kernels import add_norm, place_row, subtract_rows
 
 _MAX_WIDTH = 1 << 14
@@ -32,38 +32,24 @@ _MAX_WIDTH = 1 << 14
 
 
 @contextmanager
-def fused_encoder(vision_tower: nn.Module, graphs: EncoderGraphs | None = None) -> Iterator[bool]:
+def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
     """Fuse a vision tower's encoder in the context; yields whether it is fused.
 
     Towers other than SigLIP, and towers with other layers than vLLM's, stay unchanged.
-
-    Args:
-        vision_tower: the tower.
-        graphs: run calls of few frames by these; None launches every kernel.
     """
     layers = plain_layers(vision_tower)
     if layers is None:
         yield False
         return
-    with encoding_by(vision_tower, partial(_encode, layers, graphs)):
+    with encoding_by(vision_tower, partial(_encode, layers)):
         yield True
 
 
-def _encode(
-    layers: list[Any], graphs: EncoderGraphs | None, inputs_embeds: torch.Tensor
-) -> torch.Tensor:
+def _encode(layers: list[Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
     """Return the layers' output for (B, P, C)."""
-    shape = inputs_embeds.shape
-    if graphs is None or len(inputs_embeds) > GRAPH_FRAMES:
-        # Sums are written in place, so the caller's tensor is copied.
-        hidden = inputs_embeds.clone(memory_format=torch.contiguous_format)
-        return encode_fused(layers, hidden, _attend_in_frames)
-
-    def launch(rows: torch.Tensor, _: Sequence[torch.Tensor]) -> None:
-        encode_fused(layers, rows.view(shape), _attend_in_frames)
-
-    rows = inputs_embeds.flatten(0, 1).contiguous()
-    return graphs.run(("frames", shape[0]), rows, len(rows), [], launch).view(shape)
+    # Sums are written in place, so the caller's tensor is copied.
+    hidden = inputs_embeds.clone(memory_format=torch.contiguous_format)
+    return encode_fused(layers, hidden, _attend_in_frames)
 
 
 def graphs_of(vision_tower: nn.Module) -> EncoderGraphs | None:
