@@ -27,7 +27,7 @@ from tests.families import (
 )
 from tests.interpreter import run_interpreted
 
-STILL, MOVING = Media(280, 224, 16, 5, shift=0), Media(280, 224, 16, 6, shift=9)
+STILL, MOVING = Media(280, 220, 16, 5, shift=0), Media(280, 220, 16, 6, shift=9)
 """A camera that stands still, and one that moves."""
 BUILDERS = {"qwen2_5_vl": build_qwen2_5_vl, "qwen3_vl": build_qwen3_vl}
 
