@@ -56,7 +56,7 @@ from scissor_vllm.worker import row_placement
 from scissor_vllm.worker.merged_grid import (
     Layout, MergedTokens, encode_merged, why_not_merging,
 )
-from scissor_vllm.worker.merged_patches import placed, probe_weights
+from scissor_vllm.worker.merged_patches import moves_of, placed, probe_weights
 from tests.test_merged_grid import made_up_anchors
 
 ROWS, COLUMNS, FRAMES = 10, 14, 6  # 5 x 7 tokens; windows of 3 x 3 are cut at the edges.
@@ -182,20 +182,40 @@ for name, (make_config, make) in TOWERS.items():
             rest = patches[4 * ROWS * COLUMNS :]
             alone = encode_merged(tower, rest, (2, ROWS, COLUMNS), anchors[4:] - 4)
             assert torch.allclose(alone, found[4:], atol=1e-5)
-            # The kernels, interpreted, on rows of part of a layer's output.
-            layout = Layout.of(tower, grid)
-            merged = MergedTokens.of(anchors, layout, torch.device("cpu"), torch.float32)
-            for placement, size in ((merged.patches, 4), (merged.tokens, 1)):
-                num_rows = len(merged.computed) * size
-                rows = torch.randn(num_rows, 144, generator=generator)[:, 48:]
-                changes = row_placement.row_differences(rows, placement.probes)
-                moves = torch.bmm(
-                    placement.weights, changes.view(*placement.weights.shape[:2], -1)
-                ).view(-1, 96)
-                by_kernels = row_placement.place_rows(
-                    rows, placement.row_of_place, moves, placement.move_of_place
-                )
-                assert torch.allclose(by_kernels, placed(rows, placement), atol=1e-6)
+        # The kernels, interpreted, on rows of part of a layer's output of two frames.
+        layout = Layout.of(tower, (2, ROWS, COLUMNS))
+        anchors = made_up_anchors(2, P, 2, 0.6)
+        merged = MergedTokens.of(anchors, layout, torch.device("cpu"), torch.float32)
+        for placement, size in ((merged.patches, 4), (merged.tokens, 1)):
+            num_rows = len(merged.computed) * size
+            rows = torch.randn(num_rows, 144, generator=generator)[:, 48:]
+            changes = row_placement.row_differences(rows, placement.probes)
+            of_frame, of_anchors = rows[placement.probes]
+            assert torch.equal(changes, of_frame - of_anchors)
+            moves = torch.bmm(
+                placement.weights, changes.view(*placement.weights.shape[:2], -1)
+            ).view(-1, 96)
+            by_kernels = row_placement.place_rows(
+                rows, placement.row_of_place, moves, placement.move_of_place
+            )
+            assert torch.allclose(by_kernels, placed(rows, placement), atol=1e-6)
+        # Keys are placed and queries and keys rotated by one kernel, heads of 24.
+        projected = torch.randn(len(merged.patch_numbers), 3 * 48, generator=generator)
+        queries, rest = projected.split([48, 96], dim=1)
+        keys, values = placed(rest, merged.patches).view(-1, 2, 2, 24).unbind(1)
+        rotate, (cos, sin) = tower.blocks[0].attn.apply_rotary_emb, layout.rotations
+        own = merged.patch_numbers
+        expected_parts = (
+            rotate(queries.reshape(1, -1, 2, 24), cos[own], sin[own])[0],
+            rotate(keys[None], cos, sin)[0],
+            values,
+        )
+        parts = row_placement.place_rotated(
+            projected, merged.patches.row_of_place, moves_of(rest, merged.patches),
+            merged.patches.move_of_place, own, layout.rotations, 2,
+        )
+        for part, expected_part in zip(parts, expected_parts, strict=True):
+            assert torch.allclose(part, expected_part, atol=1e-5)
         # Frames that are equal: each has the tokens that it has alone.
         still = patches[: ROWS * COLUMNS].repeat(FRAMES, 1)
         exact = tower(still, grid_thw=[list(grid)]).view(FRAMES, P, -1)

@@ -30,7 +30,14 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
 
 from scissor_vllm.vllm_compat import frames_attention
-from scissor_vllm.worker.merged_patches import Placement, Plan, ends_of, placed, to_device
+from scissor_vllm.worker.merged_patches import (
+    Placement,
+    Plan,
+    ends_of,
+    moves_of,
+    placed,
+    to_device,
+)
 
 
 @dataclass(frozen=True)
@@ -206,10 +213,10 @@ def encode_merged(
     merged = MergedTokens.of(anchors, layout, tower.device, tower.dtype)
     size = layout.num_merged**2
     computed = patches.view(anchors.numel(), -1).index_select(0, merged.computed)
-    cos, sin = (table.index_select(0, merged.patch_numbers) for table in layout.rotations)
     metadata: dict[str, Any] = {
-        "rotary_pos_emb_cos": cos,
-        "rotary_pos_emb_sin": sin,
+        # Attention takes the rotations of queries from those of all patches.
+        "rotary_pos_emb_cos": None,
+        "rotary_pos_emb_sin": None,
         "cu_seqlens": merged.frames,
         "cu_window_seqlens": merged.windows,
         "max_seqlen": None,
@@ -222,7 +229,7 @@ def encode_merged(
     if layout.embeddings is not None:
         in_frame = merged.patch_numbers % len(layout.embeddings)
         metadata["pos_embeds"] = layout.embeddings.index_select(0, in_frame)
-    with _attending(tower, partial(_attend, merged.patches, layout.rotations)):
+    with _attending(tower, partial(_attend, merged, layout.rotations)):
         rows = tower(computed.view(len(computed) * size, -1), None, encoder_metadata=metadata)
     return placed(rows, merged.tokens).view(*anchors.shape, -1)
 
@@ -241,29 +248,43 @@ def _attending(tower: Any, attend: Callable[..., torch.Tensor]) -> Iterator[None
 
 
 def _attend(
-    placement: Placement,
+    merged: MergedTokens,
     rotations: tuple[torch.Tensor, torch.Tensor],
     attention: Any,
     x: torch.Tensor,
     *,
     cu_seqlens: Sequences,
-    rotary_pos_emb_cos: torch.Tensor,
-    rotary_pos_emb_sin: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
     """Return the attention (m, 1, C) of computed patches (m, 1, C) over all patches."""
     projected, _ = attention.qkv(x)
     heads = attention.num_attention_heads_per_partition
     size = attention.hidden_size_per_attention_head
-    queries, keys_and_values = projected.squeeze(1).tensor_split([heads * size], dim=1)
-    keys, values = placed(keys_and_values, placement).view(-1, 2, heads, size).unbind(1)
-    rotate = attention.apply_rotary_emb
-    queries = rotate(queries.view(1, -1, heads, size), rotary_pos_emb_cos, rotary_pos_emb_sin)
-    keys = rotate(keys[None], *rotations)
+    projected = projected.squeeze(1)
+    queries, keys_and_values = projected.tensor_split([heads * size], dim=1)
+    placement = merged.patches
+    if projected.is_cuda and 2 * rotations[0].shape[1] == size:
+        from scissor_vllm.worker.row_placement import place_rotated
+
+        queries, keys, values = place_rotated(
+            projected,
+            placement.row_of_place,
+            moves_of(keys_and_values, placement),
+            placement.move_of_place,
+            merged.patch_numbers,
+            rotations,
+            heads,
+        )
+    else:
+        rotate = attention.apply_rotary_emb
+        keys, values = placed(keys_and_values, placement).view(-1, 2, heads, size).unbind(1)
+        keys = rotate(keys[None], *rotations)[0]
+        of_queries = (table.index_select(0, merged.patch_numbers) for table in rotations)
+        queries = rotate(queries.view(1, -1, heads, size), *of_queries)[0]
     attended = frames_attention(
         attention.attn,
-        queries[0],
-        keys[0],
+        queries,
+        keys,
         values,
         query_ends=cu_seqlens.query_ends,
         key_ends=cu_seqlens.key_ends,

@@ -195,17 +195,25 @@ def _near(length: int) -> torch.Tensor:
     return torch.exp(-_DECAY * apart.square()) * apart.abs().le(1)
 
 
-def placed(rows: torch.Tensor, placement: Placement) -> torch.Tensor:
-    """Return the values of each place, (N, D), from computed rows (M, D), each contiguous."""
-    weights = placement.weights
+def moves_of(rows: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Return the moves of computed rows (M, D), each contiguous, (T*n, D)."""
     if rows.is_cuda:
-        from scissor_vllm.worker.row_placement import place_rows, row_differences
+        from scissor_vllm.worker.row_placement import row_differences
 
         changes = row_differences(rows, placement.probes)
-        moves = torch.bmm(weights, changes.view(*weights.shape[:2], -1)).view(-1, rows.shape[1])
+    else:
+        of_frame, of_anchors = rows[placement.probes]
+        changes = of_frame - of_anchors
+    weights = placement.weights
+    return torch.bmm(weights, changes.view(*weights.shape[:2], -1)).view(-1, rows.shape[1])
+
+
+def placed(rows: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Return the values of each place, (N, D), from computed rows (M, D), each contiguous."""
+    moves = moves_of(rows, placement)
+    if rows.is_cuda:
+        from scissor_vllm.worker.row_placement import place_rows
+
         return place_rows(rows, placement.row_of_place, moves, placement.move_of_place)
-    of_frame, of_anchors = rows[placement.probes]
-    changes = (of_frame - of_anchors).view(*weights.shape[:2], -1)
-    moves = torch.bmm(weights, changes).view(-1, rows.shape[1])
     added = moves[placement.move_of_place.clamp(min=0)]
     return rows[placement.row_of_place] + added * (placement.move_of_place >= 0)[:, None]
