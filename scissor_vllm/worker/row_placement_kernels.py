@@ -84,13 +84,12 @@ def place_rotated_row(
         value = tl.load(key + width + columns, mask=inside, other=0.0)
         if move >= 0:
             added = moves + move * 2 * width
-            kind = projected.dtype.element_ty
             change = tl.load(added + low, mask=within, other=0.0).to(tl.float32)
-            first = (first.to(tl.float32) + change).to(kind)
+            first = (first.to(tl.float32) + change).to(projected.dtype.element_ty)
             change = tl.load(added + low + half, mask=within, other=0.0).to(tl.float32)
-            second = (second.to(tl.float32) + change).to(kind)
+            second = (second.to(tl.float32) + change).to(projected.dtype.element_ty)
             moved = tl.load(added + width + columns, mask=inside, other=0.0).to(tl.float32)
-            value = (value.to(tl.float32) + moved).to(kind)
+            value = (value.to(tl.float32) + moved).to(projected.dtype.element_ty)
         place = program
         stored = keys_and_values + program * 2 * width
         tl.store(stored + width + columns, value, mask=inside)
@@ -104,6 +103,11 @@ def place_rotated_row(
     cosine = tl.load(cosines + angle, mask=pair < half, other=0.0).to(tl.float32)
     sine = tl.load(sines + angle, mask=pair < half, other=0.0).to(tl.float32)
     first, second = first.to(tl.float32), second.to(tl.float32)
-    kind = projected.dtype.element_ty
-    tl.store(stored + low, (first * cosine - second * sine).to(kind), mask=within)
-    tl.store(stored + low + half, (second * cosine + first * sine).to(kind), mask=within)
+    tl.store(
+        stored + low, (first * cosine - second * sine).to(projected.dtype.element_ty), mask=within
+    )
+    tl.store(
+        stored + low + half,
+        (second * cosine + first * sine).to(projected.dtype.element_ty),
+        mask=within,
+    )
