@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from bench.model_shapes.qwen_vl import VISION
@@ -47,12 +48,24 @@ def make_qwen3_tower(config: Any) -> Any:
     return Qwen3_VisionTransformer(config)
 
 
+def make_qwen2_tower(config: Any) -> Any:
+    """Return vLLM's tower of Qwen2-VL."""
+    from vllm.model_executor.models.qwen2_vl import Qwen2VisionTransformer
+
+    return Qwen2VisionTransformer(config)
+
+
 TOWERS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
     "qwen2.5-vl": (Qwen2_5_VLVisionConfig, make_qwen_tower),
     "qwen3-vl": (Qwen3VLVisionConfig, make_qwen3_tower),
+    "qwen2-vl": (Qwen2VLVisionConfig, make_qwen2_tower),
 }
 """How a tower's config and the tower are made."""
-FULL = {"qwen2.5-vl": VISION["qwen2.5-vl-7b"], "qwen3-vl": VISION["qwen3-vl-8b"]}
+FULL: dict[str, dict[str, Any]] = {
+    "qwen2.5-vl": VISION["qwen2.5-vl-7b"],
+    "qwen3-vl": VISION["qwen3-vl-8b"],
+    "qwen2-vl": {"hidden_size": 3584},
+}
 """Settings of the towers' configs."""
 
 QWEN2_5_VL_7B = Qwen2_5_VLVisionConfig(**FULL["qwen2.5-vl"])
@@ -137,7 +150,7 @@ def measure(cases: dict[str, Callable[[], torch.Tensor]], repeats: int) -> dict[
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=TOWERS, default=list(TOWERS))
+    parser.add_argument("--models", nargs="+", choices=TOWERS, default=["qwen2.5-vl", "qwen3-vl"])
     parser.add_argument("--computed-shares", type=float, nargs="*", default=[1, 0.75, 0.5, 0.35])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="where to write all times")

@@ -26,6 +26,7 @@ from tests.families import (
     largest_difference,
 )
 from tests.interpreter import run_interpreted
+from tests.tiny_models.qwen2_vl import build_qwen2_vl
 
 STILL, MOVING = Media(280, 220, 16, 5, shift=0), Media(280, 220, 16, 6, shift=9)
 """A camera that stands still, and one that moves."""
@@ -66,6 +67,7 @@ small = dict(depth=4, hidden_size=48, intermediate_size=60, num_heads=2, out_hid
 settings = {
     "qwen2.5-vl": dict(small, fullatt_block_indexes=[2], window_size=12),
     "qwen3-vl": dict(small, num_position_embeddings=49, deepstack_visual_indexes=[0, 2]),
+    "qwen2-vl": dict(depth=4, embed_dim=48, num_heads=2, hidden_size=20, mlp_ratio=2, patch_size=2),
 }
 
 
@@ -137,7 +139,10 @@ def oracle(tower, name, patches, anchors):
         attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(FRAMES, P, 4, 48)
         hidden = hidden + linear(block.attn.proj, attended)
         x, mlp = norm(block.norm2, hidden), block.mlp
-        if name == "qwen2.5-vl":
+        if name == "qwen2-vl":
+            wide = linear(mlp.fc1, x)
+            hidden = hidden + linear(mlp.fc2, wide * torch.sigmoid(1.702 * wide))
+        elif name == "qwen2.5-vl":
             gate, up = linear(mlp.gate_up_proj, x).chunk(2, dim=-1)
             hidden = hidden + linear(mlp.down_proj, torch.nn.functional.silu(gate) * up)
         else:
@@ -148,7 +153,7 @@ def oracle(tower, name, patches, anchors):
                 wide = linear(merger.linear_fc1, norm(merger.norm, hidden.flatten(2)))
                 outputs.append(linear(merger.linear_fc2, torch.nn.functional.gelu(wide)))
     merger = tower.merger
-    if name == "qwen2.5-vl":
+    if name != "qwen3-vl":
         wide = linear(merger.mlp[0], norm(merger.ln_q, hidden).flatten(2))
         last = linear(merger.mlp[2], torch.nn.functional.gelu(wide))
     else:
@@ -324,7 +329,13 @@ def test_a_moving_camera_has_no_anchors_alone_and_its_own_beside_a_still_one(tin
 
 
 @pytest.mark.usefixtures("engines")
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(pytest.param(build, id=name) for name, build in BUILDERS.items()),
+        pytest.param(build_qwen2_vl, id="qwen2_vl", marks=pytest.mark.slow),
+    ],
+)
 def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(
     build: Callable[[Path], Any], tmp_path: Path
 ) -> None:
@@ -357,7 +368,7 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "qwen2-vl"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_on_a_gpu_leaving_tokens_out_adds_no_rounding_of_its_own(name: str, share: float) -> None:
     from bench.qwen_tower import FULL, TOWERS, random_patches

@@ -24,7 +24,8 @@ MERGES_BY_DEFAULT: dict[str, str | None] = {_LLAVA_ONEVISION: "siglip_vision_mod
 """Architectures whose tower merges patches where the operator does not choose, and the tower's
 ``model_type``, None for any. Answers were compared for these alone.
 
-``worker.merged_grid`` could merge in those of Qwen2.5-VL and Qwen3-VL too.
+To add Qwen-VL's: ``"Qwen2_5_VLForConditionalGeneration": None`` and
+``"Qwen3VLForConditionalGeneration": None``, see ``worker.merged_grid``.
 """
 _ARENA_BYTES = 3 << 30
 """Of shared memory, free: vLLM's arena has 2 GiB."""

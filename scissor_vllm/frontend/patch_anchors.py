@@ -76,13 +76,14 @@ def patch_anchors(
     current = np.empty((patches.num_patches, patches.num_values), np.float32)
     difference = np.empty_like(current)
     of_places = (patches.num_places, -1)
+    is_new: NDArray[np.bool_]
     for number, pixels in enumerate(steps):
         step = patches.of(pixels)
         if number % GROUP_FRAMES == 0:
             is_new = np.ones(patches.num_places, bool)
         else:
             change = _squared(np.subtract(step, current, out=difference)) / patches.num_values
-            is_new = (change > threshold).reshape(of_places).any(axis=1)
+            is_new = (change > threshold).reshape(of_places).max(axis=1)
             is_new |= _has_moved(is_new, change, patches, current)
         if is_new.all():
             current[:] = step

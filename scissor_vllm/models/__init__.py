@@ -55,7 +55,7 @@ IMAGE_RUN_MODELS = (
 """Architectures of which runs of images are compressed as frames: as many equal frames as the
 tower's tokens need make an image's tokens its own, and no text of the model's own stands for it."""
 
-MERGING_TOWERS = "SigLIP's tower of LLaVA-OneVision, and the towers of Qwen2.5-VL and Qwen3-VL"
+MERGING_TOWERS = "SigLIP's tower of LLaVA-OneVision and Qwen-VL's towers"
 """Towers that merge patches."""
 
 NO_IMAGE_RUNS = (

@@ -8,7 +8,7 @@ vLLM's classes:
   ``scissor_vllm.worker.positions``. With pipeline parallelism vLLM sends later ranks no positions
   that are known only after encoding. Rows then carry none and are evenly spaced in the video.
 - Videos are encoded without CUDA graphs.
-- Towers of Qwen2.5-VL and of Qwen3-VL can merge patches, see ``worker.merged_grid``.
+- Qwen-VL's towers can merge patches, see ``worker.merged_grid``.
 - A video's frames travel as they are, and the device makes the patches, see ``worker.patches``.
 """
 

@@ -9,8 +9,9 @@ before they are rotated, because a key turns with its own position.
 At the end each token takes its values in the same way. Without merged patches, the result is vLLM's
 up to rounding.
 
-The code depends on the towers of ``qwen2_5_vl.py`` and ``qwen3_vl.py`` in vLLM 0.32 and 0.33: their
-``encoder_metadata`` and their attention layers. It can go when vLLM's towers merge patches.
+The code depends on the towers of ``qwen2_vl.py``, ``qwen2_5_vl.py`` and ``qwen3_vl.py`` in vLLM
+0.32 and 0.33: their ``encoder_metadata`` and their attention layers. It can go when vLLM's towers
+merge patches.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VisionAttention,
     Qwen2_5_VisionTransformer,
 )
+from vllm.model_executor.models.qwen2_vl import Qwen2VisionAttention, Qwen2VisionTransformer
 from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
 
 from scissor_vllm.vllm_compat import frames_attention
@@ -38,6 +40,13 @@ from scissor_vllm.worker.merged_patches import (
     placed,
     to_device,
 )
+
+_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
+    Qwen2VisionTransformer: Qwen2VisionAttention,
+    Qwen2_5_VisionTransformer: Qwen2_5_VisionAttention,
+    Qwen3_VisionTransformer: Qwen2_5_VisionAttention,
+}
+"""Towers, and their attention layers."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,8 @@ class Layout:
         num_frames, rows, columns = grid
         merged = tower.spatial_merge_size
         num_tokens = rows * columns // merged**2
-        if isinstance(tower, Qwen3_VisionTransformer):
+        if not isinstance(tower, Qwen2_5_VisionTransformer):
+            has_embeddings = isinstance(tower, Qwen3_VisionTransformer)
             return cls(
                 rows,
                 columns,
@@ -170,7 +180,7 @@ class Layout:
                 torch.arange(num_tokens),
                 None,
                 tower.rot_pos_emb([[num_frames, rows, columns]]),
-                tower.fast_pos_embed_interpolate([[1, rows, columns]]),
+                tower.fast_pos_embed_interpolate([[1, rows, columns]]) if has_embeddings else None,
             )
         cos, sin, index, window_ends, _ = tower.get_rope_by_thw(num_frames, rows, columns)
         ends = window_ends.view(num_frames, -1)[0].long() // merged**2
@@ -180,17 +190,20 @@ class Layout:
 
 def why_not_merging(tower: nn.Module) -> str | None:
     """Return why this module does not support a tower, None if it does."""
-    if type(tower) not in (Qwen2_5_VisionTransformer, Qwen3_VisionTransformer):
-        return f"needs vLLM's tower of Qwen2.5-VL or Qwen3-VL, got {type(tower).__name__}"
+    if type(tower) not in _ATTENTION:
+        return f"needs vLLM's tower of Qwen-VL, got {type(tower).__name__}"
     blocks: Any = tower.blocks
-    if not all(type(block.attn) is Qwen2_5_VisionAttention for block in blocks):
+    if not all(type(block.attn) is _ATTENTION[type(tower)] for block in blocks):
         return "needs vLLM's attention layers in the tower, and other ones are there"
+    if isinstance(tower, Qwen2VisionTransformer) and blocks[0].attn.tp_size > 1:
+        # A rank's projection is no part of the heads.
+        return "needs --mm-encoder-tp-mode data for Qwen2-VL with tensor parallelism"
     if not all(getattr(block, "do_not_compile", True) for block in blocks):
         return "needs layers of the tower that are not compiled: leave compile_mm_encoder out"
     attention = blocks[0].attn.attn
     if attention.fp8_enabled:
         return "needs --mm-encoder-attn-dtype auto, got fp8"
-    if tower.device.type == "cuda" and not attention.is_flash_attn_backend:  # type: ignore[union-attr]
+    if tower.device.type == "cuda" and not attention.is_flash_attn_backend:
         return f"needs --mm-encoder-attn-backend FLASH_ATTN, got {attention.attn_backend.name}"
     return None
 
