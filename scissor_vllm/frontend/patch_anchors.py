@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scissor_vllm.frontend.frame_transport import map_in_threads
 from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
 from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
 
@@ -70,18 +71,32 @@ def patch_anchors(
     Returns:
         int16 (T, P), ascending along T.
     """
-    patches = _Patches(frames.shape[1], frames.shape[2], patch_size, num_merged, num_frames)
+    height, width = frames.shape[1:3]
     steps = frames.numpy().reshape(-1, num_frames, *frames.shape[1:])
+
+    def anchors_of(first: int) -> NDArray[np.int16]:
+        patches = _Patches(height, width, patch_size, num_merged, num_frames)
+        return _group_anchors(patches, steps[first : first + GROUP_FRAMES], threshold) + first
+
+    groups = map_in_threads(anchors_of, range(0, len(steps), GROUP_FRAMES))
+    result = torch.from_numpy(np.concatenate(groups).astype(np.int16))
+    grid = height // (patch_size * num_merged), width // (patch_size * num_merged)
+    share = computed_patches(result, grid).float().mean()
+    return result if share <= MAX_COMPUTED else None
+
+
+def _group_anchors(
+    patches: _Patches, steps: NDArray[np.uint8], threshold: float
+) -> NDArray[np.int16]:
+    """Return the anchors of a group's places, counted from its first frame, (t, P)."""
     anchors = np.empty((len(steps), patches.num_places), np.int16)
     current = np.empty((patches.num_patches, patches.num_values), np.float32)
     difference = np.empty_like(current)
     of_places = (patches.num_places, -1)
-    is_new: NDArray[np.bool_]
+    is_new: NDArray[np.bool_] = np.ones(patches.num_places, bool)
     for number, pixels in enumerate(steps):
         step = patches.of(pixels)
-        if number % GROUP_FRAMES == 0:
-            is_new = np.ones(patches.num_places, bool)
-        else:
+        if number > 0:
             change = _squared(np.subtract(step, current, out=difference)) / patches.num_values
             is_new = (change > threshold).reshape(of_places).max(axis=1)
             is_new |= _has_moved(is_new, change, patches, current)
@@ -90,9 +105,7 @@ def patch_anchors(
         else:
             current.reshape(of_places)[is_new] = step.reshape(of_places)[is_new]
         anchors[number] = np.where(is_new, number, anchors[number - 1])
-    result = torch.from_numpy(anchors)
-    share = computed_patches(result, patches.grid).float().mean()
-    return result if share <= MAX_COMPUTED else None
+    return anchors
 
 
 def anchors_of_videos(
