@@ -416,7 +416,13 @@ def test_on_a_gpu_rows_are_placed_and_rotated_as_on_the_cpu(
     angles = torch.rand(num_frames * rows * columns, size // 2, generator=generator) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     layout = Layout(
-        rows, columns, 2, torch.randperm(60), torch.tensor([16] * 3 + [12]), (cos, sin), None
+        rows,
+        columns,
+        2,
+        torch.randperm(60, generator=generator),
+        torch.tensor([16] * 3 + [12]),
+        (cos, sin),
+        None,
     )
     anchors = made_up_anchors(num_frames, 60, 1, 0.6)
     cpu, cuda = (
