@@ -368,6 +368,8 @@ def frames_attention(
     )
     attended = []
     for frame in frames:
+        if len(frame[0]) == 0:
+            continue
         asked, keys, values = (part.transpose(0, 1)[None] for part in frame)
         answers = F.scaled_dot_product_attention(asked, keys, values, scale=attention.scale)
         attended.append(answers[0].transpose(0, 1))

@@ -38,7 +38,7 @@ from scissor_vllm.worker.merged_patches import (
     ends_of,
     moves_of,
     placed,
-    to_device,
+    to_device_at_once,
 )
 
 _ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
@@ -126,7 +126,7 @@ class MergedTokens:
             query_ends = num_before[key_ends]
             parts[f"{name}_queries"], parts[f"{name}_keys"] = query_ends * size, key_ends * size
             lengths[name] = ((query_ends.diff() * size).tolist(), (num_keys * size).tolist())
-        there = to_device(parts, device)
+        there = to_device_at_once(parts, device)
         weights = there["weights"].to(dtype)
         sequences = {
             name: Sequences(there[f"{name}_queries"], there[f"{name}_keys"], *lengths[name])

@@ -21,6 +21,7 @@ from scissor_vllm.patch_merging import (
     probe_places,
     square_grid,
 )
+from scissor_vllm.worker.pinned import to_device
 
 _DECAY = 8 / 9
 """Decay of a probe's weight with its squared distance on the lattice."""
@@ -74,7 +75,7 @@ class MergedPatches(Placement):
         num_frames, num_places = anchors.shape
         plan = Plan.of(anchors, square_grid(num_places))
         num_queries = plan.is_computed.sum(dim=1)
-        fields = to_device(
+        fields = to_device_at_once(
             {
                 "computed": plan.computed,
                 "row_of_place": plan.row_of_place.flatten(),
@@ -140,7 +141,9 @@ def ends_of(lengths: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def to_device(parts: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def to_device_at_once(
+    parts: Mapping[str, torch.Tensor], device: torch.device
+) -> dict[str, torch.Tensor]:
     """Return tensors on a device by one copy, without a host synchronization.
 
     Args:
@@ -157,10 +160,7 @@ def to_device(parts: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
     # Each part begins at a multiple of 16 bytes: kernels are compiled anew for other addresses.
     num_aligned = _ALIGNMENT_BYTES // _BYTES_OF_INT
     padded = [nn.functional.pad(part, (0, -len(part) % num_aligned)) for part in flat]
-    packed = torch.cat(padded)
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    split = packed.split([*map(len, padded)])
+    split = to_device(torch.cat(padded), device).split([*map(len, padded)])
     return {
         name: (values.view(torch.float32) if part.is_floating_point() else values)[
             : part.numel()
