@@ -276,7 +276,7 @@ def _replaced(compressed: CompressedTokens, tokens: torch.Tensor) -> torch.Tenso
 def _settings(group: int, matching: float) -> Iterator[None]:
     with (
         patch.object(frontend, "GROUP_FRAMES", group),
-        patch.object(frontend, "MIN_STILL", matching),
+        patch.object(frontend, "MIN_MATCHING", matching),
     ):
         yield
 
@@ -292,7 +292,7 @@ def main() -> None:
         "--threshold", type=float, nargs="+", default=[DEFAULT_TOWER_MERGING_THRESHOLD]
     )
     parser.add_argument("--group", type=int, nargs="+", default=[patch_merging.GROUP_FRAMES])
-    parser.add_argument("--min-still", type=float, nargs="+", default=[frontend.MIN_STILL])
+    parser.add_argument("--min-matching", type=float, nargs="+", default=[frontend.MIN_MATCHING])
     parser.add_argument("--num-merged", type=int, choices=(1, 2), default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -320,7 +320,7 @@ def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dic
     known: dict[bytes, dict[str, float]] = {}
     for threshold in args.threshold:
         for group in args.group:
-            for matching in args.min_still:
+            for matching in args.min_matching:
                 with _settings(group, matching):
                     anchors = frontend.patch_anchors(
                         torch.from_numpy(frames), PATCH_SIZE, threshold, num_merged=args.num_merged
@@ -339,7 +339,7 @@ def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dic
                     "camera": "fixed" if sequence.name in FIXED else "moving",
                     "threshold": threshold,
                     "group_frames": group,
-                    "min_still": matching,
+                    "min_matching": matching,
                     "share": share,
                     **known[key],
                 }

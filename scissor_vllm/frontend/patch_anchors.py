@@ -4,10 +4,10 @@ A patch takes the values of its anchor if its pixels hardly differ from the anch
 the patch that was computed, not of the frame before, so that slow changes do not add up. Noise of
 a sensor or of a codec is averaged over 2 x 2 pixels first.
 
-A frame in which the camera moved is encoded whole. What tells it are its textured patches, those
-that would differ from themselves moved by two pixels by far more than the frame's noise. Smooth
-ones, such as a sky, match by chance. This test does not depend on the threshold: with a higher one,
-only things that move would count as textured.
+A frame in which the camera moved, or much of the picture, is encoded whole. What tells that the
+camera moved are textured patches, those that would differ from themselves moved by two pixels by
+far more than the frame's noise. Smooth ones, such as a sky, match by chance. This test does not
+depend on the threshold: with a higher one, only things that move would count as textured.
 
 Where a token has several patches or several frames, as Qwen-VL's have, they are computed or left
 out together. One of them that differs is enough. Such a token is a place; elsewhere a patch is one.
@@ -27,9 +27,12 @@ from scissor_vllm.frontend.frame_transport import map_in_threads
 from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
 from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
 
+MIN_MATCHING = 0.75
+"""Least share of a frame's patches that match their anchors, or all are computed. Where much of the
+picture moves, values of what stands still change with it, by more than the probes tell."""
+
 MIN_STILL = 0.5
-"""Least share of a frame's patches that match their anchors, and of its textured patches that stand
-still, or all are computed."""
+"""Least share of a frame's textured patches that stand still, or all are computed."""
 
 MIN_TEXTURED = 0.02
 """Least share of patches that must be textured to tell whether the camera moves. With fewer, the
@@ -99,7 +102,7 @@ def _group_anchors(
         if number > 0:
             change = _squared(np.subtract(step, current, out=difference)) / patches.num_values
             is_new = (change > threshold).reshape(of_places).max(axis=1)
-            is_new |= _has_moved(is_new, change, patches, current)
+            is_new |= _has_moved(change, threshold, patches, current)
         if is_new.all():
             current[:] = step
         else:
@@ -166,15 +169,18 @@ def _own_anchors(frames: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _has_moved(
-    is_new: NDArray[np.bool_],
     change: NDArray[np.floating[Any]],
+    threshold: float,
     patches: _Patches,
     anchors: NDArray[np.float32],
 ) -> bool:
-    """Return whether the camera has moved: most textured patches changed as moved ones would."""
-    matching = 1 - is_new.mean()
-    if not MIN_STILL <= matching <= _CERTAIN:
-        return bool(matching < MIN_STILL)
+    """Return whether the camera has moved, or much of the picture.
+
+    The camera has if most textured patches changed as moved ones would.
+    """
+    matching = (change <= threshold).mean()
+    if not MIN_MATCHING <= matching <= _CERTAIN:
+        return bool(matching < MIN_MATCHING)
     texture = patches.moved(anchors)
     noise = np.quantile(change, NOISE_QUANTILE)
     is_textured = texture > float(max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE))
