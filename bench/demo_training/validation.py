@@ -130,24 +130,45 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _count_right(logits: Tensor, questions: PackedQuestions) -> Tensor:
-    """Return the questions answered rightly and all questions, int64 (2, skills)."""
+@dataclass(frozen=True)
+class Answers:
+    """The questions of a batch, by clip and then as they were packed; Q of them."""
+
+    is_right: Tensor
+    """(Q,) bool."""
+    skill: Tensor
+    """(Q,) int64: index in SKILLS."""
+    clip: Tensor
+    """(Q,) int64: the clip's number in the batch."""
+
+
+def answers(logits: Tensor, questions: PackedQuestions) -> Answers:
+    """Return which questions are answered rightly, from the logits of all of their tokens."""
     is_answer = questions.labels != IGNORED
     is_wrong = is_answer & (logits.argmax(-1) != questions.labels)
-    most = int(questions.questions.max()) + 1
+    most = max(int(questions.questions.max()) + 1, 1)
     clip = torch.arange(len(is_wrong), device=logits.device)[:, None]
     slot = torch.where(questions.questions == NO_QUESTION, 0, questions.questions)
-    slot = (clip * max(most, 1) + slot)[is_answer]
-    size = len(is_wrong) * max(most, 1)
+    slot = (clip * most + slot)[is_answer]
+    size = len(is_wrong) * most
     asked = torch.zeros(size, dtype=torch.bool, device=logits.device)
     asked[slot] = True
     wrong = torch.zeros_like(asked)
     wrong[slot[is_wrong[is_answer]]] = True
     skill = torch.zeros(size, dtype=torch.int64, device=logits.device)
     skill[slot] = questions.skills[is_answer]
-    is_right = asked & ~wrong
+    number = asked.nonzero().squeeze(1)
+    return Answers(~wrong[number], skill[number], number // most)
+
+
+def _count_right(logits: Tensor, questions: PackedQuestions) -> Tensor:
+    """Return the questions answered rightly and all questions, int64 (2, skills)."""
+    given = answers(logits, questions)
     return torch.stack(
-        [torch.bincount(skill[mask], minlength=len(SKILLS)) for mask in (is_right, asked)]
+        [
+            torch.bincount(skill, minlength=len(SKILLS))
+            for skill in (given.skill[given.is_right], given.skill)
+        ]
     )
 
 
