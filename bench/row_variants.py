@@ -17,6 +17,7 @@ import torch
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.compression import linkage
 from scissor_vllm.compression.linkage import WINDOW_FRAMES, LinkageTree
+from scissor_vllm.compression.result import CompressedTokens, Compressor
 from scissor_vllm.compression.sums import means, sizes
 
 Tensor = torch.Tensor
@@ -29,6 +30,8 @@ class Rows(NamedTuple):
     """(K, D)"""
     positions: Tensor | None = None
     """(K,) float32, increasing from 0; None for one by one, as in serving."""
+    assignment: Tensor | None = None
+    """(N,) int64: the row of each token, where tokens were merged."""
 
 
 @dataclass
@@ -72,7 +75,8 @@ Values = Callable[[Video, Tensor, int], Tensor]
 
 def method(video: Video, num_rows: int) -> Rows:
     """Return the rows of ``average-linkage``."""
-    return Rows(linkage.cut(video.tree, video.tokens, num_rows).tokens)
+    result = linkage.cut(video.tree, video.tokens, num_rows)
+    return Rows(result.tokens, assignment=result.assignment)
 
 
 def every_4_frames(video: Video, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -318,7 +322,9 @@ def rows_of(
         group, window = groups(video, num_rows)
         member = members(video, group, num_rows)
         order = torch.argsort(_picture(video, window, member, num_rows, num_pictures), stable=True)
-        return Rows(values(video, group, num_rows)[order])
+        row = torch.empty_like(order)
+        row[order] = torch.arange(num_rows)
+        return Rows(values(video, group, num_rows)[order], assignment=row[group])
 
     return variant
 
@@ -481,3 +487,19 @@ VARIANTS: Mapping[str, Variant] = {
     "positions: scaled": with_positions(scaled=True),
 }
 """Variants of average linkage by name. The first is the method as it is."""
+
+
+def as_compressor(name: str) -> Compressor:
+    """Return a variant of merged rows as a method: (tokens (T, P, D), K) to rows.
+
+    Raises:
+        ValueError: its rows are not those of groups.
+    """
+
+    def compressed(tokens: Tensor, num_rows: int) -> CompressedTokens:
+        rows = VARIANTS[name](Video(tokens), num_rows)
+        if rows.assignment is None:
+            raise ValueError(f"{name!r} does not say which row a token is in: choose another")
+        return CompressedTokens(rows.tokens, rows.assignment)
+
+    return compressed
