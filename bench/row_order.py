@@ -6,7 +6,8 @@
 
 Clips are synthetic, from validation seeds. Differences to the method are over the same questions,
 with 95 % intervals (paired bootstrap over clips). ``--cache`` keeps the tower's output, so that
-further variants cost the language model alone. ``--table`` joins result files of the same clips.
+further variants cost the language model alone. ``--table`` joins result files: other
+variants of the same clips, or other clips.
 """
 
 from __future__ import annotations
@@ -86,8 +87,10 @@ def ask(
     num_clips: int,
     ways: dict[str, tuple[Variant, float]],
     cache: Path | None,
-) -> tuple[Right, Clips]:
-    """Return which questions are answered rightly, by way and skill, and their clips.
+) -> Iterator[tuple[Right, Clips]]:
+    """Yield which questions are answered rightly, by way and skill, and their clips.
+
+    It yields after every few clips, with the answers so far.
 
     Args:
         skills: of the clips.
@@ -98,9 +101,12 @@ def ask(
     """
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     model = PackedModel(load(CHECKPOINT), Encoder(tokenizer).prefix).eval()
-    right: Right = {name: dict.fromkeys(skills, "") for name in ways}
-    clips: Clips = {skill: [] for skill in skills}
+    right: Right = {name: {} for name in ways}
+    clips: Clips = {}
     for skill in skills:
+        clips[skill] = []
+        for by_skill in right.values():
+            by_skill[skill] = ""
         seeds = clip_seeds(skill, first_clip, num_clips)
         batches = make_batches(tokenizer, seeds, batch_size=_BATCH_SIZE)
         for number, batch in enumerate(tqdm(batches, desc=skill, unit="8 clips")):
@@ -117,8 +123,8 @@ def ask(
                 given = answers(model.logits(hidden), batch.questions)
                 digits = "".join(str(int(is_right)) for is_right in given.is_right)
                 right[name][skill] += digits
-            clips[skill] += [part[clip] for clip in given.clip.tolist()] if ways else []
-    return right, clips
+            clips[skill] += [part[clip] for clip in given.clip.tolist()]
+            yield right, clips
 
 
 def _num_rows(video: Video, ratio: float) -> int:
@@ -165,23 +171,28 @@ def table(right: Right, clips: Clips) -> str:
 
 
 def join(results: Sequence[dict[str, Any]]) -> tuple[Right, Clips]:
-    """Return the answers of several results together.
-
-    Raises:
-        ValueError: they asked about other clips.
-    """
-    clips: Clips = {}
-    right: Right = {}
+    """Return the answers of several results together. Ways that lack one are left out."""
+    answered: dict[str, dict[tuple[str, int, int], str]] = {}
     for result in results:
         for skill, seeds in result["clips"].items():
-            if clips.setdefault(skill, seeds) != seeds:
-                raise ValueError(f"results of {skill} are of other clips: name those of the same")
-        for name, by_skill in result["right"].items():
-            right.setdefault(name, {}).update(by_skill)
-    complete = {
-        name: by_skill for name, by_skill in right.items() if by_skill.keys() == clips.keys()
+            # A clip's questions are numbered.
+            turns: dict[int, int] = {}
+            keys = []
+            for seed in seeds:
+                turns[seed] = turns.get(seed, -1) + 1
+                keys.append((skill, seed, turns[seed]))
+            for name, by_skill in result["right"].items():
+                answers_of_way = answered.setdefault(name, {})
+                answers_of_way |= dict(zip(keys, by_skill[skill], strict=True))
+    keys = sorted(set().union(*answered.values()))
+    skills = list(dict.fromkeys(skill for result in results for skill in result["clips"]))
+    clips = {skill: [seed for of, seed, _ in keys if of == skill] for skill in skills}
+    right = {
+        name: {skill: "".join(given[key] for key in keys if key[0] == skill) for skill in skills}
+        for name, given in answered.items()
+        if all(key in given for key in keys)
     }
-    return complete, clips
+    return right, clips
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -212,10 +223,12 @@ def main(arguments: list[str] | None = None) -> None:
     ways = {f"{name} 1": (WHOLE[name], 1.0) for name in args.variants if name in WHOLE}
     for ratio in args.retention_ratio:
         ways |= {f"{n} {ratio:g}": (VARIANTS[n], ratio) for n in args.variants if n in VARIANTS}
-    right, clips = ask(args.skill, args.first_clip, args.clips, ways, args.cache)
-    print(table(right, clips))
-    if args.json is not None:
-        write_json(args.json, {"environment": environment(), "clips": clips, "right": right})
+    result: dict[str, Any] = {"environment": environment()}
+    for right, clips in ask(args.skill, args.first_clip, args.clips, ways, args.cache):
+        result |= {"clips": clips, "right": right}
+        if args.json is not None:
+            write_json(args.json, result)
+    print(table(result["right"], result["clips"]))
 
 
 if __name__ == "__main__":
