@@ -2,7 +2,7 @@
 
     python -m bench.row_order [--skill SKILL ...] [--clips N] [--variants NAME ...]
         [--retention-ratio R ...] [--cache FOLDER] [--json FILE]
-    python -m bench.row_order --table FILE ...
+    python -m bench.row_order --table FILE ... [--skill SKILL ...] [--clips N]
 
 Clips are synthetic, from validation seeds. Differences to the method are over the same questions,
 with 95 % intervals (paired bootstrap over clips). ``--cache`` keeps the tower's output, so that
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from bench.demo_answers import CHECKPOINT, FIRST_SEED
 from bench.demo_training.forward import PackedModel
 from bench.demo_training.model import load
 from bench.demo_training.packing import Encoder
-from bench.demo_training.validation import ValidationBatch, answers, encode, make_batches
+from bench.demo_training.validation import ValidationBatch, answers, encode, make_batches, make_clip
 from bench.row_variants import VARIANTS, WHOLE, Variant, Video
 from bench.world.heldout import SEEDS
-from bench.world.questions import SKILLS
+from bench.world.questions import OPTIONS, SKILLS
+from bench.world.scene import DIRECTIONS
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.loadtest.record import environment, write_json
 
@@ -43,6 +44,8 @@ DEFAULT_VARIANTS = (
 )
 BASELINE = "method"
 _BATCH_SIZE = 8
+_THING = "a thing"
+"""Instead of a direction: the name of what moves so is asked for."""
 
 Right = dict[str, dict[str, str]]
 """By "VARIANT RATIO" and skill, a digit for each question: 1 for a right answer."""
@@ -170,25 +173,53 @@ def table(right: Right, clips: Clips) -> str:
     return "\n".join([*shares, "", "less the method:", "", *against])
 
 
-def join(results: Sequence[dict[str, Any]]) -> tuple[Right, Clips]:
-    """Return the answers of several results together. Ways that lack one are left out."""
+def by_answer(right: Right, clips: Clips) -> str:
+    """Return a Markdown table of motion's right answers in %, by the direction that is right."""
+    expected: list[str] = []
+    for seed in dict.fromkeys(clips["motion"]):
+        _, asked = make_clip(seed, "motion")
+        for question in asked[: clips["motion"].count(seed)]:
+            number = OPTIONS.index(question.answer) if question.choices else None
+            answer = question.answer if number is None else question.choices[number]
+            expected.append(answer if answer in DIRECTIONS else _THING)
+    numbers = {
+        answer: [i for i, each in enumerate(expected) if each == answer]
+        for answer in (*DIRECTIONS, _THING)
+    }
+    counted = [f"{answer} ({len(of)})" for answer, of in numbers.items()]
+    lines = ["| | " + " | ".join(counted) + " |", "| --- |" + " ---: |" * len(numbers)]
+    for name, by_skill in right.items():
+        digits = by_skill["motion"]
+        cells = [
+            f"{100 * statistics.fmean(int(digits[i]) for i in of):.0f}" if of else "-"
+            for of in numbers.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def join(runs: Sequence[dict[str, Any]], wanted: Mapping[str, range]) -> tuple[Right, Clips]:
+    """Return the answers of several runs together, without ways that lack a question.
+
+    Args:
+        runs: with "clips" and "right".
+        wanted: seeds of clips, by skill.
+    """
     answered: dict[str, dict[tuple[str, int, int], str]] = {}
-    for result in results:
-        for skill, seeds in result["clips"].items():
+    for run in runs:
+        for skill, seeds in run["clips"].items():
             # A clip's questions are numbered.
             turns: dict[int, int] = {}
-            keys = []
-            for seed in seeds:
+            for place, seed in enumerate(seeds):
                 turns[seed] = turns.get(seed, -1) + 1
-                keys.append((skill, seed, turns[seed]))
-            for name, by_skill in result["right"].items():
-                answers_of_way = answered.setdefault(name, {})
-                answers_of_way |= dict(zip(keys, by_skill[skill], strict=True))
+                if seed in wanted.get(skill, ()):
+                    for name, by_skill in run["right"].items():
+                        key = skill, seed, turns[seed]
+                        answered.setdefault(name, {})[key] = by_skill[skill][place]
     keys = sorted(set().union(*answered.values()))
-    skills = list(dict.fromkeys(skill for result in results for skill in result["clips"]))
-    clips = {skill: [seed for of, seed, _ in keys if of == skill] for skill in skills}
+    clips = {skill: [seed for of, seed, _ in keys if of == skill] for skill in wanted}
     right = {
-        name: {skill: "".join(given[key] for key in keys if key[0] == skill) for skill in skills}
+        name: {skill: "".join(given[key] for key in keys if key[0] == skill) for skill in wanted}
         for name, given in answered.items()
         if all(key in given for key in keys)
     }
@@ -210,7 +241,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--retention-ratio", nargs="+", type=float, default=[0.1])
     add("--cache", type=Path, help="folder that keeps the tower's output, 2 MB a clip")
     add("--json", type=Path, help="file for the answers")
-    add("--table", nargs="+", type=Path, metavar="FILE", help="print these results and ask nothing")
+    add(
+        "--table",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="print results of these clips and ask nothing",
+    )
     return parser.parse_args(arguments)
 
 
@@ -218,7 +255,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Ask, print and write."""
     args = parse(arguments)
     if args.table:
-        print(table(*join([json.loads(path.read_text()) for path in args.table])))
+        files = [json.loads(path.read_text()) for path in args.table]
+        wanted = {skill: clip_seeds(skill, args.first_clip, args.clips) for skill in args.skill}
+        right, clips = join([run for file in files for run in file.get("runs", [file])], wanted)
+        print(table(right, clips))
+        if "motion" in clips:
+            print(f"\nmotion by answer:\n\n{by_answer(right, clips)}")
         return
     ways = {f"{name} 1": (WHOLE[name], 1.0) for name in args.variants if name in WHOLE}
     for ratio in args.retention_ratio:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 
-from bench.row_order import Clips, Right, clip_seeds, join, table
+from bench.row_order import by_answer, clip_seeds, join, table
 from bench.row_variants import (
     VARIANTS,
     WHOLE,
@@ -94,14 +97,29 @@ def test_a_large_distance_across_joins_columns_alone() -> None:
     assert all(len(column[groups == group].unique()) == 1 for group in range(12))
 
 
-def test_results_of_the_same_clips_are_joined_and_compared() -> None:
-    seeds = clip_seeds("motion", 0, 2)
+def test_runs_are_joined_by_question_and_compared() -> None:
+    seeds = clip_seeds("motion", 0, 3)
     assert list(clip_seeds("motion", 1, 1)) == [seeds[1]]
-    clips: Clips = {"motion": [seeds[0], seeds[0], seeds[1], seeds[1]]}
-    first: Right = {"method 0.1": {"motion": "0000"}}
-    second: Right = {"member: centroid 0.1": {"motion": "1111"}}
-    right, joined = join([{"clips": clips, "right": each} for each in (first, second)])
+    clips = {"motion": [seeds[0], seeds[0], seeds[1], seeds[1]]}
+    others = {"motion": [seeds[1], seeds[1], seeds[0], seeds[0], seeds[2]]}
+    runs: list[dict[str, Any]] = [
+        {"clips": clips, "right": {"method 0.1": {"motion": "0001"}, "x 0.1": {"motion": "1111"}}},
+        {"clips": others, "right": {"member: centroid 0.1": {"motion": "11110"}}},
+        {"clips": {"motion": [seeds[0]]}, "right": {"pictures: 2 0.1": {"motion": "1"}}},
+    ]
+    right, joined = join(runs, {"motion": clip_seeds("motion", 0, 2)})
+    assert joined == clips
+    assert right.keys() == {"method 0.1", "x 0.1", "member: centroid 0.1"}
     lines = table(right, joined).splitlines()
     assert "| member: centroid 0.1 | 100.0 | 100.0 |" in lines
-    gain = "+100.0 (+100.0 to +100.0)"
+    gain = "+75.0 (+50.0 to +100.0)"
     assert f"| member: centroid 0.1 | {gain} | {gain} |" in lines
+
+
+def test_answers_are_counted_by_direction() -> None:
+    clips = {"motion": [seed for seed in clip_seeds("motion", 0, 4) for _ in range(2)]}
+    lines = by_answer({"method 0.1": {"motion": "1" * 8}}, clips).splitlines()
+    counts = [int(number) for number in re.findall(r"\((\d+)\)", lines[0])]
+    assert sum(counts) == 8
+    cells = [cell.strip() for cell in lines[2].split("|")[2:-1]]
+    assert cells == ["100" if count else "-" for count in counts]
