@@ -199,14 +199,14 @@ def nearest_token(video: Video, group: Tensor, num_rows: int) -> Tensor:
 
 
 def _joined(
-    video: Video, window: Tensor, distance: Callable[[Tensor], Tensor]
+    video: Video, window: Tensor, distance: Callable[[Tensor], Tensor], exponent: float = 0
 ) -> tuple[Tensor, Tensor]:
     """Return parent and height of all tokens, joined inside the windows of frames (T,)."""
     parents, heights = [], []
     begin = 0
     for num_frames in window.bincount().tolist():
         rows = video.tokens[begin : begin + num_frames].flatten(0, 1)
-        parent, height = linkage._join(distance(rows), 0.0)
+        parent, height = linkage._join(distance(rows), exponent)
         parents.append(parent + begin * video.per_frame)
         heights.append(height)
         begin += num_frames
@@ -237,6 +237,12 @@ def by_cuts(video: Video, num_rows: int, share: float) -> tuple[Tensor, Tensor]:
     window = torch.tensor(windows)
     parent, height = _joined(video, window, linkage.distances)
     return _cut(video, parent, torch.sort(height, stable=True).indices, num_rows), window
+
+
+def by_exponent(video: Video, num_rows: int, exponent: float) -> tuple[Tensor, Tensor]:
+    """Return groups by another exponent of a pair's size, below 0 too: it favours large groups."""
+    parent, height = _joined(video, video.windows, linkage.distances, exponent)
+    return _cut(video, parent, torch.sort(height, stable=True).indices, num_rows), video.windows
 
 
 def windows_of(video: Video, num_rows: int, num_frames: int) -> tuple[Tensor, Tensor]:
@@ -456,6 +462,10 @@ VARIANTS: Mapping[str, Variant] = {
     "norm: members'": rows_of(values=members_norm),
     "norm: nearest's": rows_of(values=nearest_norm),
     "row: nearest token": rows_of(values=nearest_token),
+    **{
+        f"exponent: {p:g}": rows_of(partial(by_exponent, exponent=p))
+        for p in (-0.25, -0.1, 0.1, 0.25)
+    },
     **{f"windows: cuts {s:g}": rows_of(partial(by_cuts, share=s)) for s in (0.7, 0.8, 0.9)},
     **{f"windows: {n} frames": rows_of(partial(windows_of, num_frames=n)) for n in (1, 2, 3, 6, 8)},
     **{
