@@ -31,7 +31,7 @@ from scissor_vllm.frontend import patch_anchors as frontend
 from scissor_vllm.loadtest.record import environment, write_json
 from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.settings import DEFAULT_TOWER_MERGING_THRESHOLD, DEFAULT_VIDEO_COMPRESSION
-from scissor_vllm.worker.merged_encoder import MergedPatches, placed
+from scissor_vllm.worker.merged_patches import MergedPatches, placed
 
 PATCH_SIZE = 14
 NUM_LAYERS, NUM_HEADS, EPS = 12, 6, 1e-6
