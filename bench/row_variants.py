@@ -506,8 +506,8 @@ def as_compressor(name: str) -> Compressor:
         ValueError: its rows are not those of groups.
     """
 
-    def compressed(tokens: Tensor, num_rows: int) -> CompressedTokens:
-        rows = VARIANTS[name](Video(tokens), num_rows)
+    def compressed(tokens: Tensor, num_retained: int) -> CompressedTokens:
+        rows = VARIANTS[name](Video(tokens), num_retained)
         if rows.assignment is None:
             raise ValueError(f"{name!r} does not say which row a token is in: choose another")
         return CompressedTokens(rows.tokens, rows.assignment)
