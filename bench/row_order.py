@@ -2,11 +2,12 @@
 
     python -m bench.row_order [--skill SKILL ...] [--clips N] [--variants NAME ...]
         [--retention-ratio R ...] [--cache FOLDER] [--json FILE]
-    python -m bench.row_order --table FILE ...
+    python -m bench.row_order --table FILE ... [--skill SKILL ...] [--clips N]
 
 Clips are synthetic, from validation seeds. Differences to the method are over the same questions,
 with 95 % intervals (paired bootstrap over clips). ``--cache`` keeps the tower's output, so that
-further variants cost the language model alone. ``--table`` joins result files of the same clips.
+further variants cost the language model alone. ``--table`` joins result files: other
+variants of the same clips, or other clips.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from bench.demo_answers import CHECKPOINT, FIRST_SEED
 from bench.demo_training.forward import PackedModel
 from bench.demo_training.model import load
 from bench.demo_training.packing import Encoder
-from bench.demo_training.validation import ValidationBatch, answers, encode, make_batches
+from bench.demo_training.validation import ValidationBatch, answers, encode, make_batches, make_clip
 from bench.row_variants import VARIANTS, WHOLE, Variant, Video
 from bench.world.heldout import SEEDS
-from bench.world.questions import SKILLS
+from bench.world.questions import OPTIONS, SKILLS
+from bench.world.scene import DIRECTIONS
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.loadtest.record import environment, write_json
 
@@ -42,6 +44,8 @@ DEFAULT_VARIANTS = (
 )
 BASELINE = "method"
 _BATCH_SIZE = 8
+_THING = "a thing"
+"""Instead of a direction: the name of what moves so is asked for."""
 
 Right = dict[str, dict[str, str]]
 """By "VARIANT RATIO" and skill, a digit for each question: 1 for a right answer."""
@@ -86,8 +90,10 @@ def ask(
     num_clips: int,
     ways: dict[str, tuple[Variant, float]],
     cache: Path | None,
-) -> tuple[Right, Clips]:
-    """Return which questions are answered rightly, by way and skill, and their clips.
+) -> Iterator[tuple[Right, Clips]]:
+    """Yield which questions are answered rightly, by way and skill, and their clips.
+
+    It yields after every few clips, with the answers so far.
 
     Args:
         skills: of the clips.
@@ -98,9 +104,12 @@ def ask(
     """
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     model = PackedModel(load(CHECKPOINT), Encoder(tokenizer).prefix).eval()
-    right: Right = {name: dict.fromkeys(skills, "") for name in ways}
-    clips: Clips = {skill: [] for skill in skills}
+    right: Right = {name: {} for name in ways}
+    clips: Clips = {}
     for skill in skills:
+        clips[skill] = []
+        for by_skill in right.values():
+            by_skill[skill] = ""
         seeds = clip_seeds(skill, first_clip, num_clips)
         batches = make_batches(tokenizer, seeds, batch_size=_BATCH_SIZE)
         for number, batch in enumerate(tqdm(batches, desc=skill, unit="8 clips")):
@@ -117,8 +126,8 @@ def ask(
                 given = answers(model.logits(hidden), batch.questions)
                 digits = "".join(str(int(is_right)) for is_right in given.is_right)
                 right[name][skill] += digits
-            clips[skill] += [part[clip] for clip in given.clip.tolist()] if ways else []
-    return right, clips
+            clips[skill] += [part[clip] for clip in given.clip.tolist()]
+            yield right, clips
 
 
 def _num_rows(video: Video, ratio: float) -> int:
@@ -164,24 +173,57 @@ def table(right: Right, clips: Clips) -> str:
     return "\n".join([*shares, "", "less the method:", "", *against])
 
 
-def join(results: Sequence[dict[str, Any]]) -> tuple[Right, Clips]:
-    """Return the answers of several results together.
-
-    Raises:
-        ValueError: they asked about other clips.
-    """
-    clips: Clips = {}
-    right: Right = {}
-    for result in results:
-        for skill, seeds in result["clips"].items():
-            if clips.setdefault(skill, seeds) != seeds:
-                raise ValueError(f"results of {skill} are of other clips: name those of the same")
-        for name, by_skill in result["right"].items():
-            right.setdefault(name, {}).update(by_skill)
-    complete = {
-        name: by_skill for name, by_skill in right.items() if by_skill.keys() == clips.keys()
+def by_answer(right: Right, clips: Clips) -> str:
+    """Return a Markdown table of motion's right answers in %, by the direction that is right."""
+    expected: list[str] = []
+    for seed in dict.fromkeys(clips["motion"]):
+        _, asked = make_clip(seed, "motion")
+        for question in asked[: clips["motion"].count(seed)]:
+            number = OPTIONS.index(question.answer) if question.choices else None
+            answer = question.answer if number is None else question.choices[number]
+            expected.append(answer if answer in DIRECTIONS else _THING)
+    numbers = {
+        answer: [i for i, each in enumerate(expected) if each == answer]
+        for answer in (*DIRECTIONS, _THING)
     }
-    return complete, clips
+    counted = [f"{answer} ({len(of)})" for answer, of in numbers.items()]
+    lines = ["| | " + " | ".join(counted) + " |", "| --- |" + " ---: |" * len(numbers)]
+    for name, by_skill in right.items():
+        digits = by_skill["motion"]
+        cells = [
+            f"{100 * statistics.fmean(int(digits[i]) for i in of):.0f}" if of else "-"
+            for of in numbers.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def join(runs: Sequence[dict[str, Any]], wanted: Mapping[str, range]) -> tuple[Right, Clips]:
+    """Return the answers of several runs together, without ways that lack a question.
+
+    Args:
+        runs: with "clips" and "right".
+        wanted: seeds of clips, by skill.
+    """
+    answered: dict[str, dict[tuple[str, int, int], str]] = {}
+    for run in runs:
+        for skill, seeds in run["clips"].items():
+            # A clip's questions are numbered.
+            turns: dict[int, int] = {}
+            for place, seed in enumerate(seeds):
+                turns[seed] = turns.get(seed, -1) + 1
+                if seed in wanted.get(skill, ()):
+                    for name, by_skill in run["right"].items():
+                        key = skill, seed, turns[seed]
+                        answered.setdefault(name, {})[key] = by_skill[skill][place]
+    keys = sorted(set().union(*answered.values()))
+    clips = {skill: [seed for of, seed, _ in keys if of == skill] for skill in wanted}
+    right = {
+        name: {skill: "".join(given[key] for key in keys if key[0] == skill) for skill in wanted}
+        for name, given in answered.items()
+        if all(key in given for key in keys)
+    }
+    return right, clips
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -199,7 +241,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--retention-ratio", nargs="+", type=float, default=[0.1])
     add("--cache", type=Path, help="folder that keeps the tower's output, 2 MB a clip")
     add("--json", type=Path, help="file for the answers")
-    add("--table", nargs="+", type=Path, metavar="FILE", help="print these results and ask nothing")
+    add(
+        "--table",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="print results of these clips and ask nothing",
+    )
     return parser.parse_args(arguments)
 
 
@@ -207,15 +255,22 @@ def main(arguments: list[str] | None = None) -> None:
     """Ask, print and write."""
     args = parse(arguments)
     if args.table:
-        print(table(*join([json.loads(path.read_text()) for path in args.table])))
+        files = [json.loads(path.read_text()) for path in args.table]
+        wanted = {skill: clip_seeds(skill, args.first_clip, args.clips) for skill in args.skill}
+        right, clips = join([run for file in files for run in file.get("runs", [file])], wanted)
+        print(table(right, clips))
+        if "motion" in clips:
+            print(f"\nmotion by answer:\n\n{by_answer(right, clips)}")
         return
     ways = {f"{name} 1": (WHOLE[name], 1.0) for name in args.variants if name in WHOLE}
     for ratio in args.retention_ratio:
         ways |= {f"{n} {ratio:g}": (VARIANTS[n], ratio) for n in args.variants if n in VARIANTS}
-    right, clips = ask(args.skill, args.first_clip, args.clips, ways, args.cache)
-    print(table(right, clips))
-    if args.json is not None:
-        write_json(args.json, {"environment": environment(), "clips": clips, "right": right})
+    result: dict[str, Any] = {"environment": environment()}
+    for right, clips in ask(args.skill, args.first_clip, args.clips, ways, args.cache):
+        result |= {"clips": clips, "right": right}
+        if args.json is not None:
+            write_json(args.json, result)
+    print(table(result["right"], result["clips"]))
 
 
 if __name__ == "__main__":

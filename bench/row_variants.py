@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import torch
 
+from scissor_vllm import num_retained_tokens
 from scissor_vllm.compression import linkage
 from scissor_vllm.compression.linkage import WINDOW_FRAMES, LinkageTree
+from scissor_vllm.compression.result import CompressedTokens, Compressor
 from scissor_vllm.compression.sums import means, sizes
 
 Tensor = torch.Tensor
@@ -28,6 +30,8 @@ class Rows(NamedTuple):
     """(K, D)"""
     positions: Tensor | None = None
     """(K,) float32, increasing from 0; None for one by one, as in serving."""
+    assignment: Tensor | None = None
+    """(N,) int64: the row of each token, where tokens were merged."""
 
 
 @dataclass
@@ -71,7 +75,8 @@ Values = Callable[[Video, Tensor, int], Tensor]
 
 def method(video: Video, num_rows: int) -> Rows:
     """Return the rows of ``average-linkage``."""
-    return Rows(linkage.cut(video.tree, video.tokens, num_rows).tokens)
+    result = linkage.cut(video.tree, video.tokens, num_rows)
+    return Rows(result.tokens, assignment=result.assignment)
 
 
 def every_4_frames(video: Video, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +137,14 @@ def centroid(video: Video, group: Tensor, num_rows: int) -> Tensor:
     return frame * video.per_frame + line * side + mean(place % side).clamp(max=side - 1)
 
 
+def mean_place(video: Video, group: Tensor, num_rows: int) -> Tensor:
+    """Return the mean place in a frame, in the frame of the middle member. It needs no columns."""
+    place = torch.arange(len(group)) % video.per_frame
+    total = torch.zeros(num_rows, dtype=torch.float64).index_add(0, group, place.double())
+    frame = middle(video, group, num_rows) // video.per_frame
+    return frame * video.per_frame + total / sizes(group, num_rows)
+
+
 def _middle_of_a_frame(reduce: str) -> Members:
     """Return the middle member among those of a group's first or last frame."""
 
@@ -186,14 +199,14 @@ def nearest_token(video: Video, group: Tensor, num_rows: int) -> Tensor:
 
 
 def _joined(
-    video: Video, window: Tensor, distance: Callable[[Tensor], Tensor]
+    video: Video, window: Tensor, distance: Callable[[Tensor], Tensor], exponent: float = 0
 ) -> tuple[Tensor, Tensor]:
     """Return parent and height of all tokens, joined inside the windows of frames (T,)."""
     parents, heights = [], []
     begin = 0
     for num_frames in window.bincount().tolist():
         rows = video.tokens[begin : begin + num_frames].flatten(0, 1)
-        parent, height = linkage._join(distance(rows), 0.0)
+        parent, height = linkage._join(distance(rows), exponent)
         parents.append(parent + begin * video.per_frame)
         heights.append(height)
         begin += num_frames
@@ -226,6 +239,12 @@ def by_cuts(video: Video, num_rows: int, share: float) -> tuple[Tensor, Tensor]:
     return _cut(video, parent, torch.sort(height, stable=True).indices, num_rows), window
 
 
+def by_exponent(video: Video, num_rows: int, exponent: float) -> tuple[Tensor, Tensor]:
+    """Return groups by another exponent of a pair's size, below 0 too: it favours large groups."""
+    parent, height = _joined(video, video.windows, linkage.distances, exponent)
+    return _cut(video, parent, torch.sort(height, stable=True).indices, num_rows), video.windows
+
+
 def windows_of(video: Video, num_rows: int, num_frames: int) -> tuple[Tensor, Tensor]:
     """Return groups in windows of another length."""
     tree = linkage.linkage_tree(video.tokens, window_frames=num_frames)
@@ -253,27 +272,38 @@ def equal_windows(video: Video, num_rows: int, equal: float) -> tuple[Tensor, Te
     return _cut(video, video.tree.parent, order, num_rows), video.windows
 
 
-def near_in_place(video: Video, num_rows: int, place: float, time: float) -> tuple[Tensor, Tensor]:
+def near_in_place(
+    video: Video,
+    num_rows: int,
+    across: float,
+    down: float,
+    time: float = 0,
+    num_frames: int = WINDOW_FRAMES,
+) -> tuple[Tensor, Tensor]:
     """Return groups by a distance that grows with the distance in the picture and in time.
 
     Args:
         video: of the tokens.
         num_rows: K.
-        place: added at a distance of a picture's side, in proportion to the distance's square.
+        across: added at a horizontal distance of a picture's side, in proportion to its square.
+        down: likewise, vertical.
         time: added for 4 frames, in proportion.
+        num_frames: of a window.
     """
     side = math.isqrt(video.per_frame)
 
     def distance(rows: Tensor) -> Tensor:
         number = torch.arange(len(rows))
         at = number % video.per_frame
-        where = torch.stack([at // side, at % side], dim=1).float() / side
+        scale = torch.tensor([down, across]).sqrt() / side
+        where = torch.stack([at // side, at % side], dim=1) * scale
         frame = (number // video.per_frame).float()[:, None] / WINDOW_FRAMES
-        added = place * torch.cdist(where, where).square() + time * torch.cdist(frame, frame)
+        added = torch.cdist(where, where).square() + time * torch.cdist(frame, frame)
         return linkage.distances(rows) + added
 
-    parent, height = _joined(video, video.windows, distance)
-    return _cut(video, parent, torch.sort(height, stable=True).indices, num_rows), video.windows
+    window = torch.arange(len(video.tokens)) // num_frames
+    parent, height = _joined(video, window, distance)
+    return _cut(video, parent, torch.sort(height, stable=True).indices, num_rows), window
 
 
 # Whole variants
@@ -298,7 +328,9 @@ def rows_of(
         group, window = groups(video, num_rows)
         member = members(video, group, num_rows)
         order = torch.argsort(_picture(video, window, member, num_rows, num_pictures), stable=True)
-        return Rows(values(video, group, num_rows)[order])
+        row = torch.empty_like(order)
+        row[order] = torch.arange(num_rows)
+        return Rows(values(video, group, num_rows)[order], assignment=row[group])
 
     return variant
 
@@ -352,7 +384,7 @@ def with_positions(scaled: bool) -> Variant:
     return variant
 
 
-# All tokens, without compression
+# Whole frames
 
 
 def whole(video: Video, num_rows: int) -> Rows:
@@ -378,13 +410,39 @@ def whole_frames(video: Video, num_rows: int) -> Rows:
     return Rows(video.flat, (frame * video.per_frame).float())
 
 
+def unmerged(ratio: float) -> Variant:
+    """Return a variant: every token replaced by the method's row that it is in, N in all."""
+
+    def variant(video: Video, num_rows: int) -> Rows:
+        return Rows(_replaced(video, ratio))
+
+    return variant
+
+
+def unmerged_frames(ratio: float) -> Variant:
+    """Return a variant: so replaced tokens of one frame of each window, the second."""
+
+    def variant(video: Video, num_rows: int) -> Rows:
+        frames = _replaced(video, ratio).view_as(video.tokens)
+        return Rows(frames[1::WINDOW_FRAMES].flatten(0, 1))
+
+    return variant
+
+
+def _replaced(video: Video, ratio: float) -> Tensor:
+    result = linkage.cut(video.tree, video.tokens, num_retained_tokens(len(video.flat), ratio))
+    return result.tokens[result.assignment]
+
+
 WHOLE: Mapping[str, Variant] = {
     "whole": whole,
     "whole, positions / 10": whole_tenth,
     "whole, one position a frame": whole_frames,
     "whole, frames shuffled": whole_shuffled,
+    "whole, of rows at 0.1": unmerged(0.1),
+    "a frame a window, of rows at 0.1": unmerged_frames(0.1),
 }
-"""Variants without compression, the same at every ratio."""
+"""Variants that keep whole frames, the same at every ratio."""
 
 VARIANTS: Mapping[str, Variant] = {
     "method": method,
@@ -393,6 +451,7 @@ VARIANTS: Mapping[str, Variant] = {
     "order: random in window": rows_of(members=at_random),
     "member: nearest mean": rows_of(members=nearest_mean),
     "member: centroid": rows_of(members=centroid),
+    "member: mean place": rows_of(members=mean_place),
     "member: first token": rows_of(members=first),
     "member: last token": rows_of(members=last),
     "member: middle of first frame": rows_of(members=_middle_of_a_frame("amin")),
@@ -403,17 +462,54 @@ VARIANTS: Mapping[str, Variant] = {
     "norm: members'": rows_of(values=members_norm),
     "norm: nearest's": rows_of(values=nearest_norm),
     "row: nearest token": rows_of(values=nearest_token),
+    **{
+        f"exponent: {p:g}": rows_of(partial(by_exponent, exponent=p))
+        for p in (-0.25, -0.1, 0.1, 0.25)
+    },
     **{f"windows: cuts {s:g}": rows_of(partial(by_cuts, share=s)) for s in (0.7, 0.8, 0.9)},
-    **{f"windows: {n} frames": rows_of(partial(windows_of, num_frames=n)) for n in (1, 2, 3, 8)},
+    **{f"windows: {n} frames": rows_of(partial(windows_of, num_frames=n)) for n in (1, 2, 3, 6, 8)},
     **{
         f"equal windows: {share:g}": rows_of(partial(equal_windows, equal=share))
         for share in (0.5, 1)
     },
     **{
-        f"near in place: {p:g}, time {t:g}": rows_of(partial(near_in_place, place=p, time=t))
-        for p, t in ((0.1, 0), (0.3, 0), (1, 0), (0, 0.1), (0.3, 0.1))
+        f"near in place: {x:g} {y:g}": rows_of(partial(near_in_place, across=x, down=y))
+        for x, y in ((0.1, 0.1), (0.3, 0.3), (1, 1), (0.3, 0), (1, 0), (1, 0.1))
     },
+    "near in place: 0.3 0.3, time 0.1": rows_of(
+        partial(near_in_place, across=0.3, down=0.3, time=0.1)
+    ),
+    **{
+        f"centroid, near in place: {x:g} {y:g}": rows_of(
+            partial(near_in_place, across=x, down=y), members=centroid
+        )
+        for x, y in ((0.1, 0.1), (0.3, 0.3), (1, 1), (0.3, 0), (1, 0), (1, 0.1), (3, 0.3))
+    },
+    "centroid, equal windows: 1": rows_of(partial(equal_windows, equal=1), members=centroid),
+    **{
+        f"centroid, windows: {n} frames": rows_of(partial(windows_of, num_frames=n), centroid)
+        for n in (6, 8)
+    },
+    "centroid, near in place: 0.3 0.3, windows: 8 frames": rows_of(
+        partial(near_in_place, across=0.3, down=0.3, num_frames=8), members=centroid
+    ),
     "positions: of the video": with_positions(scaled=False),
     "positions: scaled": with_positions(scaled=True),
 }
 """Variants of average linkage by name. The first is the method as it is."""
+
+
+def as_compressor(name: str) -> Compressor:
+    """Return a variant of merged rows as a method: (tokens (T, P, D), K) to rows.
+
+    Raises:
+        ValueError: its rows are not those of groups.
+    """
+
+    def compressed(tokens: Tensor, num_retained: int) -> CompressedTokens:
+        rows = VARIANTS[name](Video(tokens), num_retained)
+        if rows.assignment is None:
+            raise ValueError(f"{name!r} does not say which row a token is in: choose another")
+        return CompressedTokens(rows.tokens, rows.assignment)
+
+    return compressed

@@ -109,7 +109,7 @@ def test_random_weights_fill_a_models_shapes_and_follow_the_seed(tmp_path: Path)
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_result_file_names_its_hardware_and_its_commit(path: Path) -> None:
     result = json.loads(path.read_text())
-    runs = result["runs"] if "questions" in result else [result]
+    runs = [result] if "environment" in result else result["runs"]
     assert runs
     for run in runs:
         environment = run["environment"]

@@ -13,10 +13,10 @@ import torch.nn.functional as F  # noqa: N812
 from bench.demo_training.forward import PackedModel
 from bench.demo_training.packing import IGNORED, NO_QUESTION, Encoder, PackedQuestions, pack
 from bench.demo_training.pixels import as_values, normalised
-from bench.world.questions import SKILLS, ask
+from bench.world.questions import SKILLS, Question, ask
 from bench.world.render import PackedScenes, render
 from bench.world.render import pack as pack_scenes
-from bench.world.scene import MIN_NUM_FRAMES, sample_scene
+from bench.world.scene import MIN_NUM_FRAMES, Scene, sample_scene
 
 Tensor = torch.Tensor
 Compress = Callable[[Tensor, int], Tensor]
@@ -65,10 +65,7 @@ def make_batches(
     for begin in range(0, len(seeds), batch_size):
         scenes, rows = [], []
         for seed in seeds[begin : begin + batch_size]:
-            skill = skills[seed % len(skills)]
-            scene = sample_scene(seed, skill, num_frames)
-            asked = ask(scene, seed, skill)
-            random.Random(f"validation {seed}").shuffle(asked)
+            scene, asked = make_clip(seed, skills[seed % len(skills)], num_frames)
             scenes.append(scene)
             rows.append(
                 [
@@ -79,6 +76,14 @@ def make_batches(
         questions, _ = pack(rows, row_length, encoder.padding)
         batches.append(ValidationBatch(pack_scenes(scenes), questions))
     return batches
+
+
+def make_clip(seed: int, skill: str, num_frames: int = 16) -> tuple[Scene, list[Question]]:
+    """Return a clip's scene and its questions, in the order in which they are asked."""
+    scene = sample_scene(seed, skill, num_frames)
+    asked = ask(scene, seed, skill)
+    random.Random(f"validation {seed}").shuffle(asked)
+    return scene, asked
 
 
 @torch.no_grad()
