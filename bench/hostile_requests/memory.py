@@ -21,7 +21,7 @@ SHOWN_MIB = 50
 
 @dataclass
 class MemorySampler:
-    """Samples resident memory and open files of a process and its descendants, in a thread.
+    """Samples memory and open files of a process and its descendants, in a thread.
 
     Args:
         pid: of the process; None samples nothing.
@@ -59,6 +59,8 @@ class MemorySampler:
 def sample(pid: int) -> dict[str, Any]:
     """Return MiB and open files of a process and its descendants, together and by process.
 
+    It is resident memory. A page that n processes share counts as 1/n of a page in each.
+
     Raises:
         psutil.NoSuchProcess: it has ended.
     """
@@ -67,7 +69,9 @@ def sample(pid: int) -> dict[str, Any]:
     num_files = 0
     for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess), process.oneshot():
-            sizes[f"{process.name()} {process.pid}"] = round(process.memory_info().rss / MIB, 1)
+            sizes[f"{process.name()} {process.pid}"] = round(
+                process.memory_full_info().pss / MIB, 1
+            )
             num_files += process.num_fds()
     return {"mib": round(sum(sizes.values()), 1), "num_files": num_files, "processes": sizes}
 
