@@ -1,7 +1,8 @@
 """Names of the fields with which a video travels from the API server to the worker."""
 
 VIDEO_FRAMES = "video_frames"
-"""Field of a video's data: resized frames, uint8 (T, H, W, C)."""
+"""Field of a video's data: resized frames, uint8 (T, H, W, C), kept on the CPU: the model copies
+them where the tower takes them."""
 PIXEL_NORMALIZATION = "pixel_normalization"
 """Field of a video's data: mean and standard deviation of each channel, float32 (2, C), in units of
 8-bit pixels. It comes with ``VIDEO_FRAMES``."""

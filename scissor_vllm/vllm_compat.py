@@ -17,6 +17,7 @@ import vllm.connections
 import vllm.multimodal.media.base
 from vllm.config import ModelConfig
 from vllm.config.multimodal import MultiModalConfig
+from vllm.multimodal.utils import copy_mm_embedding_modality
 from vllm.platforms import current_platform
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -55,7 +56,7 @@ def ask_model_for_positions(model_config: ModelConfig) -> None:
     if not current_platform.is_cpu():
         from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 
-        skip_plain_rows(MultiModalPruner)
+        place_without_waiting(MultiModalPruner)
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     ask_where_rows_carry_positions(GPUModelRunner)
@@ -68,11 +69,12 @@ def _with_positions(config: MultiModalConfig) -> PositionsFromModel:
     return same
 
 
-def skip_plain_rows(pruner: Any) -> None:
-    """Make V2's pruner skip steps whose rows carry no positions.
+def place_without_waiting(pruner: Any) -> None:
+    """Make V2's pruner write the positions that our rows carry on the device.
 
-    It would recompute the positions of every request with an image or a video at each prefill step.
-    Remove it when vLLM asks the model which rows carry positions.
+    It would ask the model for the positions of every request with an image or a video, in host
+    memory, and so wait for the tower in each step with a video. Remove it when vLLM takes positions
+    on the device.
 
     Args:
         pruner: ``MultiModalPruner``.
@@ -82,13 +84,32 @@ def skip_plain_rows(pruner: Any) -> None:
         return
 
     @wraps(recompute)
-    def recompute_carried(self: Any, mm_embeds: list[torch.Tensor], *args: Any) -> Any:
-        is_ours = hasattr(self.model, "row_width")
-        if is_ours and not carry_positions(self.model, mm_embeds):
+    def place(self: Any, mm_embeds: list[torch.Tensor], batch: Any, states: Any) -> Any:
+        if not hasattr(self.model, "place_carried"):
+            return recompute(self, mm_embeds, batch, states)
+        if not carry_positions(self.model, mm_embeds):
             return mm_embeds
-        return recompute(self, mm_embeds, *args)
+        cleaned: list[torch.Tensor] = []
+        for request, state, length, num_computed, num_tokens in zip(
+            batch.req_ids,
+            batch.idx_mapping_np.tolist(),
+            batch.prefill_len_np.tolist(),
+            batch.num_computed_prefill_tokens_np.tolist(),
+            batch.num_scheduled_tokens.tolist(),
+            strict=False,
+        ):
+            values = self.model.place_carried(
+                self.rope_state.read_prefill_positions(state, length),
+                self.encoder_cache.mm_features[request],
+                mm_embeds[len(cleaned) :],
+                num_computed,
+                num_tokens,
+            )
+            rows = mm_embeds[len(cleaned) : len(cleaned) + len(values)]
+            cleaned.extend(map(copy_mm_embedding_modality, rows, values))
+        return cleaned
 
-    pruner.recompute = recompute_carried
+    pruner.recompute = place
 
 
 def ask_where_rows_carry_positions(runner: Any) -> None:

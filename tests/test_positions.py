@@ -15,10 +15,14 @@ from scissor_vllm import compress
 from scissor_vllm.compression import CompressedTokens, get_compressor
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.models.patch_grid import PatchGridModel
+from scissor_vllm.vllm_compat import place_without_waiting
+from scissor_vllm.worker.pinned import copy_in_threads, to_device
 from scissor_vllm.worker.positions import (
     CarriedPositions,
     VideoPlace,
+    WholeVideo,
     carried_positions,
+    place_on_device,
     placed,
     runs_of,
     uncompressed,
@@ -134,7 +138,8 @@ def feature(modality: str, offset: int, length: int) -> MultiModalFeatureSpec:
 
 def test_an_uncompressed_prompt_has_all_tokens_of_its_videos() -> None:
     features = [feature("image", 6, 1), feature("video", 2, 3), feature("video", 8, 2)]
-    full = uncompressed(PROMPT, features, {1: [VIDEO] * 6, 2: [VIDEO] * 4}, VIDEO)
+    videos = {1: WholeVideo.of([VIDEO] * 6, VIDEO), 2: WholeVideo.of([VIDEO] * 4, VIDEO)}
+    full = uncompressed(PROMPT, features, videos)
     assert full.tokens == [
         *(TEXT, TEXT, *[VIDEO] * 6, TEXT, IMAGE, TEXT),
         *(*[VIDEO] * 4, TEXT),
@@ -148,11 +153,10 @@ def test_an_uncompressed_prompt_has_all_tokens_of_its_videos() -> None:
 def test_text_within_a_video_is_kept_and_says_where_it_begins() -> None:
     # Two frames of two tokens, a text before each; both kept tokens lie in the second frame.
     prompt = [TEXT, 3, VIDEO, VIDEO, 4, TEXT]
-    full = uncompressed(prompt, [feature("video", 1, 4)], {0: [3, VIDEO, VIDEO, 4] * 1}, VIDEO)
-    assert full.tokens == prompt
-    full = uncompressed(
-        prompt, [feature("video", 1, 4)], {0: [3, VIDEO, VIDEO, 4, VIDEO, VIDEO]}, VIDEO
-    )
+    whole = WholeVideo.of([3, VIDEO, VIDEO, 4], VIDEO)
+    assert uncompressed(prompt, [feature("video", 1, 4)], {0: whole}).tokens == prompt
+    video = WholeVideo.of([3, VIDEO, VIDEO, 4, VIDEO, VIDEO], VIDEO)
+    full = uncompressed(prompt, [feature("video", 1, 4)], {0: video})
     assert full.kept.tolist() == [0, 1, 2, 4, 5, 7]
     place = VideoPlace(num_rows=4, first_pad=1, num_pads=2, end=9)
     rows = CarriedPositions(0, torch.tensor([[0, 3, 4, 5]] * 3), place)
@@ -176,14 +180,9 @@ class RopeOfOneRequest:
 
     def __init__(self, positions: torch.Tensor) -> None:
         self.positions = positions.int()
-        self.delta = 0
 
     def read_prefill_positions(self, req_idx: int, length: int) -> torch.Tensor:
         return self.positions[:, :length]
-
-    def update_prefill_positions(self, req_idx: int, positions: torch.Tensor, delta: int) -> None:
-        self.positions[:, : positions.shape[1]].copy_(positions)
-        self.delta = delta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -207,10 +206,12 @@ def test_the_v2_runner_gets_values_and_positions_of_every_chunk(
         for offset, rows in cached.items()
     ]
     rope = RopeOfOneRequest(POSITIONS)
-    pruner = MultiModalPruner(
-        model, rope, SimpleNamespace(mm_features={"request": features}), width
-    )
-    states: Any = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=torch.tensor([PROMPT])))
+
+    class Pruner(MultiModalPruner):
+        """vLLM's class stays as it is."""
+
+    place_without_waiting(Pruner)
+    pruner = Pruner(model, rope, SimpleNamespace(mm_features={"request": features}), width)
     for begin in range(0, len(PROMPT), chunk):
         end = min(begin + chunk, len(PROMPT))
         parts = {
@@ -226,11 +227,55 @@ def test_the_v2_runner_gets_values_and_positions_of_every_chunk(
             num_scheduled_tokens=np.array([end - begin]),
         )
         gathered = [cached[offset][part] for offset, part in parts.items()]
-        cleaned = pruner.recompute(gathered, batch, states)
+        cleaned = pruner.recompute(gathered, batch, None)
         for rows, (offset, part) in zip(cleaned, parts.items(), strict=True):
             assert torch.equal(rows, values[offset][part])
         for rows, expected_rows in zip(pruner.strip(gathered), cleaned, strict=True):
             assert torch.equal(rows, expected_rows)
-        if gathered:
-            assert rope.delta == 86 - len(PROMPT)
     assert rope.positions[0].tolist() == [0, 1, 2, 12, 41, 42, 43, 44, 50, 52, 85]
+
+
+def test_of_two_videos_without_a_token_between_them_the_second_stays_evenly_spaced() -> None:
+    model: Any = object.__new__(PatchGridModel)
+    model.config = SimpleNamespace(vision_config=SimpleNamespace(out_hidden_size=4))
+    rows = with_positions(seeded(2, 4), torch.tensor([[3, 5]] * 3), VideoPlace(2, 0, 2, 9))
+    positions = torch.tensor([[0, 1, 2, 10, 11, 19]] * 3, dtype=torch.int32)
+    features = [feature("video", 1, 2), feature("video", 3, 2)]
+    values = model.place_carried(positions, features, [rows, rows], 0, 6)
+    assert [value.shape for value in values] == [(2, 4), (2, 4)]
+    assert positions[0].tolist() == [0, 4, 6, 10, 11, 19]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_positions_are_placed_without_waiting_and_as_on_a_cpu() -> None:
+    rows, carried = seeded(5, 16).bfloat16(), torch.randint(0, 99, (3, 5))
+    place = VideoPlace(5, 0, 5, 100)
+    positions = torch.arange(9, dtype=torch.int32).repeat(3, 1)
+    on_gpu = positions.cuda()
+    place_on_device(positions, with_positions(rows, carried, place), 16, begin=2, first_row=0)
+    rows, carried = rows.cuda(), carried.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wide = with_positions(rows, carried, place)
+        place_on_device(on_gpu, wide[1:], 16, begin=2, first_row=1)
+        place_on_device(on_gpu, wide[:1], 16, begin=2, first_row=0)
+        moved = to_device(torch.arange(1 << 22), torch.device("cuda:0"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(on_gpu.cpu(), positions)
+    assert torch.equal(moved.cpu(), torch.arange(1 << 22))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (), (7,), (31, 100_003)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.int64])
+def test_values_of_any_size_are_copied_in_threads(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scissor_vllm.worker.pinned.num_cpus", lambda: 16)
+    values = torch.randint(0, 200, shape).to(dtype)
+    with torch.inference_mode():
+        into = torch.zeros_like(values)
+        copy_in_threads(into, values)
+        assert torch.equal(into, values)
+        copy_in_threads(into, values.flip(0) if values.dim() else values)
+    assert torch.equal(into, values.flip(0) if values.dim() else values)

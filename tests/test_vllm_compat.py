@@ -17,7 +17,7 @@ from scissor_vllm.vllm_compat import (
     ask_where_rows_carry_positions,
     forget_with_encoder_cache,
     media_budgets,
-    skip_plain_rows,
+    place_without_waiting,
     tell_model_of_reset,
     watch_first_tokens,
 )
@@ -79,18 +79,31 @@ def test_v1_goes_on_pruning_a_model_of_vllms() -> None:
     assert runner._gather_mm_embeddings(1) == (1, True)
 
 
+class Pruner:
+    """In place of vLLM's ``MultiModalPruner``."""
+
+    model: Any = Namespace(row_width=8, place_carried=None)
+
+    def recompute(self, rows: list[torch.Tensor], batch: Any, states: Any) -> Any:
+        return "recomputed"
+
+
 def test_v2_leaves_steps_alone_whose_rows_carry_no_positions() -> None:
-    class Pruner:
-        model = MODEL
+    class Pruned(Pruner):
+        pass
 
-        def recompute(self, rows: list[torch.Tensor], batch: Any, states: Any) -> Any:
-            return "recomputed"
-
-    skip_plain_rows(Pruner)
-    skip_plain_rows(Pruner)
+    place_without_waiting(Pruned)
+    place_without_waiting(Pruned)
     plain = [PLAIN, PLAIN]
-    assert Pruner().recompute(plain, None, None) is plain
-    assert Pruner().recompute([PLAIN, CARRYING], None, None) == "recomputed"
+    assert Pruned().recompute(plain, None, None) is plain
+
+
+def test_v2_goes_on_pruning_a_model_of_vllms() -> None:
+    class Pruned(Pruner):
+        model = Namespace()
+
+    place_without_waiting(Pruned)
+    assert Pruned().recompute([PLAIN, CARRYING], None, None) == "recomputed"
 
 
 def first_tokens(record: Any, latencies: list[float]) -> None:

@@ -309,7 +309,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             **fields,
             NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             NUM_VIDEO_TOKENS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            VIDEO_FRAMES: MultiModalFieldConfig.batched("video"),
+            VIDEO_FRAMES: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
             FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PATCH_ANCHORS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),

@@ -13,7 +13,7 @@ vLLM's classes:
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +39,8 @@ from scissor_vllm.video_fields import (
 )
 from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encoder_cache
 from scissor_vllm.worker.patches import PatchShape
-from scissor_vllm.worker.positions import VideoPlace, video_alone, with_positions
+from scissor_vllm.worker.pinned import to_device
+from scissor_vllm.worker.positions import VideoPlace, with_positions
 from scissor_vllm.worker.tower_ranks import frames_per_rank, num_tower_ranks
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels, take_every_frame
@@ -105,8 +106,14 @@ class PatchGridProcessor(FrameRunsProcessor):
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         if NUM_RETAINED not in hf_inputs:
             return fields
+        kept = {
+            name: replace(config, field=replace(config.field, keep_on_cpu=True))
+            for name, config in fields.items()
+            if name == _PIXELS
+        }
         return {
             **fields,
+            **kept,
             FRAME_SIZE: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
 
@@ -247,6 +254,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
                     identity=None if identity is None else identity.numpy().tobytes(),
                     tokens_per_frame=h * w // merged,
                     keeps_every_frame=keeps_every_frame[index],
+                    model_device=next(self.visual.parameters()).device,
                 ),
                 {
                     VIDEO_TEXT: text,
@@ -262,6 +270,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     def _patches(self, rows: torch.Tensor, video: "GridVideo") -> torch.Tensor:
         """Return the tower's patches (n, values of a patch) of consecutive temporal patches."""
+        rows = to_device(rows, next(self.visual.parameters()).device)
         if video.frame_size is None:
             return rows
         vision = self.config.vision_config
@@ -318,15 +327,14 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         rows, numbers = self._among_text(rows, members, fields[VIDEO_TEXT])
         if not self.carries_positions:
             return rows
-        full = self._full_video_tokens(fields)
-        positions, _ = self._whole_positions(full, [video_alone(fields, full, self.video_token)])
+        layout = self._layout(fields)
         place = VideoPlace(
             num_rows=len(rows),
-            first_pad=full.index(self.video_token),
+            first_pad=int(layout.video.pads[0]),
             num_pads=len(members),
-            end=int(positions.max()) + 1,
+            end=layout.end,
         )
-        return with_positions(rows, positions.to(rows.device)[:, numbers], place)
+        return with_positions(rows, layout.positions_on(rows.device)[:, numbers], place)
 
     # Positions.
 

@@ -8,8 +8,9 @@ text after a video continues after the whole video. So positions have two parts:
   that are missing (:func:`uncompressed`). They do not depend on a video's content. So a prefix
   cache hit may end anywhere, even in a video that this worker never encoded.
 - A video's rows carry their positions behind their values (:func:`with_positions`). They come from
-  the encoder cache whenever a row is computed, and are then written into the prompt's positions
-  (:func:`placed`).
+  the encoder cache whenever a row is computed, and are then written into the prompt's positions:
+  by :func:`place_on_device` where these are in memory of the device, else by :func:`placed`, which
+  waits for the device.
 
 Rows are cached in the model's dtype. bfloat16 holds not every integer above 256, so the positions
 travel as the bits of int32.
@@ -87,6 +88,25 @@ def carried_positions(rows: torch.Tensor, width: int) -> CarriedPositions | None
     return CarriedPositions(first_row, fields[:, 1:4].T, VideoPlace(*place))
 
 
+def place_on_device(
+    positions: torch.Tensor, rows: torch.Tensor, width: int, *, begin: int, first_row: int
+) -> None:
+    """Write the positions that rows carry into those of their prompt, without waiting for them.
+
+    Args:
+        positions: (3, n) int32 in memory that the rows' device can write, final for the token
+            before the video. Modified.
+        rows: (k, D + fields) consecutive rows of a video, from :func:`with_positions`.
+        width: D.
+        begin: index of the video's first placeholder in the prompt.
+        first_row: index of the first of the rows in the video.
+    """
+    carried = rows[:, width:].contiguous().view(torch.int32)[:, 1:4].T
+    origin = positions[:, begin - 1].max() + 1 if begin else 0
+    first = begin + first_row
+    positions[:, first : first + len(rows)] = carried + origin
+
+
 def placed(
     positions: torch.Tensor,
     carried: Sequence[CarriedPositions],
@@ -131,6 +151,30 @@ def runs_of(token: int, tokens: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class WholeVideo:
+    """Tokens of an uncompressed video, with the text within it."""
+
+    tokens: list[int]
+    text: torch.Tensor
+    """Indices of the tokens that are text, int64 ascending."""
+    pads: torch.Tensor
+    """Indices of all others, int64 ascending."""
+    is_embed: torch.Tensor | None
+    """vLLM's mask of the tokens that are no text, bool, None for all."""
+
+    @classmethod
+    def of(cls, tokens: list[int], pad: int) -> "WholeVideo":
+        """Return the video with these tokens, of which ``pad`` is the video token."""
+        text, pads = text_and_pads(tokens, pad)
+        return cls(tokens, text, pads, torch.tensor(tokens) == pad if len(text) else None)
+
+    def evenly_kept(self, num_kept: int) -> torch.Tensor:
+        """Return the indices of all text and of evenly spaced video tokens, ascending."""
+        even = evenly_spaced(num_kept - len(self.text), len(self.pads), torch.device("cpu"))
+        return torch.cat([self.text, self.pads[even]]).sort().values
+
+
+@dataclass(frozen=True)
 class UncompressedPrompt:
     """A prompt with all tokens of its videos."""
 
@@ -144,16 +188,14 @@ class UncompressedPrompt:
 def uncompressed(
     tokens: Sequence[int],
     features: Sequence[MultiModalFeatureSpec],
-    full_tokens: Mapping[int, Sequence[int]],
-    pad: int,
+    videos: Mapping[int, WholeVideo],
 ) -> UncompressedPrompt:
     """Return a prompt with all tokens of its videos.
 
     Args:
         tokens: token ids of the compressed prompt.
         features: its multimodal features, in any order.
-        full_tokens: token ids of each compressed video, by the feature's index.
-        pad: the video token; a video's other tokens are text and all kept.
+        videos: the compressed videos, by the feature's index.
     """
     full: list[int] = []
     kept: list[torch.Tensor] = []
@@ -168,11 +210,11 @@ def uncompressed(
         place = features[index].mm_position
         take(place.offset)
         done = place.offset
-        if index in full_tokens:
-            video = full_tokens[index]
-            kept.append(len(full) + _evenly_kept(video, place.length, pad))
-            moved_to = PlaceholderRange(len(full), len(video), _is_embed(video, pad))
-            full.extend(video)
+        if index in videos:
+            video = videos[index]
+            kept.append(len(full) + video.evenly_kept(place.length))
+            moved_to = PlaceholderRange(len(full), len(video.tokens), video.is_embed)
+            full.extend(video.tokens)
             done += place.length
         else:
             moved_to = replace(place, offset=len(full))
@@ -181,34 +223,18 @@ def uncompressed(
     return UncompressedPrompt(full, moved, torch.cat(kept))
 
 
-def _evenly_kept(tokens: Sequence[int], num_kept: int, pad: int) -> torch.Tensor:
-    """Return the indices of all text and of evenly spaced video tokens, ascending."""
-    text, pads = text_and_pads(tokens, pad)
-    even = evenly_spaced(num_kept - len(text), len(pads), torch.device("cpu"))
-    return torch.cat([text, pads[even]]).sort().values
-
-
 def text_and_pads(tokens: Sequence[int], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the indices of the tokens that are text, and of those that are the video token."""
     is_pad = torch.tensor(tokens) == pad
     return (~is_pad).nonzero().flatten(), is_pad.nonzero().flatten()
 
 
-def _is_embed(tokens: Sequence[int], pad: int) -> torch.Tensor | None:
-    """Return vLLM's mask of an uncompressed video's tokens that are no text, None for all."""
-    is_pad = torch.tensor(tokens) == pad
-    return None if bool(is_pad.all()) else is_pad
-
-
-def video_alone(
-    fields: Mapping[str, Any], tokens: Sequence[int], pad: int
-) -> MultiModalFeatureSpec:
+def video_alone(fields: Mapping[str, Any], video: WholeVideo) -> MultiModalFeatureSpec:
     """Return the feature of a prompt that is one uncompressed video.
 
     Args:
         fields: the model's ``place_fields`` of the video.
-        tokens: the video's token ids, with the text within it.
-        pad: the video token.
+        video: its tokens.
     """
     field = MultiModalFieldConfig.batched("video").field
     data = {name: MultiModalFieldElem(data=value, field=field) for name, value in fields.items()}
@@ -216,5 +242,5 @@ def video_alone(
         data=MultiModalKwargsItem(data),
         modality="video",
         identifier="video",
-        mm_position=PlaceholderRange(0, len(tokens), _is_embed(tokens, pad)),
+        mm_position=PlaceholderRange(0, len(video.tokens), video.is_embed),
     )

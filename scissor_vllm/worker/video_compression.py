@@ -213,9 +213,8 @@ class VideoCompression:
 
     def _tokens(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return (T, P, D), from the feature cache or from the tower."""
-        device = video.pixels.device
         if self._features is not None and video.identity is not None:
-            kept = self._features.get(video.identity, device)
+            kept = self._features.get(video.identity, video.device)
             if self._is_recording():
                 count_cache_query("features", is_hit=kept is not None)
             if kept is not None:
@@ -230,7 +229,7 @@ class VideoCompression:
 
     def _encoded(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return (T, P, D) from the tower."""
-        with self.stage("tower", video.pixels.device):
+        with self.stage("tower", video.device):
             calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
             return video.repeated(torch.cat([encode(*call) for call in calls]))
 

@@ -1,4 +1,4 @@
-"""A video's pixels on the model's device, as input of the vision tower."""
+"""A video's pixels, as input of the vision tower."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
 )
+from scissor_vllm.worker.pinned import to_device
 
 
 @dataclass(frozen=True)
 class VideoPixels:
-    """One video's pixels on the model's device; the tower gets them in the model's dtype."""
+    """One video's pixels; the tower gets them on its device, in the model's dtype."""
 
     pixels: torch.Tensor
-    """Pixels (T, ...) of vLLM's processor in the model's dtype, or ``VIDEO_FRAMES``."""
+    """Pixels (T, ...) of vLLM's processor in the model's dtype, or ``VIDEO_FRAMES`` on the CPU."""
     normalization: torch.Tensor | None = None
-    """``PIXEL_NORMALIZATION`` of ``VIDEO_FRAMES``, None for pixels of vLLM's processor."""
+    """``PIXEL_NORMALIZATION`` of ``VIDEO_FRAMES``, on the model's device; None for pixels of vLLM's
+    processor."""
     dtype: torch.dtype | None = None
     """The model's dtype, for ``VIDEO_FRAMES``."""
     identity: bytes | None = None
@@ -40,6 +42,15 @@ class VideoPixels:
     """``PATCH_ANCHORS``, None if the tower computes every patch."""
     keeps_every_frame: bool = False
     """``KEEPS_EVERY_FRAME``."""
+    model_device: torch.device | None = None
+    """None for that of ``normalization``, or of pixels of vLLM's processor."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tower."""
+        if self.model_device is not None:
+            return self.model_device
+        return (self.pixels if self.normalization is None else self.normalization).device
 
     def __len__(self) -> int:
         return len(self.pixels if self.frame_of is None else self.frame_of)
@@ -80,7 +91,8 @@ class VideoPixels:
     def _for_tower(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.normalization is None or self.dtype is None:
             return pixels
-        return normalized(pixels, self.normalization, self.dtype)
+        frames = to_device(pixels, self.normalization.device)
+        return normalized(frames, self.normalization, self.dtype)
 
 
 def batched_pixels(videos: list[VideoPixels]) -> torch.Tensor | list[torch.Tensor]:
