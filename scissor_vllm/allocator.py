@@ -38,6 +38,8 @@ _FREE_BYTES = 128 * _MIB
 """Free memory that a process keeps, because requests reuse it: a few videos' buffers."""
 _CHECK_SECONDS = 60.0
 """Returned pages fault again when they are reused, so they are returned at most this often."""
+_CHECKS_UNTIL_ALL = 10
+"""After so many checks even less is returned: it would add up for hours, until it is too much."""
 _STATM = Path("/proc/self/statm")
 
 
@@ -83,9 +85,12 @@ def _start() -> None:
 
 def _keep_returning() -> None:
     free = FreeMemory()
+    num_checks = 0
     while True:
         time.sleep(_CHECK_SECONDS)
-        free.return_excess(_FREE_BYTES)
+        num_checks += 1
+        is_due = num_checks % _CHECKS_UNTIL_ALL == 0
+        free.return_excess(0 if is_due else _FREE_BYTES)
 
 
 class _Mallinfo2(ctypes.Structure):

@@ -52,8 +52,8 @@ def resident_mib():
     _, resident, shared, *_ = map(int, open("/proc/self/statm").read().split())
     return (resident - shared) * {PAGE} // {MIB}
 
-def split_heap():
-    buffers = [(touched({BUFFER_MIB * MIB}), touched(100_000))[0] for _ in range({BUFFERS})]
+def split_heap(num_buffers={BUFFERS}):
+    buffers = [(touched({BUFFER_MIB * MIB}), touched(100_000))[0] for _ in range(num_buffers)]
     for buffer in buffers:
         libc.free(buffer)
 
@@ -141,23 +141,31 @@ print(int(free.return_excess({half})))
 
 
 @pytest.mark.skipif(not is_glibc(), reason="settings of glibc")
-def test_a_thread_returns_it_in_time() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("num_buffers", "checks_until_all", "is_returned"),
+    [(BUFFERS, 1 << 30, True), (BUFFERS // 5, 3, True), (BUFFERS // 5, 1 << 30, False)],
+    ids=["much-at-once", "little-in-time", "little-not-before"],
+)
+def test_a_thread_returns_it(num_buffers: int, checks_until_all: int, is_returned: bool) -> None:
+    code = f"""
 import time
 from scissor_vllm import allocator
 
 allocator._CHECK_SECONDS = 0.1
+allocator._CHECKS_UNTIL_ALL = {checks_until_all}
 allocator.return_free_memory()
 time.sleep(0.5)
 before = resident_mib()
-split_heap()
-deadline = time.monotonic() + 20
-while resident_mib() > before + 40 and time.monotonic() < deadline:
+split_heap({num_buffers})
+deadline = time.monotonic() + {20 if is_returned else 1}
+limit = before + {num_buffers * BUFFER_MIB // 10}
+while resident_mib() > limit and time.monotonic() < deadline:
     time.sleep(0.05)
 print(resident_mib() - before)
 """
     (left,) = run(KEEP + SPLIT + code)
-    assert left <= 0.1 * BUFFERS * BUFFER_MIB
+    size = num_buffers * BUFFER_MIB
+    assert left <= 0.1 * size if is_returned else left > 0.9 * size
 
 
 @pytest.mark.skipif(not is_glibc(), reason="settings of glibc")
