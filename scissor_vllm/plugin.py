@@ -7,6 +7,7 @@ stock vLLM.
 
 import os
 
+from scissor_vllm.allocator import return_free_memory
 from scissor_vllm.orphans import end_with_parent
 from scissor_vllm.settings import FORMER_VIDEO_LOADER, VIDEO_LOADER
 from scissor_vllm.version_gate import reason_for_stock, stand_aside, warn_once
@@ -21,6 +22,7 @@ def register() -> None:
         ValueError: one of our environment variables has an invalid value.
     """
     end_with_parent()
+    return_free_memory()
     reason = reason_for_stock()
     if reason is None:
         try:

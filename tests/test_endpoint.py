@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import weakref
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from http import HTTPStatus
@@ -494,6 +495,18 @@ MODELS: list[type[BaseModel]] = [
 def test_no_field_of_vllms_is_taken_for_one_of_ours(model: type[BaseModel]) -> None:
     fields = dict.fromkeys([*model.model_fields, "my_note", "ratio", "trace_id", "aspect_ratio"])
     assert misspelt_field(fields) is None
+
+
+def test_no_long_name_of_a_client_is_remembered() -> None:
+    class Name(str):
+        """A string that tells when it is gone."""
+
+    gone: list[None] = []
+    long = Name("retention" * 10_000)
+    weakref.finalize(long, gone.append, None)
+    assert misspelt_field({long: 0.5}) is None
+    del long
+    assert gone
 
 
 def test_no_route_ignores_a_ratio(app: FastAPI, client: TestClient) -> None:

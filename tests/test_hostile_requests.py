@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import mmap
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from bench.hostile_requests.command import MAX_FILES_PER_HOUR, is_within
 from bench.hostile_requests.load import MAX_WRONG, Load
-from bench.hostile_requests.memory import MemorySampler, growth
+from bench.hostile_requests.memory import MemorySampler, growth, sample
 from bench.hostile_requests.traffic import (
     ANSWERED,
     ESTIMATE,
@@ -196,6 +199,33 @@ def test_what_fills_at_first_is_flat_and_what_goes_on_is_told_by_process() -> No
     assert not is_within(leaks, 100)
     assert not is_within({**filled, "files_per_hour": MAX_FILES_PER_HOUR + 1}, 100)
     assert growth(samples_of(lambda seconds: 1)[:3]) is None
+
+
+def test_shared_pages_count_once_and_pages_of_files_do_not() -> None:
+    size = 1 << 26
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    touched, goes_on = multiprocessing.Event(), multiprocessing.Event()
+    before = sample(os.getpid())["mib"]
+    with (
+        mmap.mmap(-1, size) as shared,
+        library.open("rb") as file,
+        mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped,
+    ):
+        shared[:] = mapped[:]
+
+        def touch() -> None:
+            sum(shared[::4096])
+            touched.set()
+            goes_on.wait()
+
+        child = multiprocessing.get_context("fork").Process(target=touch)
+        child.start()
+        touched.wait()
+        both = sample(os.getpid())
+        goes_on.set()
+        child.join()
+    assert len(both["processes"]) > 1
+    assert 60 < both["mib"] - before < 100
 
 
 def test_the_sampler_sees_the_processes_of_a_process() -> None:

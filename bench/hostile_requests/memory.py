@@ -6,12 +6,12 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-MIB = 1 << 20
 WARM_UP_SHARE = 1 / 3
 """Share of a run in which caches fill: it is not in the fit."""
 MIN_SAMPLES = 6
@@ -21,7 +21,7 @@ SHOWN_MIB = 50
 
 @dataclass
 class MemorySampler:
-    """Samples resident memory and open files of a process and its descendants, in a thread.
+    """Samples memory and open files of a process and its descendants, in a thread.
 
     Args:
         pid: of the process; None samples nothing.
@@ -59,6 +59,9 @@ class MemorySampler:
 def sample(pid: int) -> dict[str, Any]:
     """Return MiB and open files of a process and its descendants, together and by process.
 
+    A page that n processes share counts as 1/n of a page in each. Pages of files are left out: the
+    system drops them when it needs room, and other servers share them.
+
     Raises:
         psutil.NoSuchProcess: it has ended.
     """
@@ -66,10 +69,17 @@ def sample(pid: int) -> dict[str, Any]:
     sizes: dict[str, float] = {}
     num_files = 0
     for process in (root, *root.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess), process.oneshot():
-            sizes[f"{process.name()} {process.pid}"] = round(process.memory_info().rss / MIB, 1)
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            sizes[f"{process.name()} {process.pid}"] = round(_mib_of(process.pid), 1)
             num_files += process.num_fds()
     return {"mib": round(sum(sizes.values()), 1), "num_files": num_files, "processes": sizes}
+
+
+def _mib_of(pid: int) -> float:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    # Of "Pss_Anon:    1234 kB".
+    sizes = {name: size for name, size, *_ in map(str.split, rollup)}
+    return sum(int(sizes[name]) for name in ("Pss_Anon:", "Pss_Shmem:")) / 1024
 
 
 def growth(samples: list[dict[str, Any]]) -> dict[str, Any] | None:

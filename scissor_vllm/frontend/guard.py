@@ -24,11 +24,16 @@ _SIMILARITY = 0.75
 _MAX_NAME = 64
 
 
-@lru_cache(maxsize=1024)
 def resembled_field(name: str) -> str | None:
     """Return which of our fields a field's name is, misspelt; None for none."""
+    # A client's name may have any length: the cache holds only short ones.
     if name in REQUEST_FIELDS or len(name) > _MAX_NAME:
         return None
+    return _resembled(name)
+
+
+@lru_cache(maxsize=1024)
+def _resembled(name: str) -> str | None:
     letters = "".join(filter(str.isalpha, name.lower()))
     if letters == "retention":
         return RETENTION_RATIO
