@@ -21,7 +21,7 @@ import torch
 from transformers import SiglipVisionConfig
 
 from scissor_vllm.loadtest.record import environment, write_json
-from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
+from scissor_vllm.patch_merging import GROUP_FRAMES, Grid, computed_patches
 
 SO400M = SiglipVisionConfig(
     hidden_size=1152,
@@ -48,9 +48,25 @@ def make_tower(
     dtype: torch.dtype,
     seed: int = 0,
     make: Callable[[Any], Any] = make_siglip,
+    as_served: bool = False,
 ) -> Any:
-    """Return vLLM's tower with random matrices of standard deviation 0.02, see ``model_shapes``."""
-    from vllm.config import VllmConfig, set_current_vllm_config
+    """Return vLLM's tower with random matrices of standard deviation 0.02, see ``model_shapes``.
+
+    Args:
+        config: of the tower.
+        device: where to.
+        dtype: of the weights.
+        seed: of the weights.
+        make: of the tower, from its config.
+        as_served: whether norms and activations are the kernels that a server without compilation
+            chooses.
+    """
+    from vllm.config import (
+        CompilationConfig,
+        CompilationMode,
+        VllmConfig,
+        set_current_vllm_config,
+    )
     from vllm.distributed import (
         ensure_model_parallel_initialized,
         init_distributed_environment,
@@ -59,9 +75,14 @@ def make_tower(
     from vllm.utils.network_utils import get_open_port
 
     default = torch.get_default_dtype()
+    vllm_config = VllmConfig()
+    if as_served:
+        vllm_config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+        # As a worker does.
+        vllm_config.kernel_config.ir_op_priority.set_default()
     torch.set_default_dtype(dtype)
     try:
-        with set_current_vllm_config(VllmConfig()), device:
+        with set_current_vllm_config(vllm_config), device:
             if not model_parallel_is_initialized():
                 address = f"tcp://127.0.0.1:{get_open_port()}"
                 init_distributed_environment(1, 0, address, 0, backend="gloo")
@@ -79,10 +100,19 @@ def make_tower(
     return tower.eval()
 
 
-def draw_anchors(num_frames: int, num_places: int, share: float, seed: int = 0) -> torch.Tensor:
+def draw_anchors(
+    num_frames: int, num_places: int, share: float, seed: int = 0, grid: Grid | None = None
+) -> torch.Tensor:
     """Return anchors, int64 (T, P), with which the tower computes about ``share`` of all patches.
 
     Low shares use longer groups of frames.
+
+    Args:
+        num_frames: T.
+        num_places: P.
+        share: of places that are computed.
+        seed: of the places.
+        grid: of the places, None for a square.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(num_frames, num_places, generator=generator)
@@ -96,7 +126,7 @@ def draw_anchors(num_frames: int, num_places: int, share: float, seed: int = 0) 
             if number % group:
                 joins = drawn[number] < joined
                 anchors[number] = torch.where(joins, anchors[number - 1], number)
-        if computed_patches(anchors).float().mean() > share:
+        if computed_patches(anchors, grid).float().mean() > share:
             low = joined
         else:
             high = joined

@@ -322,9 +322,11 @@ def frames_attention(
     query_ends: torch.Tensor,
     key_ends: torch.Tensor,
     num_queries: list[int],
-    num_keys: int,
+    num_keys: list[int],
 ) -> torch.Tensor:
     """Return the attention of each frame's queries to that frame's keys.
+
+    A window of a frame is as good as a frame.
 
     vLLM's ``MMEncoderAttention`` takes as many queries as keys. This calls the kernel that the
     module has chosen where that is flash attention, and torch's otherwise. It can go when the
@@ -338,7 +340,7 @@ def frames_attention(
         query_ends: where each frame's queries begin and end, int32 (T + 1,), on the device.
         key_ends: the same for keys.
         num_queries: of each frame, may be 0.
-        num_keys: P, of every frame.
+        num_keys: of each frame.
 
     Returns:
         like the queries.
@@ -354,7 +356,7 @@ def frames_attention(
             cu_seqlens_q=query_ends,
             cu_seqlens_k=key_ends,
             max_seqlen_q=max(num_queries),
-            max_seqlen_k=num_keys,
+            max_seqlen_k=max(num_keys),
             dropout_p=0.0,
             causal=False,
             softmax_scale=attention.scale,
@@ -366,6 +368,8 @@ def frames_attention(
     )
     attended = []
     for frame in frames:
+        if len(frame[0]) == 0:
+            continue
         asked, keys, values = (part.transpose(0, 1)[None] for part in frame)
         answers = F.scaled_dot_product_attention(asked, keys, values, scale=attention.scale)
         attended.append(answers[0].transpose(0, 1))

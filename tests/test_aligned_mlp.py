@@ -126,7 +126,7 @@ def test_on_a_gpu_they_are_as_near_to_exact_as_vllm() -> None:
         exact = (torch.nn.functional.silu(gate) * up) @ mlp.down_proj.weight.float().t()
         error, vllms = ((output - exact).norm() / exact.norm() for output in (ours, stock))
         assert error < 1.05 * vllms
-        patches = random_patches((2, 10, 14), device).bfloat16()
+        patches = random_patches(QWEN2_5_VL_7B, (2, 10, 14), device).bfloat16()
         whole = tower(patches, grid_thw=[[2, 10, 14]]).float()
         with aligned.in_use():
             same = tower(patches, grid_thw=[[2, 10, 14]]).float()

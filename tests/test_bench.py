@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from bench import compress
 from bench.model_shapes.weights import save_weights
 from scissor_vllm.demo.model import demo_model_path
 
@@ -34,14 +36,29 @@ def run(script: str, result: Path, *arguments: str) -> dict[str, Any]:
     return content
 
 
-def test_compress_measures_every_form(tmp_path: Path) -> None:
+def test_compress_measures_every_form_on_every_kind_of_tokens(tmp_path: Path) -> None:
     shape = ("--shape", "4", "40", "16", "--dtype", "float32", "--device", "cpu", "--repeats", "2")
     measured = run("compress", tmp_path / "result.json", *shape)
-    assert {row["form"] for row in measured["runs"]} >= {"budget 0.1", "threshold 0.8"}
+    measured_cells = {(row["tokens"], row["form"]) for row in measured["runs"]}
+    assert measured_cells == set(itertools.product(compress.KINDS, compress.FORMS))
     assert all(len(row["milliseconds"]) == 2 for row in measured["runs"])
-    assert all(row["kept"] == 16 for row in measured["runs"] if row["form"] == "budget 0.1")
+    assert all(row["kept"] == 16 for row in measured["runs"] if row["form"].endswith(" 0.1"))
     assert measured["environment"]["num_cpus"] >= 1
     assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]
+
+
+def test_kinds_of_tokens_are_what_they_are_called() -> None:
+    shape = (4, 12, 64)
+    made = {kind: compress.make_tokens(kind, shape, seed=0) for kind in compress.KINDS}
+    assert all(tokens.shape == shape for tokens in made.values())
+    distinct = {kind: len(tokens.flatten(0, 1).unique(dim=0)) for kind, tokens in made.items()}
+    assert distinct["random"] == distinct["star"] == distinct["near-ties"] == 48
+    assert distinct["still"] == 12
+    assert distinct["black"] == 1
+    assert distinct["copies"] < 48
+    assert len(made["alike"].bfloat16().unique()) < 4
+    one_hot = made["one-hot"].flatten(0, 1)
+    assert torch.equal(one_hot @ one_hot.T, torch.eye(48))
 
 
 @pytest.mark.slow
@@ -92,7 +109,7 @@ def test_random_weights_fill_a_models_shapes_and_follow_the_seed(tmp_path: Path)
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_result_file_names_its_hardware_and_its_commit(path: Path) -> None:
     result = json.loads(path.read_text())
-    runs = result["runs"] if "questions" in result else [result]
+    runs = [result] if "environment" in result else result["runs"]
     assert runs
     for run in runs:
         environment = run["environment"]

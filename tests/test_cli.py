@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm.config import CompilationConfig
 
+from bench.model_shapes import qwen_vl
 from scissor_vllm.cli import defaults, main, options
 from scissor_vllm.cli.defaults import (
     choose_api_servers,
@@ -47,6 +49,9 @@ def parse(*argv: str) -> argparse.Namespace:
     args.revision = args.code_revision = args.api_server_count = None
     args.hf_overrides = {}
     args.quantization = None
+    args.enable_tower_connector_lora = False
+    args.mm_encoder_attn_dtype = args.mm_encoder_attn_backend = None
+    args.compilation_config = CompilationConfig()
     return args
 
 
@@ -166,11 +171,40 @@ def test_the_operators_choice_of_merging_stays() -> None:
     off = parse("--tower-merging-max-ratio", "0")
     among_the_engines = parse()
     among_the_engines.mm_processor_kwargs = {"tower_merging_max_ratio": 0.25}
-    quantized_at_start = parse()
-    quantized_at_start.quantization = "fp8"
-    for args, ratio in ((off, 0.0), (among_the_engines, None), (quantized_at_start, None)):
+    for args, ratio in ((off, 0.0), (among_the_engines, None)):
         choose_tower_merging(args)
         assert args.tower_merging_max_ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quantization", "fp8"),
+        ("enable_tower_connector_lora", True),
+        ("mm_encoder_attn_dtype", "fp8"),
+        ("mm_encoder_attn_backend", "TORCH_SDPA"),
+        ("compilation_config", CompilationConfig(compile_mm_encoder=True)),
+    ],
+)
+def test_a_tower_that_vllm_changes_merges_nothing_by_default(name: str, value: object) -> None:
+    args = parse()
+    setattr(args, name, value)
+    choose_tower_merging(args)
+    assert args.tower_merging_max_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("towers", "ratio"), [({}, None), ({"Qwen3VLForConditionalGeneration": None}, 0.1)]
+)
+def test_a_qwen_tower_merges_by_default_once_it_is_named(
+    towers: dict[str, str | None], ratio: float | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    qwen_vl.build("qwen3-vl-tiny", tmp_path / "model")
+    monkeypatch.setattr(defaults, "MERGES_BY_DEFAULT", towers)
+    args = parse_for(tmp_path / "model")
+    choose_tower_merging(args)
+    assert args.tower_merging_max_ratio == ratio
 
 
 @pytest.mark.parametrize(

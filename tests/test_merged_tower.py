@@ -13,9 +13,10 @@ from scissor_vllm.patch_merging import (
     PROBE_STEP,
     computed_patches,
     nearest_probes,
+    probe_grid,
     probe_places,
 )
-from scissor_vllm.worker.merged_encoder import MergedPatches, probe_weights
+from scissor_vllm.worker.merged_patches import MergedPatches, probe_weights
 from tests.families import Media, Question, ask, build_llava_onevision, largest_difference
 from tests.interpreter import run_interpreted
 
@@ -35,13 +36,14 @@ def made_up_anchors(num_frames: int, seed: int, joined: float, group: int = 4) -
 
 
 def test_the_lattice_is_spread_over_the_grid_and_each_place_has_its_nearest() -> None:
-    for side in (4, 7, 8, 14, 22, 27):
-        probes, nearest = probe_places(side * side), nearest_probes(side * side)
-        assert len(probes) == math.isqrt(len(probes)) ** 2
+    square = [(side, side) for side in (4, 7, 8, 14, 22, 27)]
+    for grid in (*square, (15, 27), (4, 23), (1, 9), (2, 1), (1, 1)):
+        probes, nearest = probe_places(grid), nearest_probes(grid)
+        assert len(probes) == math.prod(probe_grid(grid))
         assert nearest.min() == 0
         assert nearest.max() == len(probes) - 1
-        places = torch.arange(side * side)
-        rows, columns = places // side, places % side
+        places = torch.arange(math.prod(grid))
+        rows, columns = places // grid[1], places % grid[1]
         apart = torch.maximum(
             (rows - rows[probes[nearest]]).abs(), (columns - columns[probes[nearest]]).abs()
         )
@@ -81,10 +83,9 @@ import torch
 from transformers import SiglipVisionConfig
 from bench.tower import make_tower
 from scissor_vllm.patch_merging import computed_patches, nearest_probes, probe_places
-from scissor_vllm.worker import siglip
-from scissor_vllm.worker.merged_encoder import (
-    MergedPatches, merges_patches, merging_encoder, placed, probe_weights,
-)
+from scissor_vllm.worker import row_placement
+from scissor_vllm.worker.merged_encoder import merges_patches, merging_encoder
+from scissor_vllm.worker.merged_patches import MergedPatches, placed, probe_weights
 from tests.test_merged_tower import NUM_PLACES, SIDE, made_up_anchors
 
 config = SiglipVisionConfig(
@@ -107,8 +108,8 @@ def oracle(anchors):
     # All patches of all frames have values; those that are not computed are filled in anew before
     # each use, one by one, in float64.
     num_frames = len(anchors)
-    computed, lattice = computed_patches(anchors), probe_places(NUM_PLACES)
-    cells = nearest_probes(NUM_PLACES)
+    computed, lattice = computed_patches(anchors), probe_places((SIDE, SIDE))
+    cells = nearest_probes((SIDE, SIDE))
     weights = probe_weights((anchors != torch.arange(num_frames)[:, None])[:, lattice]).double()
 
     def filled(values):
@@ -173,9 +174,9 @@ for joined in (0.0, 0.4, 0.9, 1.0):
     # The kernels, interpreted, and the fused layers.
     patches = MergedPatches.of(anchors, torch.device("cpu"), torch.float32)
     rows = torch.randn(len(patches.computed), 96, generator=generator)[:, 32:]
-    changes = siglip.row_differences(rows, patches.probes)
+    changes = row_placement.row_differences(rows, patches.probes)
     moves = torch.bmm(patches.weights, changes).flatten(0, 1)
-    by_kernels = siglip.place_rows(rows, patches.row_of_place, moves, patches.move_of_place)
+    by_kernels = row_placement.place_rows(rows, patches.row_of_place, moves, patches.move_of_place)
     assert torch.allclose(by_kernels, placed(rows, patches), atol=1e-6)
 with torch.inference_mode():
     assert torch.equal(tower(pixels), stock)

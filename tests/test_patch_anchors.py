@@ -15,6 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend.patch_anchors import (
     MAX_COMPUTED,
+    MIN_MATCHING,
     MIN_STILL,
     MIN_TEXTURE,
     MIN_TEXTURED,
@@ -108,7 +109,7 @@ def oracle(frames: Frames) -> npt.NDArray[np.int64]:
         textured = moved > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
         told = textured.mean() >= MIN_TEXTURED
         stands = not told or (change < moved / 2)[textured].mean() >= MIN_STILL
-        if matches.mean() < MIN_STILL or (matches.mean() <= 0.95 and not stands):
+        if matches.mean() < MIN_MATCHING or (matches.mean() <= 0.95 and not stands):
             matches[:] = False
         anchors[frame] = np.where(matches, anchors[frame - 1], frame)
     return anchors
@@ -163,6 +164,18 @@ def test_slow_changes_do_not_add_up() -> None:
     # 4 a frame is within the threshold of 6.3, 8 is not.
     assert anchors is not None
     assert (anchors[:, 0] == torch.tensor([0, 0, 2, 2])[:GROUP_FRAMES]).all()
+
+
+@pytest.mark.parametrize(("share", "merges"), [(0.1, True), (0.4, False)])
+def test_a_still_camera_is_merged_unless_much_of_the_picture_moves(
+    share: float, merges: bool
+) -> None:
+    frames = fixed_camera(8, noise=0)
+    rows = int(share * SIDE)
+    for number, frame in enumerate(frames):
+        frame[:rows] = texture(20 + number, rows, SIDE)
+    anchors = patch_anchors(torch.from_numpy(frames), PATCH, THRESHOLD)
+    assert (anchors is not None) is merges
 
 
 def test_a_video_with_little_to_leave_out_is_computed_whole() -> None:

@@ -15,6 +15,7 @@ from scissor_vllm import compress
 from scissor_vllm.compression import CompressedTokens, get_compressor
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.models.patch_grid import PatchGridModel
+from scissor_vllm.video_fields import VIDEO_TEXT
 from scissor_vllm.vllm_compat import place_without_waiting
 from scissor_vllm.worker.pinned import copy_in_threads, to_device
 from scissor_vllm.worker.positions import (
@@ -244,6 +245,59 @@ def test_of_two_videos_without_a_token_between_them_the_second_stays_evenly_spac
     values = model.place_carried(positions, features, [rows, rows], 0, 6)
     assert [value.shape for value in values] == [(2, 4), (2, 4)]
     assert positions[0].tolist() == [0, 4, 6, 10, 11, 19]
+
+
+class CountedLayouts(PatchGridModel):
+    """Counts the layouts that are made."""
+
+    place_fields = ("video_grid_thw", VIDEO_TEXT, "second_per_grid_ts")
+
+    def __init__(self) -> None:
+        self.num_made = 0
+        self.config = SimpleNamespace(
+            video_token_id=VIDEO, vision_config=SimpleNamespace(spatial_merge_size=2)
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _whole_positions(self, tokens: list[int], features: Any) -> tuple[torch.Tensor, int]:
+        self.num_made += 1
+        seconds = features[0].data["second_per_grid_ts"].data
+        return torch.arange(len(tokens)).repeat(3, 1) + int(100 * seconds), 0
+
+
+def test_videos_of_one_shape_and_text_share_their_positions_and_no_others_do() -> None:
+    model = CountedLayouts()
+    grid, text = torch.tensor([2, 4, 4]), torch.zeros(2, 0, dtype=torch.int64)
+    seconds = torch.tensor(0.25, dtype=torch.bfloat16)
+    known = {"video_grid_thw": grid, VIDEO_TEXT: text, "second_per_grid_ts": seconds}
+    first = model._layout(known)
+    assert first.positions[0, 0] == 25
+    assert first.end == 33
+    assert first.video.tokens == [VIDEO] * 8
+    assert model._layout({name: value.clone() for name, value in known.items()}) is first
+    assert model.num_made == 1
+    for name, other in (
+        ("video_grid_thw", torch.tensor([4, 4, 2])),
+        (VIDEO_TEXT, torch.tensor([[3], [4]])),
+        ("second_per_grid_ts", torch.tensor(0.5, dtype=torch.bfloat16)),
+    ):
+        assert model._layout({**known, name: other}) is not first
+    assert model.num_made == 4
+
+
+def test_the_last_layouts_are_kept() -> None:
+    model = CountedLayouts()
+    text, seconds = torch.zeros(2, 0, dtype=torch.int64), torch.tensor(1.0)
+    for num_frames in [*range(1, 40), 39, 38]:
+        grid = torch.tensor([num_frames, 2, 2])
+        model._layout({"video_grid_thw": grid, VIDEO_TEXT: text, "second_per_grid_ts": seconds})
+    assert model.num_made == 39
+    assert len(model._layouts) == 16
 
 
 @pytest.mark.gpu

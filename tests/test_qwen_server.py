@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from bench.model_shapes import qwen_vl
 from bench.numbered_clips import make_clip
 from scissor_vllm import num_retained_tokens
+from scissor_vllm.loadtest.clips import ClipShape, make_clips
 from tests.serving import SCISSOR, OneServer, Server
 
 FPS, NUM_FRAMES = 12, 48
@@ -105,6 +106,42 @@ def test_what_a_prompt_counts_follows_from_the_ratio(qwen3: Served, clip: Path) 
 def test_the_same_holds_for_qwen2_5_vl(qwen2_5: Served, clip: Path) -> None:
     check_one_decoding(qwen2_5, clip)
     check_prompts(qwen2_5, clip)
+
+
+@pytest.mark.slow
+def test_an_answer_and_the_metrics_tell_how_many_patches_the_tower_computed(
+    servers: OneServer, qwen_folder: Path, tmp_path: Path
+) -> None:
+    server = servers.get(
+        *(*SCISSOR, str(qwen_folder), "--served-model-name=demo", "--tower-merging-max-ratio=0.2"),
+        *("--enforce-eager", "--dtype=float32", "--max-model-len=8192"),
+        f"--chat-template={qwen_folder / 'template.jinja'}",
+    )
+    num_frames = 64
+    shape = ClipShape(width=320, height=192, num_frames=num_frames, fps=8)
+    patches, computed = (
+        "scissor_vllm:video_patches_total",
+        ("scissor_vllm:computed_video_patches_total"),
+    )
+    told = {}
+    for camera in ("fixed", "moving"):
+        (clip,) = make_clips(tmp_path, 1, replace(shape, camera=camera))
+        for ratio in (0.5, 0.2):
+            report = server.ask(clip.path, "What moves?", ratio=ratio).video_compression
+            told[camera, ratio] = report
+            num_tokens = report["num_video_tokens"]
+            assert report["num_retained_video_tokens"] == num_retained_tokens(num_tokens, ratio)
+    assert [key for key, report in told.items() if "num_video_patches" in report] == [
+        ("fixed", 0.2)
+    ]
+    report = told["fixed", 0.2]
+    assert report["num_video_patches"] == 4 * report["num_video_tokens"]
+    share = report["num_computed_video_patches"] / report["num_video_patches"]
+    assert 1 / 3 < share < 0.9
+    # Both videos could have had patches left out.
+    num_moving = 4 * told["moving", 0.2]["num_video_tokens"]
+    assert server.counter(patches) == report["num_video_patches"] + num_moving
+    assert server.counter(computed) == report["num_computed_video_patches"] + num_moving
 
 
 def encoded(array: np.ndarray) -> str:

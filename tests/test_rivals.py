@@ -10,8 +10,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from bench.compress import make_tokens
 from scissor_vllm.compression import get_compressor
-from scissor_vllm.compression.rivals import KERNEL_SHARE, compress_by_kitoke, draw_by_rarity
+from scissor_vllm.compression.linkage import distances
+from scissor_vllm.compression.rivals import (
+    KERNEL_SHARE,
+    compress_by_kitoke,
+    cover_eagerly,
+    cover_lazily,
+    draw_by_rarity,
+)
 from tests import oracle
 from tests.test_compress import DEGENERATE, GENERIC, clips, laws, make_clip, num_threads
 
@@ -82,6 +90,13 @@ def test_floc_adds_the_token_of_largest_gain(clip: np.ndarray, data: st.DataObje
             assume(gains[0][0] - gains[1][0] > UNDECIDED * len(flat))
         chosen.append(-gains[0][1])
     assert kept_tokens("floc", clip, k) == sorted(chosen)
+
+
+@pytest.mark.parametrize("kind", ["random", "black", "copies", "one-hot"])
+def test_floc_on_a_gpu_chooses_what_a_cpu_does(kind: str) -> None:
+    similarities = 1 - distances(make_tokens(kind, (4, 25, 120), seed=0).flatten(0, 1))
+    assert torch.equal(cover_eagerly(similarities, 40), cover_lazily(similarities, 40))
+    assert torch.equal(cover_eagerly(similarities, 100), cover_lazily(similarities, 100))
 
 
 def test_floc_shares_its_budget_out_by_the_blocks_lengths() -> None:

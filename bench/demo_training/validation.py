@@ -13,10 +13,10 @@ import torch.nn.functional as F  # noqa: N812
 from bench.demo_training.forward import PackedModel
 from bench.demo_training.packing import IGNORED, NO_QUESTION, Encoder, PackedQuestions, pack
 from bench.demo_training.pixels import as_values, normalised
-from bench.world.questions import SKILLS, ask
+from bench.world.questions import SKILLS, Question, ask
 from bench.world.render import PackedScenes, render
 from bench.world.render import pack as pack_scenes
-from bench.world.scene import MIN_NUM_FRAMES, sample_scene
+from bench.world.scene import MIN_NUM_FRAMES, Scene, sample_scene
 
 Tensor = torch.Tensor
 Compress = Callable[[Tensor, int], Tensor]
@@ -65,10 +65,7 @@ def make_batches(
     for begin in range(0, len(seeds), batch_size):
         scenes, rows = [], []
         for seed in seeds[begin : begin + batch_size]:
-            skill = skills[seed % len(skills)]
-            scene = sample_scene(seed, skill, num_frames)
-            asked = ask(scene, seed, skill)
-            random.Random(f"validation {seed}").shuffle(asked)
+            scene, asked = make_clip(seed, skills[seed % len(skills)], num_frames)
             scenes.append(scene)
             rows.append(
                 [
@@ -79,6 +76,14 @@ def make_batches(
         questions, _ = pack(rows, row_length, encoder.padding)
         batches.append(ValidationBatch(pack_scenes(scenes), questions))
     return batches
+
+
+def make_clip(seed: int, skill: str, num_frames: int = 16) -> tuple[Scene, list[Question]]:
+    """Return a clip's scene and its questions, in the order in which they are asked."""
+    scene = sample_scene(seed, skill, num_frames)
+    asked = ask(scene, seed, skill)
+    random.Random(f"validation {seed}").shuffle(asked)
+    return scene, asked
 
 
 @torch.no_grad()
@@ -130,24 +135,45 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _count_right(logits: Tensor, questions: PackedQuestions) -> Tensor:
-    """Return the questions answered rightly and all questions, int64 (2, skills)."""
+@dataclass(frozen=True)
+class Answers:
+    """The questions of a batch, by clip and then as they were packed; Q of them."""
+
+    is_right: Tensor
+    """(Q,) bool."""
+    skill: Tensor
+    """(Q,) int64: index in SKILLS."""
+    clip: Tensor
+    """(Q,) int64: the clip's number in the batch."""
+
+
+def answers(logits: Tensor, questions: PackedQuestions) -> Answers:
+    """Return which questions are answered rightly, from the logits of all of their tokens."""
     is_answer = questions.labels != IGNORED
     is_wrong = is_answer & (logits.argmax(-1) != questions.labels)
-    most = int(questions.questions.max()) + 1
+    most = max(int(questions.questions.max()) + 1, 1)
     clip = torch.arange(len(is_wrong), device=logits.device)[:, None]
     slot = torch.where(questions.questions == NO_QUESTION, 0, questions.questions)
-    slot = (clip * max(most, 1) + slot)[is_answer]
-    size = len(is_wrong) * max(most, 1)
+    slot = (clip * most + slot)[is_answer]
+    size = len(is_wrong) * most
     asked = torch.zeros(size, dtype=torch.bool, device=logits.device)
     asked[slot] = True
     wrong = torch.zeros_like(asked)
     wrong[slot[is_wrong[is_answer]]] = True
     skill = torch.zeros(size, dtype=torch.int64, device=logits.device)
     skill[slot] = questions.skills[is_answer]
-    is_right = asked & ~wrong
+    number = asked.nonzero().squeeze(1)
+    return Answers(~wrong[number], skill[number], number // most)
+
+
+def _count_right(logits: Tensor, questions: PackedQuestions) -> Tensor:
+    """Return the questions answered rightly and all questions, int64 (2, skills)."""
+    given = answers(logits, questions)
     return torch.stack(
-        [torch.bincount(skill[mask], minlength=len(SKILLS)) for mask in (is_right, asked)]
+        [
+            torch.bincount(skill, minlength=len(SKILLS))
+            for skill in (given.skill[given.is_right], given.skill)
+        ]
     )
 
 

@@ -25,7 +25,8 @@ import torch
 
 from bench.real_features.features import LAYERS, SEQUENCES, Sequence, load_features
 from bench.real_features.figures import Figures
-from bench.real_features.tasks import Row, Task, compressor, dial_name, measure_task
+from bench.real_features.tasks import Row, Task, compressor, dial_name, measure_task, rows_name
+from bench.row_variants import VARIANTS
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.compression import METHODS, Compressor
 from scissor_vllm.loadtest.record import environment, write_json
@@ -148,6 +149,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", choices=["test", "validation"], default="test")
     add("--methods", nargs="+", choices=METHODS, default=list(DEFAULT_METHODS), metavar="METHOD")
     add("--dial", nargs="*", type=float, default=[], help="exponents between average and Ward")
+    add("--rows", nargs="*", choices=VARIANTS, default=[], metavar="VARIANT",
+        help="other rows of average linkage, as in bench.row_order")  # fmt: skip
     add("--retention-ratio", nargs="+", type=float, default=list(DEFAULT_RATIOS))
     add("--layers", nargs="+", type=int, choices=LAYERS, default=list(LAYERS))
     add("--jobs", type=int, default=os.cpu_count(), help="processes")
@@ -160,7 +163,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     args = parse(arguments)
-    methods = (*args.methods, *map(dial_name, args.dial))
+    methods = (*args.methods, *map(dial_name, args.dial), *map(rows_name, args.rows))
     features = load_features(args.folder)
     sequences = [sequence for sequence in SEQUENCES if sequence.split == args.split]
     tasks = []

@@ -1,19 +1,24 @@
 """Prints what merging inside the tower changes in DINOv2's tokens of real videos.
 
-    python -m bench.real_features.merged_tower [FOLDER] [--split validation] [--json FILE]
+    python -m bench.real_features.merged_tower [FOLDER] [--split validation] [--num-merged 2]
+        [--json FILE]
 
 Anchors and computed patches are those of ``scissor_vllm``; the twelve blocks of DINOv2 ViT-S/14 run
-in torch in place of SigLIP's layers. Each frame's class token is always computed. "share" is the
-share of patches that are computed. FVU is the tokens' squared error over their variance. "added" is
-what merging adds to the FVU after compression to a tenth.
+in torch in place of the tower's layers. Each frame's class token is always computed. With
+``--num-merged 2`` the four patches of a token are computed or left out together, as in Qwen-VL's
+towers; there a token has two frames too, and layers of Qwen2.5-VL have windows. "share" is that of
+the patches that are computed. FVU is the tokens' squared error over their variance. "added" is what
+merging adds to the FVU after compression to a tenth.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import site
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +36,8 @@ from scissor_vllm.frontend import patch_anchors as frontend
 from scissor_vllm.loadtest.record import environment, write_json
 from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.settings import DEFAULT_TOWER_MERGING_THRESHOLD, DEFAULT_VIDEO_COMPRESSION
-from scissor_vllm.worker.merged_encoder import MergedPatches, placed
+from scissor_vllm.worker.merged_grid import Layout, MergedTokens
+from scissor_vllm.worker.merged_patches import MergedPatches, Placement, placed
 
 PATCH_SIZE = 14
 NUM_LAYERS, NUM_HEADS, EPS = 12, 6, 1e-6
@@ -46,11 +52,45 @@ _FRAMES_AT_ONCE = 4
 Block = dict[str, tuple[torch.Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """Which patches of T frames are computed, and how values are placed."""
+
+    computed: torch.Tensor
+    """Indices of the M computed patches, token by token."""
+    patches: Placement
+    """Of all patches."""
+    num_queries: list[int]
+    """Of each frame, without its class token."""
+    tokens: Placement | None
+    """Of all tokens, None where the last block's patches are placed one by one."""
+
+    @classmethod
+    def of(cls, anchors: torch.Tensor, num_merged: int) -> Arrangement:
+        """Return that of anchors, int64 (T, P), for so many patches in each direction."""
+        device, dtype = torch.device("cpu"), torch.float32
+        if num_merged == 1:
+            merged = MergedPatches.of(anchors, device, dtype)
+            return cls(merged.computed, merged, merged.num_queries, None)
+        side, order = features.SIDE // PATCH_SIZE, torch.arange(anchors.shape[1])
+        # There are no rotations: DINOv2 adds positions to its embeddings.
+        none = torch.empty(0)
+        layout = Layout(side, side, num_merged, order, None, (none, none), None)
+        tokens = MergedTokens.of(anchors, layout, device, dtype)
+        return cls(tokens.patch_numbers, tokens.patches, tokens.frames.num_queries, tokens.tokens)
+
+
 class Tower:
     """DINOv2's embeddings by ONNX Runtime, and its blocks in torch."""
 
-    def __init__(self, folder: Path) -> None:
-        """Load the weights that ``features.load_features`` has downloaded into a folder."""
+    def __init__(self, folder: Path, num_merged: int) -> None:
+        """Load the weights that ``features.load_features`` has downloaded into a folder.
+
+        Args:
+            folder: of the downloads.
+            num_merged: number of patches in each direction that are left out together, 1 or 2.
+        """
+        self._num_merged = num_merged
         packages = folder / "packages"
         # The benchmark's alone: they come last, so that no other is replaced.
         site.addsitedir(str(packages))
@@ -69,26 +109,34 @@ class Tower:
         )
 
     def embed(self, frames: NDArray[np.uint8]) -> torch.Tensor:
-        """Return the input of the first block, (T, 1 + P, C), of frames (T, H, W, 3)."""
+        """Return the input of the first block, (T, 1 + P, C), of frames (T, H, W, 3).
+
+        Patches are in the order of a frame, or token by token.
+        """
         mean, std = (np.array(values, np.float32) for values in (_MEAN, _STD))
         pixels = ((frames.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
         parts = [
             self._session.run(None, {"input_image": pixels[first : first + _FRAMES_AT_ONCE]})[0]
             for first in range(0, len(pixels), _FRAMES_AT_ONCE)
         ]
-        return torch.from_numpy(np.concatenate(parts))
+        embedded = torch.from_numpy(np.concatenate(parts))
+        merged = self._num_merged
+        side = features.SIDE // PATCH_SIZE // merged
+        patches = embedded[:, 1:].unflatten(1, (side, merged, side, merged))
+        by_token = patches.transpose(2, 3).flatten(1, 4)
+        return torch.cat([embedded[:, :1], by_token], dim=1)
 
     def encode(self, embedded: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """Return patch tokens of the last block, mean-pooled 2 x 2.
 
         Args:
             embedded: (T, 1 + P, C).
-            anchors: int64 (T, P).
+            anchors: int64 (T, P), or (T, P / 4) of tokens.
 
         Returns:
             (T, P / 4, C).
         """
-        merged = MergedPatches.of(anchors, torch.device("cpu"), torch.float32)
+        merged = Arrangement.of(anchors, self._num_merged)
         num_frames, _, width = embedded.shape
         # Patches that are computed, then each frame's class token.
         patches = embedded[:, 1:].reshape(-1, width)[merged.computed]
@@ -103,8 +151,11 @@ class Tower:
             normed = _norm(hidden, block["norm2"])
             widened = F.gelu(torch.addmm(block["fc1"][1], normed, block["fc1"][0]))
             hidden = hidden + torch.addmm(block["fc2"][1], widened, block["fc2"][0])
+        if merged.tokens is not None:
+            rows = hidden[:-num_frames].unflatten(0, (-1, self._num_merged**2)).mean(dim=1)
+            return placed(rows, merged.tokens).view(num_frames, -1, width)
         side = features.SIDE // PATCH_SIZE // 2
-        tokens = placed(hidden[:-num_frames], merged)
+        tokens = placed(hidden[:-num_frames], merged.patches)
         grid = tokens.view(num_frames, side, 2, side, 2, width)
         return grid.mean(dim=(2, 4)).flatten(1, 2)
 
@@ -157,9 +208,9 @@ def _block(model: Any, number: int) -> Block:
     }
 
 
-def _attend(queries: torch.Tensor, rest: torch.Tensor, merged: MergedPatches) -> torch.Tensor:
+def _attend(queries: torch.Tensor, rest: torch.Tensor, merged: Arrangement) -> torch.Tensor:
     num_frames, width = len(merged.num_queries), queries.shape[1]
-    at_places = placed(rest[:-num_frames], merged).split(merged.num_places)
+    at_places = placed(rest[:-num_frames], merged.patches).chunk(num_frames)
     of_patches = queries[:-num_frames].split(merged.num_queries)
     patches, class_tokens = [], []
     for frame in range(num_frames):
@@ -225,7 +276,7 @@ def _replaced(compressed: CompressedTokens, tokens: torch.Tensor) -> torch.Tenso
 def _settings(group: int, matching: float) -> Iterator[None]:
     with (
         patch.object(frontend, "GROUP_FRAMES", group),
-        patch.object(frontend, "MIN_STILL", matching),
+        patch.object(frontend, "MIN_MATCHING", matching),
     ):
         yield
 
@@ -241,12 +292,14 @@ def main() -> None:
         "--threshold", type=float, nargs="+", default=[DEFAULT_TOWER_MERGING_THRESHOLD]
     )
     parser.add_argument("--group", type=int, nargs="+", default=[patch_merging.GROUP_FRAMES])
-    parser.add_argument("--min-still", type=float, nargs="+", default=[frontend.MIN_STILL])
+    parser.add_argument("--min-matching", type=float, nargs="+", default=[frontend.MIN_MATCHING])
+    parser.add_argument("--num-merged", type=int, choices=(1, 2), default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     features.load_features(args.folder)
-    tower = Tower(args.folder)
-    record: dict[str, Any] = {"environment": environment(), "method": args.method, "cases": []}
+    tower = Tower(args.folder, args.num_merged)
+    settings = {"method": args.method, "num_merged": args.num_merged}
+    record: dict[str, Any] = {"environment": environment(), **settings, "cases": []}
     for sequence in features.SEQUENCES:
         if args.split not in (None, sequence.split):
             continue
@@ -261,15 +314,16 @@ def main() -> None:
 def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dict[str, Any]]:
     frames = frames_of(args.folder, sequence)
     embedded = tower.embed(frames)
-    unmerged = torch.arange(len(frames))[:, None].expand(-1, embedded.shape[1] - 1)
+    num_places = (embedded.shape[1] - 1) // args.num_merged**2
+    unmerged = torch.arange(len(frames))[:, None].expand(-1, num_places)
     exact = tower.encode(embedded, unmerged)
     known: dict[bytes, dict[str, float]] = {}
     for threshold in args.threshold:
         for group in args.group:
-            for matching in args.min_still:
+            for matching in args.min_matching:
                 with _settings(group, matching):
                     anchors = frontend.patch_anchors(
-                        torch.from_numpy(frames), PATCH_SIZE, threshold
+                        torch.from_numpy(frames), PATCH_SIZE, threshold, num_merged=args.num_merged
                     )
                 anchors = unmerged if anchors is None else anchors.long()
                 key = anchors.numpy().tobytes()
@@ -277,14 +331,15 @@ def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dic
                     merges = not torch.equal(anchors, unmerged)
                     merged = tower.encode(embedded, anchors) if merges else exact
                     known[key] = measure(exact, merged, args.method)
-                share = float(computed_patches(anchors).float().mean())
+                side = math.isqrt(num_places)
+                share = float(computed_patches(anchors, (side, side)).float().mean())
                 case = {
                     "sequence": sequence.name,
                     "split": sequence.split,
                     "camera": "fixed" if sequence.name in FIXED else "moving",
                     "threshold": threshold,
                     "group_frames": group,
-                    "min_still": matching,
+                    "min_matching": matching,
                     "share": share,
                     **known[key],
                 }

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from bench.real_features.figures import measure
+from bench.row_variants import as_compressor
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.compression import Compressor, get_compressor
 from scissor_vllm.compression.linkage import AverageLinkage
 
 _DIAL = "linkage, exponent "
+_ROWS = "linkage, "
 
 Row = dict[str, Any]
 
@@ -29,7 +31,8 @@ class Task:
     """(T + 1, P, D) float32, of another video."""
     ratios: tuple[float, ...]
     methods: tuple[str, ...]
-    """Names of methods, and exponents of the dial as :func:`dial_name` writes them."""
+    """Names of methods, and of exponents and variants as :func:`dial_name` and :func:`rows_name`
+    write them."""
 
 
 def measure_task(task: Task) -> list[Row]:
@@ -52,8 +55,15 @@ def dial_name(exponent: float) -> str:
     return f"{_DIAL}{exponent:g}"
 
 
+def rows_name(variant: str) -> str:
+    """Return the name of a variant of ``bench.row_variants``."""
+    return _ROWS + variant
+
+
 def compressor(name: str) -> Compressor:
-    """Return a method by its name or that of an exponent."""
+    """Return a method by its name, or that of an exponent or of a variant of rows."""
     if name.startswith(_DIAL):
         return AverageLinkage(ward_exponent=float(name.removeprefix(_DIAL)))
+    if name.startswith(_ROWS):
+        return as_compressor(name.removeprefix(_ROWS))
     return get_compressor(name)

@@ -20,6 +20,13 @@ API_SERVERS = 4
 _LLAVA_ONEVISION = "LlavaOnevisionForConditionalGeneration"
 _WHOLE_TOWER_ON_EACH_RANK = frozenset({_LLAVA_ONEVISION, "LlavaNextVideoForConditionalGeneration"})
 """Models whose uncompressed videos do not wait for one rank in that mode."""
+MERGES_BY_DEFAULT: dict[str, str | None] = {_LLAVA_ONEVISION: "siglip_vision_model"}
+"""Architectures whose tower merges patches where the operator does not choose, and the tower's
+``model_type``, None for any. Answers were compared for these alone.
+
+To add Qwen-VL's: ``"Qwen2_5_VLForConditionalGeneration": None`` and
+``"Qwen3VLForConditionalGeneration": None``, see ``worker.merged_grid``.
+"""
 _ARENA_BYTES = 3 << 30
 """Of shared memory, free: vLLM's arena has 2 GiB."""
 
@@ -83,19 +90,31 @@ def choose_tower_merging(args: argparse.Namespace) -> None:
 
     Answers were compared for LLaVA-OneVision's tower as it is saved, not quantized.
     """
-    if args.tower_merging_max_ratio is not None or args.quantization is not None:
+    if args.tower_merging_max_ratio is not None or _changes_tower(args):
         return
     if TOWER_MERGING_MAX_RATIO in (args.mm_processor_kwargs or {}):
         return
     config = config_of(args)
-    if config is None or _LLAVA_ONEVISION not in (
-        _overridden_architectures(args) or config.architectures or []
-    ):
+    if config is None or getattr(config, "quantization_config", None) is not None:
         return
-    tower = getattr(config, "vision_config", None)
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    if getattr(tower, "model_type", None) == "siglip_vision_model" and not is_quantized:
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    names = _overridden_architectures(args) or config.architectures or []
+    if any(
+        name in MERGES_BY_DEFAULT and MERGES_BY_DEFAULT[name] in (None, tower) for name in names
+    ):
         args.tower_merging_max_ratio = DEFAULT_TOWER_MERGING_MAX_RATIO
+
+
+def _changes_tower(args: argparse.Namespace) -> bool:
+    """Return whether options of vLLM change the tower's layers or their attention."""
+    backend = args.mm_encoder_attn_backend
+    return (
+        args.quantization is not None
+        or args.enable_tower_connector_lora
+        or args.mm_encoder_attn_dtype not in (None, "auto")
+        or getattr(backend, "name", backend) not in (None, "FLASH_ATTN")
+        or bool(args.compilation_config.compile_mm_encoder)
+    )
 
 
 def config_of(args: argparse.Namespace) -> PretrainedConfig | None:

@@ -171,8 +171,9 @@ def _add_tower_merging_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=None,
         help="requests of this ratio and below have the vision tower compute a patch once for "
-        "frames in which it hardly changes; approximate, LLaVA-OneVision only, and without effect "
-        "where the camera moves; 0 switches it off (default: 0.1 for LLaVA-OneVision)",
+        "frames in which it hardly changes; approximate, for LLaVA-OneVision and Qwen-VL only, and "
+        "without effect where the camera moves; 0 switches it off (default: 0.1 for "
+        "LLaVA-OneVision, 0 for others)",
     )
     group.add_argument(
         "--tower-merging-threshold",

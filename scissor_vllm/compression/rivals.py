@@ -25,7 +25,7 @@ FLOC_TOKENS = 1 << 13
 """Most tokens of a FLoC block, whose similarities take 256 MiB."""
 
 _CANDIDATES = 32
-"""Tokens whose gains FLoC computes again at a time."""
+"""Tokens whose gains FLoC computes again first."""
 
 
 @torch.no_grad()
@@ -231,26 +231,53 @@ def _nearest_of_scene(flat: torch.Tensor, kept: torch.Tensor, scene: torch.Tenso
 def _cover(similarities: torch.Tensor, num_chosen: int) -> torch.Tensor:
     """Return k tokens that cover a block, (k,) int64 in the order of choice.
 
-    Gains only fall as the set grows, so old ones are upper bounds.
+    On a GPU all gains are computed in every step. To ask the device which are stale would take
+    longer.
 
     Args:
         similarities: (n, n) float32, symmetric multiples of 2^-24: sums in float64 are exact.
         num_chosen: k.
+    """
+    choose = cover_eagerly if similarities.is_cuda else cover_lazily
+    return choose(similarities, num_chosen)
+
+
+def cover_eagerly(similarities: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """Return what covers a block, from all tokens' gains in every step. No host synchronization."""
+    best = torch.full_like(similarities[0], -1.0)
+    is_chosen = torch.zeros_like(best, dtype=torch.bool)
+    chosen = torch.zeros(num_chosen, dtype=torch.int64, device=best.device)
+    for place in range(num_chosen):
+        gain = (similarities - best).clamp_(min=0.0).sum(dim=1, dtype=torch.float64)
+        token = _first_of_largest(gain.masked_fill_(is_chosen, -torch.inf))[None]
+        chosen[place : place + 1] = token
+        is_chosen.index_fill_(0, token, value=True)
+        best = torch.maximum(best, similarities.index_select(0, token)[0])
+    return chosen
+
+
+def cover_lazily(similarities: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """Return what covers a block, from the gains that may be the largest.
+
+    Gains only fall as the set grows, so old ones are upper bounds. Of many equal ones twice as many
+    are computed each time.
     """
     best = torch.full_like(similarities[0], -1.0)
     bound = (similarities - best).sum(dim=1, dtype=torch.float64)
     fresh = torch.ones_like(bound, dtype=torch.bool)
     chosen = torch.zeros(num_chosen, dtype=torch.int64, device=best.device)
     for place in range(num_chosen):
+        num_candidates = _CANDIDATES
         while True:
             token = _first_of_largest(bound)
             if fresh[token]:
                 break
             stale = torch.where(fresh, -torch.inf, bound)
-            rows = stale.topk(min(_CANDIDATES, len(stale))).indices
+            rows = stale.topk(min(num_candidates, len(stale))).indices
             gain = (similarities[rows] - best).clamp_(min=0.0).sum(dim=1, dtype=torch.float64)
             bound[rows] = torch.where(torch.isinf(bound[rows]), bound[rows], gain)
             fresh[rows] = True
+            num_candidates *= 2
         chosen[place] = token
         bound[token] = -torch.inf
         best = torch.maximum(best, similarities[token])

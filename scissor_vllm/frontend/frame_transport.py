@@ -13,11 +13,11 @@ memory, a processor that rescales or normalizes differently, or an option that c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from vllm.multimodal.processing import InputProcessingContext
 
 from scissor_vllm.cpus import num_cpus
 from scissor_vllm.normalization import normalized
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _NUM_CHANNELS = 3
 _NUM_VALUES = 256
@@ -136,6 +139,16 @@ def in_threads(
     for _ in pool.map(copy_part, resized.split(num_frames), parts):
         pass
     return resized
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Return a function's results for items, in order, computed in several threads.
+
+    Args:
+        function: releases the interpreter lock for most of its time.
+        items: what it is called with.
+    """
+    return list(_resize_pool().map(function, items))
 
 
 def _num_threads() -> int:

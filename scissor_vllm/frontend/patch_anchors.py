@@ -4,10 +4,13 @@ A patch takes the values of its anchor if its pixels hardly differ from the anch
 the patch that was computed, not of the frame before, so that slow changes do not add up. Noise of
 a sensor or of a codec is averaged over 2 x 2 pixels first.
 
-A frame in which the camera moved is encoded whole. What tells it are its textured patches, those
-that would differ from themselves moved by two pixels by far more than the frame's noise. Smooth
-ones, such as a sky, match by chance. This test does not depend on the threshold: with a higher one,
-only things that move would count as textured.
+A frame in which the camera moved, or much of the picture, is encoded whole. What tells that the
+camera moved are textured patches, those that would differ from themselves moved by two pixels by
+far more than the frame's noise. Smooth ones, such as a sky, match by chance. This test does not
+depend on the threshold: with a higher one, only things that move would count as textured.
+
+Where a token has several patches or several frames, as Qwen-VL's have, they are computed or left
+out together. One of them that differs is enough. Such a token is a place; elsewhere a patch is one.
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scissor_vllm.frontend.frame_transport import map_in_threads
 from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
 from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
 
+MIN_MATCHING = 0.75
+"""Least share of a frame's patches that match their anchors, or all are computed. Where much of the
+picture moves, values of what stands still change with it, by more than the probes tell."""
+
 MIN_STILL = 0.5
-"""Least share of a frame's patches that match their anchors, and of its textured patches that stand
-still, or all are computed."""
+"""Least share of a frame's textured patches that stand still, or all are computed."""
 
 MIN_TEXTURED = 0.02
 """Least share of patches that must be textured to tell whether the camera moves. With fewer, the
@@ -47,53 +54,89 @@ _CERTAIN = 0.95
 _POOL, _NUM_CHANNELS = 2, 3
 
 
-def patch_anchors(frames: torch.Tensor, patch_size: int, threshold: float) -> torch.Tensor | None:
+def patch_anchors(
+    frames: torch.Tensor,
+    patch_size: int,
+    threshold: float,
+    *,
+    num_merged: int = 1,
+    num_frames: int = 1,
+) -> torch.Tensor | None:
     """Return ``PATCH_ANCHORS`` of a video, None if the tower would compute nearly all patches.
 
     Args:
-        frames: uint8 (T, H, W, 3) on the CPU.
-        patch_size: of the tower, in pixels; pixels beyond the last whole patch are ignored.
+        frames: uint8 (T * ``num_frames``, H, W, 3) on the CPU.
+        patch_size: of the tower, in pixels; pixels beyond the last whole place are ignored.
         threshold: largest mean squared difference of 8-bit pixels at which patches match.
+        num_merged: number of a place's patches in each direction.
+        num_frames: number of a place's frames.
 
     Returns:
         int16 (T, P), ascending along T.
     """
-    patches = _Patches(frames.shape[1], frames.shape[2], patch_size)
-    anchors = np.empty((len(frames), patches.num_places), np.int16)
-    current = np.empty((patches.num_places, patches.num_values), np.float32)
+    height, width = frames.shape[1:3]
+    steps = frames.numpy().reshape(-1, num_frames, *frames.shape[1:])
+
+    def anchors_of(first: int) -> NDArray[np.int16]:
+        patches = _Patches(height, width, patch_size, num_merged, num_frames)
+        return _group_anchors(patches, steps[first : first + GROUP_FRAMES], threshold) + first
+
+    groups = map_in_threads(anchors_of, range(0, len(steps), GROUP_FRAMES))
+    result = torch.from_numpy(np.concatenate(groups).astype(np.int16))
+    grid = height // (patch_size * num_merged), width // (patch_size * num_merged)
+    share = computed_patches(result, grid).float().mean()
+    return result if share <= MAX_COMPUTED else None
+
+
+def _group_anchors(
+    patches: _Patches, steps: NDArray[np.uint8], threshold: float
+) -> NDArray[np.int16]:
+    """Return the anchors of a group's places, counted from its first frame, (t, P)."""
+    anchors = np.empty((len(steps), patches.num_places), np.int16)
+    current = np.empty((patches.num_patches, patches.num_values), np.float32)
     difference = np.empty_like(current)
-    for number, pixels in enumerate(frames.numpy()):
-        frame = patches.of(pixels)
-        if number % GROUP_FRAMES == 0:
-            is_new = np.ones(patches.num_places, bool)
-        else:
-            change = _squared(np.subtract(frame, current, out=difference)) / patches.num_values
-            is_new = change > threshold
-            is_new |= _has_moved(is_new, change, patches, current)
+    of_places = (patches.num_places, -1)
+    is_new: NDArray[np.bool_] = np.ones(patches.num_places, bool)
+    for number, pixels in enumerate(steps):
+        step = patches.of(pixels)
+        if number > 0:
+            change = _squared(np.subtract(step, current, out=difference)) / patches.num_values
+            is_new = (change > threshold).reshape(of_places).max(axis=1)
+            is_new |= _has_moved(change, threshold, patches, current)
         if is_new.all():
-            current[:] = frame
+            current[:] = step
         else:
-            current[is_new] = frame[is_new]
+            current.reshape(of_places)[is_new] = step.reshape(of_places)[is_new]
         anchors[number] = np.where(is_new, number, anchors[number - 1])
-    result = torch.from_numpy(anchors)
-    return result if computed_patches(result).float().mean() <= MAX_COMPUTED else None
+    return anchors
 
 
 def anchors_of_videos(
-    videos: list[torch.Tensor], patch_size: int, threshold: float
+    videos: list[torch.Tensor],
+    patch_size: int,
+    threshold: float,
+    *,
+    num_merged: int = 1,
+    num_frames: int = 1,
 ) -> list[torch.Tensor]:
     """Return ``PATCH_ANCHORS`` of each video, [] if the tower is to compute nearly all patches.
 
     Args:
-        videos: uint8 (T, H, W, 3) each.
+        videos: uint8 (T * ``num_frames``, H, W, 3) each.
         patch_size: as :func:`patch_anchors` takes it.
         threshold: likewise.
+        num_merged: likewise.
+        num_frames: likewise.
     """
-    anchors_or_none = [patch_anchors(frames, patch_size, threshold) for frames in videos]
+    anchors_or_none = [
+        patch_anchors(frames, patch_size, threshold, num_merged=num_merged, num_frames=num_frames)
+        for frames in videos
+    ]
     if all(anchors is None for anchors in anchors_or_none):
         return []
+    side = patch_size * num_merged
     return [
-        _own_anchors(frames, patch_size) if anchors is None else anchors
+        _own_anchors(frames[::num_frames], side) if anchors is None else anchors
         for frames, anchors in zip(videos, anchors_or_none, strict=True)
     ]
 
@@ -119,22 +162,25 @@ def count_patches(item: Mapping[str, Any], patch_size: int) -> tuple[int, int] |
     return num_frames * num_places, num_computed
 
 
-def _own_anchors(frames: torch.Tensor, patch_size: int) -> torch.Tensor:
+def _own_anchors(frames: torch.Tensor, side: int) -> torch.Tensor:
     num_frames, height, width, _ = frames.shape
     numbers = torch.arange(num_frames, dtype=torch.int16)[:, None]
-    return numbers.repeat(1, (height // patch_size) * (width // patch_size))
+    return numbers.repeat(1, (height // side) * (width // side))
 
 
 def _has_moved(
-    is_new: NDArray[np.bool_],
     change: NDArray[np.floating[Any]],
+    threshold: float,
     patches: _Patches,
     anchors: NDArray[np.float32],
 ) -> bool:
-    """Return whether the camera has moved: most textured patches changed as moved ones would."""
-    matching = 1 - is_new.mean()
-    if not MIN_STILL <= matching <= _CERTAIN:
-        return bool(matching < MIN_STILL)
+    """Return whether the camera has moved, or much of the picture.
+
+    The camera has if most textured patches changed as moved ones would.
+    """
+    matching = (change <= threshold).mean()
+    if not MIN_MATCHING <= matching <= _CERTAIN:
+        return bool(matching < MIN_MATCHING)
     texture = patches.moved(anchors)
     noise = np.quantile(change, NOISE_QUANTILE)
     is_textured = texture > float(max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE))
@@ -145,26 +191,39 @@ def _has_moved(
 
 
 class _Patches:
-    """Makes a frame's pooled patches, in memory that stays in a core's cache."""
+    """Makes the pooled patches of a place's frames, in memory that stays in a core's cache."""
 
-    def __init__(self, height: int, width: int, patch_size: int) -> None:
-        self._rows, self._columns = height // patch_size, width // patch_size
-        self._height, self._width = self._rows * patch_size, self._columns * patch_size
+    def __init__(
+        self, height: int, width: int, patch_size: int, num_merged: int, num_frames: int
+    ) -> None:
+        side = patch_size * num_merged
+        self.grid = height // side, width // side
+        self._rows, self._columns = self.grid
+        self._height, self._width = self._rows * side, self._columns * side
         self._is_pooled = patch_size % _POOL == 0
         self._side = patch_size // _POOL if self._is_pooled else patch_size
+        self._num_merged, self._num_frames = num_merged, num_frames
         self.num_places = self._rows * self._columns
+        self.num_patches = self.num_places * num_frames * num_merged**2
         self.num_values = self._side**2 * _NUM_CHANNELS
-        self._patches = np.empty((self.num_places, self.num_values), np.float32)
+        self._patches = np.empty((self.num_patches, self.num_values), np.float32)
 
-    def of(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return (P, s*s*3) of (H, W, 3), to be used before the next call."""
-        shown = frame[: self._height, : self._width]
-        size = (self._columns * self._side, self._rows * self._side)
-        if self._is_pooled:
-            shown = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
+    def of(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return (patches, s*s*3) of (frames, H, W, 3), place by place, to be used before the next
+        call.
+        """
+        rows, columns, merged = self._rows, self._columns, self._num_merged
         line = self._side * _NUM_CHANNELS
-        grid = shown.reshape(self._rows, self._side, self._columns, line).swapaxes(1, 2)
-        self._patches.reshape(self._rows, self._columns, self._side, line)[:] = grid
+        of_frames = self._patches.reshape(
+            rows, columns, self._num_frames, merged, merged, self._side, line
+        )
+        size = (columns * merged * self._side, rows * merged * self._side)
+        for number, frame in enumerate(frames):
+            shown = frame[: self._height, : self._width]
+            if self._is_pooled:
+                shown = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
+            grid = shown.reshape(rows, merged, self._side, columns, merged, line)
+            of_frames[:, :, number] = grid.transpose(0, 3, 1, 4, 2, 5)
         return self._patches
 
     def moved(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:

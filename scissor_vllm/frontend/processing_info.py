@@ -9,7 +9,7 @@ from dataclasses import replace
 from vllm.multimodal.processing import InputProcessingContext
 
 from scissor_vllm.frontend.frame_cache import FRAMES
-from scissor_vllm.models import NO_IMAGE_RUNS
+from scissor_vllm.models import MERGING_TOWERS, NO_IMAGE_RUNS
 from scissor_vllm.settings import (
     ALLOW_COMPRESS_IMAGES,
     TOWER_MERGING_MAX_RATIO,
@@ -52,7 +52,7 @@ class RetentionProcessingInfo:
         if self.tower_merging.max_ratio > 0 and self.get_patch_size() is None:
             raise ValueError(
                 f"{TOWER_MERGING_MAX_RATIO} cannot be set for this model: patches are merged in "
-                "SigLIP's tower of LLaVA-OneVision only; leave it out"
+                f"{MERGING_TOWERS} only; leave it out"
             )
         if self.retention_policy.allows_compress_images and not self.get_num_frames_of_image():
             raise ValueError(

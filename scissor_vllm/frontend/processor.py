@@ -477,12 +477,19 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 content.is_embed,
                 num_tokens=num_tokens,
                 num_retained=num_retained,
-                patches=count_patches(item, self.info.get_patch_size())
+                patches=self._count_patches(item)
                 if may_merge and num_retained != num_tokens
                 else None,
             )
 
         return replace(update, replacement=replacement)
+
+    def _count_patches(self, item: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Return how many patches a compressed video has, and how many of them the tower computes.
+
+        None for a video that went stock's way.
+        """
+        return count_patches(item, self.info.get_patch_size())
 
     def _shortened(self, content: Any, num_retained: int) -> Any:
         """Return K of a video's N placeholders, and the fixed ones after them."""

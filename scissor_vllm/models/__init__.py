@@ -55,6 +55,9 @@ IMAGE_RUN_MODELS = (
 """Architectures of which runs of images are compressed as frames: as many equal frames as the
 tower's tokens need make an image's tokens its own, and no text of the model's own stands for it."""
 
+MERGING_TOWERS = "SigLIP's tower of LLaVA-OneVision and Qwen-VL's towers"
+"""Towers that merge patches."""
+
 NO_IMAGE_RUNS = (
     "its images cannot stand as frames of a video; runs of images are compressed for "
     f"{', '.join(IMAGE_RUN_MODELS)} only"

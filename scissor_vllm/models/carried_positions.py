@@ -77,7 +77,8 @@ class CarriedPositionsModel:
     def _layout(self, fields: Mapping[str, Any]) -> VideoLayout:
         """Return the layout of a video with these ``place_fields``; the last few are kept."""
         known = [torch.as_tensor(fields[name]) for name in self.place_fields if name in fields]
-        key = tuple((*values.shape, values.contiguous().numpy().tobytes()) for values in known)
+        # NumPy has no bfloat16, in which vLLM sends floats.
+        key = tuple((*values.shape, *values.flatten().tolist()) for values in known)
         layouts: dict[Any, VideoLayout] = self.__dict__.setdefault("_layouts", {})
         layout = layouts.pop(key, None)
         if layout is None:

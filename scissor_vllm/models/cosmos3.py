@@ -11,6 +11,8 @@ from scissor_vllm.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideos
 class Cosmos3ProcessingInfo(PatchGridProcessingInfo, stock.Cosmos3ProcessingInfo):
     """Counts a video's tokens."""
 
+    merges_patches = True
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLProcessor, info=Cosmos3ProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder

@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 
 from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.frontend.processor import RetentionProcessor
@@ -126,7 +126,9 @@ class FramesModel:
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
         mm_config = model_config.get_multimodal_config()
         merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
-        self._merges_patches = merging.max_ratio > 0
+        self._merges_patches = merging.max_ratio > 0 and not isinstance(
+            self.vision_tower, StageMissingLayer
+        )
         if self._merges_patches:
             from scissor_vllm.worker.merged_encoder import merges_patches
 

@@ -11,6 +11,8 @@ from scissor_vllm.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideos
 class InternS2MobiusProcessingInfo(PatchGridProcessingInfo, stock.InternS2MobiusProcessingInfo):
     """Counts a video's tokens."""
 
+    merges_patches = True
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLProcessor, info=InternS2MobiusProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder

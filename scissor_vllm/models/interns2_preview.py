@@ -11,6 +11,8 @@ from scissor_vllm.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideos
 class InternS2PreviewProcessingInfo(PatchGridProcessingInfo, stock.InternS2PreviewProcessingInfo):
     """Counts a video's tokens."""
 
+    merges_patches = True
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLProcessor, info=InternS2PreviewProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder

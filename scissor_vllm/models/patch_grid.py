@@ -8,10 +8,12 @@ vLLM's classes:
   ``scissor_vllm.worker.positions``. With pipeline parallelism vLLM sends later ranks no positions
   that are known only after encoding. Rows then carry none and are evenly spaced in the video.
 - Videos are encoded without CUDA graphs.
+- Qwen-VL's towers can merge patches, see ``worker.merged_grid``.
 - A video's frames travel as they are, and the device makes the patches, see ``worker.patches``.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -20,19 +22,24 @@ import torch
 from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataItems
 
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.frontend.frame_transport import identity_of
+from scissor_vllm.frontend.patch_anchors import anchors_of_videos
 from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
 from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.carried_positions import CarriedPositionsModel
 from scissor_vllm.models.frame_runs import FrameRunsModel, FrameRunsProcessor, with_text
+from scissor_vllm.patch_merging import computed_patches
+from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import (
     FRAME_SIZE,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
+    PATCH_ANCHORS,
     PIXEL_NORMALIZATION,
     VIDEO_IDENTITY,
     VIDEO_TEXT,
@@ -41,11 +48,16 @@ from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encode
 from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.pinned import to_device
 from scissor_vllm.worker.positions import VideoPlace, with_positions
-from scissor_vllm.worker.tower_ranks import frames_per_rank, num_tower_ranks
-from scissor_vllm.worker.video_compression import VideoCompression
+from scissor_vllm.worker.tower_ranks import (
+    encode_on_all_ranks,
+    frames_per_rank,
+    num_tower_ranks,
+)
+from scissor_vllm.worker.video_compression import VideoCompression, adapts_tower
 from scissor_vllm.worker.video_pixels import VideoPixels, take_every_frame
 
 _GRID, _PIXELS = "video_grid_thw", "pixel_values_videos"
+_NUM_CHANNELS = 3
 _WARM_UP_TOKENS_PER_FRAME = 256
 
 
@@ -54,6 +66,15 @@ class PatchGridProcessingInfo(RetentionProcessingInfo):
 
     compresses_images: ClassVar[bool] = False
     """Whether runs of images are compressed as the frames of a video."""
+
+    merges_patches: ClassVar[bool] = False
+    """Whether ``worker.merged_grid`` supports the tower."""
+
+    def get_patch_size(self) -> int | None:
+        """Return the side of a patch in pixels, None if the tower merges no patches."""
+        if not self.merges_patches:
+            return None
+        return int(self.get_hf_config().vision_config.patch_size)  # type: ignore[attr-defined]
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         """Return vLLM's processor, changed to return a video's frames in place of its patches."""
@@ -122,6 +143,7 @@ class PatchGridProcessor(FrameRunsProcessor):
     ) -> BatchFeature:
         processed = super()._prepare(mm_items, hf_kwargs, ratio)
         hf_processor = self.info.get_hf_processor(**hf_kwargs)
+        merges = self.info.tower_merging.applies_to(ratio)
         if _PIXELS not in processed or not sends_frames(hf_processor):
             return processed
         grids, pixels = processed[_GRID], processed[_PIXELS]
@@ -132,13 +154,51 @@ class PatchGridProcessor(FrameRunsProcessor):
         hashed = {} if normalization is None else {"normalization": normalization}
         if hashed:
             processed[PIXEL_NORMALIZATION] = normalization.repeat(len(grids), 1, 1)
+        videos = pixels.split(grids.prod(1).tolist())
+        anchors = self._anchors(videos, processed[FRAME_SIZE]) if merges else []
+        if anchors:
+            processed[PATCH_ANCHORS] = anchors
         if ratio != 1.0 and self.info.cache_sizes.features > 0:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-            videos = zip(grids, pixels.split(grids.prod(1).tolist()), strict=True)
             processed[VIDEO_IDENTITY] = [
-                identity_of(algorithm, grid=grid, frames=rows, **hashed) for grid, rows in videos
+                identity_of(
+                    algorithm,
+                    grid=grid,
+                    frames=rows,
+                    **hashed,
+                    **({"anchors": anchors[number]} if anchors else {}),
+                )
+                for number, (grid, rows) in enumerate(zip(grids, videos, strict=True))
             ]
         return processed
+
+    def _anchors(
+        self, videos: Sequence[torch.Tensor], frame_sizes: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return ``PATCH_ANCHORS`` of each video's uint8 frames, [] if nothing is merged."""
+        vision = self.info.get_hf_config().vision_config
+        frames = [
+            pixels.view(-1, height, width, _NUM_CHANNELS)
+            for pixels, (height, width) in zip(videos, frame_sizes.tolist(), strict=True)
+        ]
+        return anchors_of_videos(
+            frames,
+            self.info.get_patch_size(),
+            self.info.tower_merging.threshold,
+            num_merged=vision.spatial_merge_size,
+            num_frames=vision.temporal_patch_size,
+        )
+
+    def _count_patches(self, item: Mapping[str, Any]) -> tuple[int, int] | None:
+        if _GRID not in item or FRAME_SIZE not in item:
+            return None
+        merged = self.info.get_hf_config().vision_config.spatial_merge_size
+        num_frames, rows, columns = item[_GRID].data.tolist()
+        num_patches = num_frames * rows * columns
+        if PATCH_ANCHORS not in item:
+            return num_patches, num_patches
+        computed = computed_patches(item[PATCH_ANCHORS].data, (rows // merged, columns // merged))
+        return num_patches, int(computed.sum()) * merged**2
 
     def _count_tokens(
         self, width: int, height: int, num_frames: int, options: Mapping[str, object]
@@ -179,6 +239,23 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         self._num_tower_ranks = num_tower_ranks()
         is_pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.carries_positions = model_config.uses_mrope and not is_pipelined
+        mm_config = model_config.get_multimodal_config()
+        merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
+        self._merges_patches = merging.max_ratio > 0 and not isinstance(
+            self.visual, StageMissingLayer
+        )
+        if self._merges_patches:
+            self._check_merging(adapts_tower(vllm_config))
+
+    def _check_merging(self, adapts: bool) -> None:
+        """Raise ValueError if the tower cannot merge patches as the operator wishes."""
+        from scissor_vllm.worker.merged_grid import why_not_merging
+
+        reason = why_not_merging(self.visual)
+        if adapts:
+            reason = "and adapters of the vision tower exclude each other"
+        if reason is not None:
+            raise ValueError(f"{TOWER_MERGING_MAX_RATIO} {reason}; or set it to 0")
 
     @property
     def row_width(self) -> int:
@@ -234,7 +311,22 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         return tuple(map(self._encoded, videos, counts))
 
     def _warm_up_tower(self) -> None:
-        """Allocate the memory of ``_tower_of_compressed`` while vLLM profiles memory."""
+        """Prepare the tower of compressed videos while vLLM profiles memory.
+
+        It allocates memory that stays, and no request waits for the compilation of kernels.
+        """
+        if not self._merges_patches:
+            return
+        from scissor_vllm.worker.merged_grid import encode_merged
+
+        vision = self.config.vision_config
+        merged = int(vision.spatial_merge_size)
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = (2, 2 * merged, 2 * merged)
+        weight = next(self.visual.parameters())
+        patches = weight.new_zeros(math.prod(grid), width)
+        with self._tower_of_compressed():
+            encode_merged(self.visual, patches, grid, torch.zeros(2, 4, dtype=torch.int64))
 
     def _take_videos(self, fields: dict[str, Any]) -> list["GridVideo"]:
         """Return a batch's videos, and remove our fields from the batch."""
@@ -243,6 +335,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         sizes = fields.pop(FRAME_SIZE, nothing)
         normalizations = fields.pop(PIXEL_NORMALIZATION, nothing)
         identities = fields.pop(VIDEO_IDENTITY, nothing)
+        anchors = fields.pop(PATCH_ANCHORS, nothing)
         keeps_every_frame = take_every_frame(fields, len(grids))
         texts = fields.pop(VIDEO_TEXT, nothing)
         pixels = fields[_PIXELS].split([t * h * w for t, h, w in grids])
@@ -253,6 +346,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
                     rows.view(t, h * w, -1),
                     identity=None if identity is None else identity.numpy().tobytes(),
                     tokens_per_frame=h * w // merged,
+                    anchors=anchors[index],
                     keeps_every_frame=keeps_every_frame[index],
                     model_device=next(self.visual.parameters()).device,
                 ),
@@ -281,7 +375,9 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         """Return a video's rows, with positions if it is compressed."""
         is_whole = self.video_compression.keeps_all([video.pixels], [num_retained])
 
-        def encode(pixels: torch.Tensor) -> torch.Tensor:
+        def encode(pixels: torch.Tensor, anchors: torch.Tensor | None = None) -> torch.Tensor:
+            if anchors is not None:
+                return self._encode_merged(video, pixels, anchors)
             # The tower attends within a temporal patch, so parts have the tokens of the whole.
             # With several ranks vLLM gives each a part.
             num_ranks = 1 if is_whole else self._num_tower_ranks
@@ -313,6 +409,31 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             rows = torch.cat([rows, appended], dim=1)
         members, order = members.sort(stable=True)
         return self._laid_out(rows[order], members, video.fields)
+
+    def _encode_merged(
+        self, video: "GridVideo", pixels: torch.Tensor, anchors: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the tokens (t, P, D) of consecutive temporal patches, with patches merged.
+
+        Args:
+            video: of which they are.
+            pixels: (t, patches, values of a patch).
+            anchors: int64 (t, P) on the CPU, counted from the first of them.
+        """
+        from scissor_vllm.worker.merged_grid import encode_merged
+
+        _, rows, columns = video.fields[_GRID].tolist()
+
+        def encode(pixels: torch.Tensor, anchors: torch.Tensor | None) -> torch.Tensor:
+            assert anchors is not None
+            patches = self._patches(pixels.flatten(0, 1), video)
+            with self._tower_of_compressed():
+                grid = (len(pixels), rows, columns)
+                return encode_merged(self.visual, patches, grid, anchors)
+
+        if self._num_tower_ranks == 1:
+            return encode(pixels, anchors)
+        return encode_on_all_ranks(encode, pixels, anchors, self._num_tower_ranks)
 
     def _laid_out(
         self, rows: torch.Tensor, members: torch.Tensor, fields: Mapping[str, Any]

@@ -22,6 +22,7 @@ class Qwen2_5_VLProcessingInfo(PatchGridProcessingInfo, stock.Qwen2_5_VLProcessi
     """Counts a video's tokens."""
 
     compresses_images = True
+    merges_patches = True
 
 
 class Qwen2_5_VLProcessor(PatchGridProcessor, stock.Qwen2_5_VLMultiModalProcessor):  # noqa: N801
@@ -71,3 +72,4 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801
         weight = next(self.visual.parameters())
         with self._tower_of_compressed():
             self.visual(weight.new_zeros(merge**2, width), grid_thw=[[1, merge, merge]])
+        super()._warm_up_tower()

@@ -13,6 +13,8 @@ from scissor_vllm.models.patch_grid import (
 class Qwen2VLProcessingInfo(PatchGridProcessingInfo, stock.Qwen2VLProcessingInfo):
     """Counts a video's tokens."""
 
+    merges_patches = True
+
 
 class Qwen2VLProcessor(PatchGridProcessor, stock.Qwen2VLMultiModalProcessor):
     """Gives a video K placeholders."""

@@ -14,11 +14,15 @@ from scissor_vllm.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideos
 class Qwen3_5ProcessingInfo(PatchGridProcessingInfo, stock.Qwen3_5ProcessingInfo):  # noqa: N801
     """Counts a video's tokens."""
 
+    merges_patches = True
+
 
 class Qwen3_5MoeProcessingInfo(  # noqa: N801
     PatchGridProcessingInfo, stock.Qwen3_5MoeProcessingInfo
 ):
     """Counts a video's tokens."""
+
+    merges_patches = True
 
 
 @MULTIMODAL_REGISTRY.register_processor(

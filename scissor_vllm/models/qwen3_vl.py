@@ -25,12 +25,14 @@ class Qwen3VLProcessingInfo(PatchGridProcessingInfo, stock.Qwen3VLProcessingInfo
     """Counts a video's tokens."""
 
     compresses_images = True
+    merges_patches = True
 
 
 class Qwen3VLMoeProcessingInfo(PatchGridProcessingInfo, stock_moe.Qwen3VLMoeProcessingInfo):
     """Counts a video's tokens."""
 
     compresses_images = True
+    merges_patches = True
 
 
 class Qwen3VLProcessor(PatchGridProcessor, stock.Qwen3VLMultiModalProcessor):

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedL
 from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
 
 from scissor_vllm.worker.encoder_graphs import EncoderGraphs
-from scissor_vllm.worker.siglip_kernels import add_norm, place_row, subtract_rows
+from scissor_vllm.worker.siglip_kernels import add_norm
 
 _MAX_WIDTH = 1 << 14
 """Largest width: a kernel holds a row in registers."""
@@ -187,59 +187,3 @@ def add_and_norm(hidden: torch.Tensor, added: torch.Tensor, norm: LayerNorm) -> 
         hidden, added, normed, norm.weight, norm.bias, norm.eps, width, block, num_warps=4
     )
     return normed
-
-
-def row_differences(rows: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """Return the differences of pairs of rows.
-
-    Args:
-        rows: (M, D), each contiguous.
-        pairs: row indices of minuends and of subtrahends, int32 (2, T, L).
-
-    Returns:
-        (T, L, D), of the rows' dtype.
-    """
-    _, num_frames, num_pairs = pairs.shape
-    differences = rows.new_empty(num_frames, num_pairs, rows.shape[1])
-    width = rows.shape[1]
-    subtract_rows[(num_frames * num_pairs,)](
-        rows,
-        pairs,
-        differences,
-        rows.stride(0),
-        num_frames * num_pairs,
-        width,
-        triton.next_power_of_2(width),
-        num_warps=4,
-    )
-    return differences
-
-
-def place_rows(
-    rows: torch.Tensor, row_of_place: torch.Tensor, moves: torch.Tensor, move_of_place: torch.Tensor
-) -> torch.Tensor:
-    """Return the row of each place, with the place's move added.
-
-    Args:
-        rows: (M, D), each contiguous.
-        row_of_place: int32 (N,).
-        moves: (L, D), contiguous.
-        move_of_place: int32 (N,), -1 for none.
-
-    Returns:
-        (N, D), contiguous, of the rows' dtype.
-    """
-    width = rows.shape[1]
-    at_places = rows.new_empty(len(row_of_place), width)
-    place_row[(len(row_of_place),)](
-        rows,
-        row_of_place,
-        moves,
-        move_of_place,
-        at_places,
-        rows.stride(0),
-        width,
-        triton.next_power_of_2(width),
-        num_warps=4,
-    )
-    return at_places
