@@ -197,7 +197,7 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(tmp_path: Pat
     build_llava_onevision(tmp_path)
     ratios = (1.0, 0.5, 0.25, 0.1)
     # A camera that stands still, and one that moves.
-    still, moving = Media(160, 160, 12, 5, shift=0), Media(160, 160, 12, 6, shift=9)
+    still, moving = Media(320, 320, 12, 5, shift=0), Media(320, 320, 12, 6, shift=9)
     alone = [[Question((media,), ratio)] for media in (still, moving) for ratio in ratios]
     together = [question for (question,) in alone]
     options: dict[str, Any] = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
@@ -223,7 +223,7 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(tmp_path: Pat
 @pytest.mark.usefixtures("engines")
 def test_features_that_are_kept_know_whether_patches_were_merged(tmp_path: Path) -> None:
     build_llava_onevision(tmp_path)
-    still = Media(160, 160, 12, 5, shift=0)
+    still = Media(320, 320, 12, 5, shift=0)
     rounds = [[Question((still,), ratio)] for ratio in (0.5, 0.25, 0.5, 0.1, 0.25)]
     options: dict[str, Any] = {
         "max_model_len": 4096,
