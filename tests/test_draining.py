@@ -24,7 +24,7 @@ from scissor_vllm.frontend.draining import InFlight, add_draining
 from scissor_vllm.vllm_compat import wait_before_shutdown
 from tests.serving import SCISSOR, OneServer, Server, message
 
-NUM_TOKENS = 400
+NUM_TOKENS = 1500
 """Of an answer in flight: some seconds."""
 
 
@@ -75,7 +75,9 @@ def assert_drains(server: Server, clip: Path) -> None:
         running = [pool.submit(answer, server, clip, stream) for stream in (True, False) * 2]
         deadline = time.monotonic() + 60
         while num_running(server) < len(running):
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, [
+                future.exception() or future.result() for future in running if future.done()
+            ]
             time.sleep(0.02)
         # These two reach the server about when the signal does: they are taken whole or not at all.
         late = [pool.submit(answer, server, clip, stream) for stream in (True, False)]
