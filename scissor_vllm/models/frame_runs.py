@@ -39,6 +39,7 @@ from scissor_vllm.retention import (
 from scissor_vllm.settings import without_own_keys
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_IDENTITY, VIDEO_TEXT
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
+from scissor_vllm.worker.pinned import to_device
 from scissor_vllm.worker.positions import text_and_pads
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import VideoPixels
@@ -57,14 +58,6 @@ def with_text(text: torch.Tensor, num_tokens: int, pad: int) -> list[int]:
     tokens = torch.full((num_tokens + len(ids),), pad)
     tokens[num_before + torch.arange(len(ids))] = ids
     return [int(token) for token in tokens.tolist()]
-
-
-def on_device(text: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return ``VIDEO_TEXT`` on a device, without a host synchronization."""
-    if device.type == "cuda":
-        # A copy from pageable memory would wait for all queued work of the device.
-        text = text.pin_memory()
-    return text.to(device, non_blocking=True)
 
 
 class FrameRunsProcessor(RetentionProcessor):
@@ -230,7 +223,7 @@ class FrameRunsModel:
         Returns:
             (K + n, D) and (K + n,) int64 ascending.
         """
-        ids, num_before = on_device(text, rows.device)
+        ids, num_before = to_device(text, rows.device)
         if len(ids) == 0:
             return rows, members
         places = num_before + torch.arange(len(ids), device=rows.device)

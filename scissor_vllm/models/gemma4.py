@@ -22,9 +22,9 @@ from scissor_vllm.models.frame_runs import (
     FramesOfVideo,
     SequentialFrameRunsModel,
     SequentialFrameRunsProcessor,
-    on_device,
 )
 from scissor_vllm.worker.feature_cache import Sharing
+from scissor_vllm.worker.pinned import to_device
 from scissor_vllm.worker.video_compression import make_sharing
 
 _PIXELS, _PLACES = "pixel_values_videos", "pixel_position_ids_videos"
@@ -119,7 +119,7 @@ class Gemma4ForConditionalGeneration(
         laid_out, numbers = super()._among_text(rows, members, text)
         if self.per_layer_embeddings is None:
             return laid_out, numbers
-        ids, num_before = on_device(text, rows.device)
+        ids, num_before = to_device(text, rows.device)
         places = num_before + torch.arange(len(ids), device=rows.device)
         of_row = torch.zeros(len(laid_out), dtype=torch.int32, device=rows.device)
         of_row[torch.searchsorted(numbers, places)] = ids.to(torch.int32)

@@ -364,7 +364,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     def _patches(self, rows: torch.Tensor, video: "GridVideo") -> torch.Tensor:
         """Return the tower's patches (n, values of a patch) of consecutive temporal patches."""
-        rows = to_device(rows, next(self.visual.parameters()).device)
+        rows = to_device(rows, video.pixels.device)
         if video.frame_size is None:
             return rows
         vision = self.config.vision_config
