@@ -96,7 +96,7 @@ def make_tower(
             if weight.ndim > 1:
                 weight.normal_(std=0.02, generator=generator)
             else:
-                weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                weight.fill_(float(name.endswith("weight")))
     return tower.eval()
 
 
