@@ -1,4 +1,4 @@
-"""The videos that a step of the engine may encode, counted in tokens before compression."""
+"""The videos that a step of the engine may encode, counted in tokens that take as long at 1.0."""
 
 from __future__ import annotations
 
@@ -59,16 +59,30 @@ def make_manager(cache_size: int = 10 * BUDGET) -> UncompressedBudgetCacheManage
     return manager
 
 
-def test_a_step_encodes_as_many_frames_as_at_ratio_one() -> None:
+def num_encoded(num_retained: int, num_tokens: int) -> int:
+    """How many of twenty equal videos the first step encodes."""
     step = Step(make_manager())
-    requests = [make_request((629, 6272)) for _ in range(3)]
-    assert [step.encodes(request) for request in requests] == [True, False, False]
+    requests = [make_request((num_retained, num_tokens)) for _ in range(20)]
+    encoded = [step.encodes(request) for request in requests]
+    assert encoded == sorted(encoded, reverse=True)
+    return sum(encoded)
+
+
+def test_a_step_encodes_more_videos_the_fewer_of_their_tokens_are_kept() -> None:
+    numbers = [num_encoded(round(ratio * 6272), 6272) for ratio in (1, 0.5, 0.25, 0.1, 0.001)]
+    assert numbers == [1, 1, 2, 3, 3]
+
+
+def test_the_tower_encodes_at_most_three_times_as_many_tokens_as_at_ratio_one() -> None:
+    for num_tokens in (100, 1000, 3000, 8192):
+        assert num_encoded(1, num_tokens) * num_tokens <= 3 * BUDGET
+        assert num_encoded(num_tokens, num_tokens) == min(20, BUDGET // num_tokens)
 
 
 def test_short_videos_share_a_step() -> None:
-    step = Step(make_manager())
-    requests = [make_request((101, 1000)) for _ in range(10)]
-    assert sum(step.encodes(request) for request in requests) == 8
+    assert num_encoded(100, 1000) == 20
+    assert num_encoded(101, 1020) == 20
+    assert num_encoded(150, 1500) == 13
 
 
 def test_the_next_step_begins_anew() -> None:
@@ -92,8 +106,10 @@ def test_other_inputs_count_as_vllm_counts_them() -> None:
 
 def test_the_videos_of_one_request_are_counted_one_by_one() -> None:
     step = Step(make_manager())
-    request = make_request((400, 4000), (400, 4000), (400, 4000))
-    assert [step.encodes(request, place) for place in range(3)] == [True, True, False]
+    request = make_request(*[(400, 4000)] * 7)
+    # 1600 each.
+    places = [step.encodes(request, place) for place in range(7)]
+    assert places == [True] * 5 + [False] * 2
 
 
 def test_a_full_cache_refuses_as_vllms_does() -> None:

@@ -151,6 +151,7 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) ->
     return list(_resize_pool().map(function, items))
 
 
+@cache
 def _num_threads() -> int:
     return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
 

@@ -42,14 +42,13 @@ def copy_in_threads(into: torch.Tensor, values: torch.Tensor) -> None:
         values: likewise, in any layout.
     """
     target, source = _as_bytes(into), _as_bytes(values.contiguous())
-    num_threads = max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
-    num_parts = min(num_threads, len(source) // _BYTES_WORTH_A_THREAD)
+    num_parts = min(_num_threads(), len(source) // _BYTES_WORTH_A_THREAD)
     if num_parts <= 1:
         target[:] = source
         return
     # NumPy releases the interpreter lock while it copies.
     parts = zip(np.array_split(target, num_parts), np.array_split(source, num_parts), strict=True)
-    for _ in _pool(num_threads).map(lambda part: np.copyto(*part), parts):
+    for _ in _pool().map(lambda part: np.copyto(*part), parts):
         pass
 
 
@@ -61,5 +60,11 @@ def _as_bytes(values: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]
 
 
 @cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, "pin")
+def _num_threads() -> int:
+    # Reading a container's quota takes longer than a small copy.
+    return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_num_threads(), "pin")
