@@ -8,7 +8,6 @@ video, and most of a step is then the host launching the language model.
 """
 
 import math
-
 from typing import Any
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
