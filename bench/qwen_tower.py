@@ -93,9 +93,11 @@ def cases_of(
     from contextlib import nullcontext
 
     from scissor_vllm.worker.aligned_mlp import AlignedMLPs
-    from scissor_vllm.worker.merged_grid import encode_merged, why_not_merging
+    from scissor_vllm.worker.merged_grid import MergingTower, why_not_merging
 
     assert (reason := why_not_merging(tower)) is None, reason
+    merging_tower = MergingTower(tower, has_graphs=True)
+    launching_tower = MergingTower(tower)
     aligned = AlignedMLPs(tower)
     assert len(aligned) == (len(tower.blocks) if name == "qwen2.5-vl" else 0), (
         "vLLM's MLPs are not as this package knows them"
@@ -109,10 +111,10 @@ def cases_of(
         with aligned.in_use():
             return stock()
 
-    def merging(anchors: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def merging(encoder: MergingTower, anchors: torch.Tensor) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
             with aligned.in_use() if len(aligned) else nullcontext():
-                return encode_merged(tower, patches, GRID, anchors)
+                return encoder.encode(patches, GRID, anchors)
 
         return run
 
@@ -123,7 +125,8 @@ def cases_of(
     for share in shares:
         anchors = draw_anchors(GRID[0], grid[0] * grid[1], share, grid=grid)
         computed = float(computed_patches(anchors, grid).float().mean())
-        cases[f"{computed:.2f} computed"] = merging(anchors)
+        cases[f"{computed:.2f} computed"] = merging(launching_tower, anchors)
+        cases[f"{computed:.2f}, by graph"] = merging(merging_tower, anchors)
     return cases
 
 

@@ -321,8 +321,8 @@ def frames_attention(
     *,
     query_ends: torch.Tensor,
     key_ends: torch.Tensor,
-    num_queries: list[int],
-    num_keys: list[int],
+    most_queries: int,
+    most_keys: int,
 ) -> torch.Tensor:
     """Return the attention of each frame's queries to that frame's keys.
 
@@ -339,11 +339,11 @@ def frames_attention(
         values: like the keys.
         query_ends: where each frame's queries begin and end, int32 (T + 1,), on the device.
         key_ends: the same for keys.
-        num_queries: of each frame, may be 0.
-        num_keys: of each frame.
+        most_queries: no frame has more.
+        most_keys: likewise.
 
     Returns:
-        like the queries.
+        like the queries; on a GPU rows behind the last frame's have no meaning.
     """
     if queries.is_cuda and attention.is_flash_attn_backend:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
@@ -355,14 +355,15 @@ def frames_attention(
             values,
             cu_seqlens_q=query_ends,
             cu_seqlens_k=key_ends,
-            max_seqlen_q=max(num_queries),
-            max_seqlen_k=max(num_keys),
+            max_seqlen_q=most_queries,
+            max_seqlen_k=most_keys,
             dropout_p=0.0,
             causal=False,
             softmax_scale=attention.scale,
             **({} if version is None else {"fa_version": version}),
         )
         return out
+    num_queries, num_keys = (ends.diff().tolist() for ends in (query_ends, key_ends))
     frames = zip(
         queries.split(num_queries), keys.split(num_keys), values.split(num_keys), strict=True
     )

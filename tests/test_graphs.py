@@ -132,13 +132,28 @@ def tower_graphs(monkeypatch: pytest.MonkeyPatch) -> encoder_graphs.EncoderGraph
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(encoder_graphs, "captured", lambda launch, *_: RecordedGraph(launch))
     monkeypatch.setattr(RecordedGraph, "num_replays", 0)
-    return encoder_graphs.EncoderGraphs(torch.device("cpu"))
+    made = encoder_graphs.EncoderGraphs(torch.device("cpu"))
+
+    def record(launch: Any, *_: Any) -> RecordedGraph:
+        # A capture launches and computes nothing.
+        rows = made._rows.clone()
+        launch()
+        made._rows.copy_(rows)
+        return RecordedGraph(launch)
+
+    monkeypatch.setattr(encoder_graphs, "captured", record)
+    return made
 
 
-def add(rows: torch.Tensor, inputs: Any) -> None:
+def add(rows: torch.Tensor, inputs: Any) -> torch.Tensor:
     rows += inputs[0]
+    return rows
+
+
+def add_pairs(rows: torch.Tensor, inputs: Any) -> torch.Tensor:
+    """A new tensor, half as long and twice as wide."""
+    return rows.view(-1, 2 * rows.shape[1]) + inputs[0]
 
 
 def test_a_towers_graph_reads_each_runs_own_rows_and_inputs(
@@ -150,8 +165,8 @@ def test_a_towers_graph_reads_each_runs_own_rows_and_inputs(
     ):
         rows = torch.full((num_rows, 2), float(number))
         added = torch.tensor([1.0, 10.0]) * number
-        result = tower_graphs.run(("a",), rows, num_padded, [added], add)
-        assert torch.equal(result, rows + added), number
+        result = tower_graphs.run(("a",), rows, num_padded, 0, [added], add)
+        assert torch.equal(result[:num_rows], rows + added), number
         assert torch.equal(rows, torch.full((num_rows, 2), float(number))), number
     # 4: eager, then 2; 8 begins anew: eager, 1; 4: eager, 1; 8: 1; 4: 1.
     assert RecordedGraph.num_replays == 6
@@ -164,6 +179,40 @@ def test_a_tower_has_a_bounded_number_of_graphs(
     rows = torch.zeros(8, 2)
     for _ in range(3):
         for num_rows in (8, 7, 6, 5):
-            result = tower_graphs.run((), rows[:num_rows], num_rows, [torch.ones(2)], add)
+            result = tower_graphs.run((), rows[:num_rows], num_rows, 8, [torch.ones(2)], add)
             assert torch.equal(result, torch.ones(num_rows, 2))
-    assert RecordedGraph.num_replays == 2 * 2
+            assert len(tower_graphs._kinds) <= 2
+    assert RecordedGraph.num_replays == 0
+    # What comes again keeps its graph, and what does not makes room.
+    for num_rows in (8, 8, 7, 8, 6, 8, 5, 8, 5, 8, 7, 8):
+        result = tower_graphs.run((), rows[:num_rows], num_rows, 8, [torch.ones(2)], add)
+        assert torch.equal(result, torch.ones(num_rows, 2))
+    assert RecordedGraph.num_replays == 7
+
+
+def test_outputs_of_all_graphs_share_a_buffer(
+    tower_graphs: encoder_graphs.EncoderGraphs,
+) -> None:
+    addresses: set[int] = set()
+    for number, num_rows in enumerate((4, 4, 8, 8, 4, 2, 2, 8)):
+        rows = torch.full((num_rows, 3), float(number))
+        replays = RecordedGraph.num_replays
+        result = tower_graphs.run((), rows, num_rows, 8, [torch.arange(6.0)], add_pairs)
+        assert torch.equal(result, rows.view(-1, 6) + torch.arange(6.0)), number
+        if RecordedGraph.num_replays > replays:
+            addresses.add(result.data_ptr())
+    assert RecordedGraph.num_replays == 5
+    assert len(addresses) == 1
+
+
+def test_new_weights_end_all_graphs(tower_graphs: encoder_graphs.EncoderGraphs) -> None:
+    for scale in (1.0, 2.0):
+        weight = torch.full((2,), scale)
+
+        def launch(rows: torch.Tensor, _: Any, weight: torch.Tensor = weight) -> torch.Tensor:
+            return rows * weight
+
+        for _ in range(3):
+            result = tower_graphs.run((), torch.ones(4, 2), 4, 4, [], launch)
+            assert torch.equal(result, torch.full((4, 2), scale))
+        tower_graphs.forget()

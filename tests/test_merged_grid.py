@@ -55,7 +55,7 @@ from bench.qwen_tower import TOWERS
 from scissor_vllm.patch_merging import computed_patches, nearest_probes, probe_grid, probe_places
 from scissor_vllm.worker import row_placement
 from scissor_vllm.worker.merged_grid import (
-    Layout, MergedTokens, encode_merged, why_not_merging,
+    Layout, MergedTokens, MergingTower, why_not_merging,
 )
 from scissor_vllm.worker.merged_patches import moves_of, placed, probe_weights
 from tests.test_merged_grid import made_up_anchors
@@ -167,6 +167,7 @@ for name, (make_config, make) in TOWERS.items():
     config = make_config(**settings[name])
     tower = make_tower(config, torch.device("cpu"), torch.float32, make=make)
     assert why_not_merging(tower) is None
+    merging = MergingTower(tower)
     for weight in tower.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5
     for module in tower.modules():
@@ -179,13 +180,13 @@ for name, (make_config, make) in TOWERS.items():
         for joined in (0.0, 0.4, 0.9, 1.0):
             anchors = made_up_anchors(FRAMES, P, 2, joined)
             expected = oracle(tower, name, patches, anchors)
-            found = encode_merged(tower, patches, grid, anchors)
+            found = merging.encode(patches, grid, anchors)
             difference = (found - expected).abs().max()
             assert difference < 1e-4, (name, joined, difference)
             assert torch.allclose(found, stock, atol=1e-4) == (joined == 0), (name, joined)
             # A frame group by itself gives the same.
             rest = patches[4 * ROWS * COLUMNS :]
-            alone = encode_merged(tower, rest, (2, ROWS, COLUMNS), anchors[4:] - 4)
+            alone = merging.encode(rest, (2, ROWS, COLUMNS), anchors[4:] - 4)
             assert torch.allclose(alone, found[4:], atol=1e-5)
         # The kernels, interpreted, on rows of part of a layer's output of two frames.
         layout = Layout.of(tower, (2, ROWS, COLUMNS))
@@ -226,7 +227,7 @@ for name, (make_config, make) in TOWERS.items():
         exact = tower(still, grid_thw=[list(grid)]).view(FRAMES, P, -1)
         anchors = made_up_anchors(FRAMES, P, 2, 1.0)
         assert computed_patches(anchors, (5, 7)).float().mean() < 0.5
-        assert torch.allclose(encode_merged(tower, still, grid, anchors), exact, atol=1e-5)
+        assert torch.allclose(merging.encode(still, grid, anchors), exact, atol=1e-5)
         assert torch.equal(tower(patches, grid_thw=[list(grid)]).view_as(stock), stock)
 
     # What is not supported says so.
@@ -373,7 +374,7 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(
 def test_on_a_gpu_leaving_tokens_out_adds_no_rounding_of_its_own(name: str, share: float) -> None:
     from bench.qwen_tower import FULL, TOWERS, random_patches
     from bench.tower import draw_anchors, make_tower
-    from scissor_vllm.worker.merged_grid import encode_merged, why_not_merging
+    from scissor_vllm.worker.merged_grid import MergingTower, why_not_merging
 
     make_config, make = TOWERS[name]
     config = make_config(**{**FULL[name], "depth": 8})
@@ -387,11 +388,12 @@ def test_on_a_gpu_leaving_tokens_out_adds_no_rounding_of_its_own(name: str, shar
     anchors = draw_anchors(5, 60, share, grid=(6, 10))
     assert (computed_patches(anchors, (6, 10)).float().mean() < 1) == (share < 1)
     with torch.inference_mode():
-        expected = encode_merged(exact, patches.float(), grid, anchors)
+        expected = MergingTower(exact).encode(patches.float(), grid, anchors)
         stock = exact(patches.float(), grid_thw=[list(grid)]).view_as(expected)
         whole = tower(patches, grid_thw=[list(grid)]).float().view_as(expected)
-        tokens = encode_merged(tower, patches, grid, anchors)
-        again = encode_merged(tower, patches, grid, anchors)
+        merging = MergingTower(tower)
+        tokens = merging.encode(patches, grid, anchors)
+        again = merging.encode(patches, grid, anchors)
     assert torch.equal(tokens, again)
     if share == 1:
         assert (expected - stock).norm() < 1e-3 * stock.norm()
@@ -407,7 +409,7 @@ def test_on_a_gpu_leaving_tokens_out_adds_no_rounding_of_its_own(name: str, shar
 def test_on_a_gpu_rows_are_placed_and_rotated_as_on_the_cpu(
     dtype: torch.dtype, heads: int, size: int
 ) -> None:
-    from scissor_vllm.worker.merged_grid import Layout, MergedTokens
+    from scissor_vllm.worker.merged_grid import Layout, MergedTokens, Parts
     from scissor_vllm.worker.merged_patches import moves_of, placed
     from scissor_vllm.worker.row_placement import place_rotated
 
@@ -415,18 +417,22 @@ def test_on_a_gpu_rows_are_placed_and_rotated_as_on_the_cpu(
     generator = torch.Generator().manual_seed(0)
     angles = torch.rand(num_frames * rows * columns, size // 2, generator=generator) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    layout = Layout(
-        rows,
-        columns,
-        2,
-        torch.randperm(60, generator=generator),
-        torch.tensor([16] * 3 + [12]),
-        (cos, sin),
-        None,
-    )
+    order = torch.randperm(60, generator=generator)
+    layouts = [
+        Layout(
+            (6, 10),
+            4,
+            order.to(device),
+            Parts.of(torch.full((num_frames,), 60), 4, device),
+            Parts.of(torch.tensor([16] * 3 + [12]).repeat(num_frames), 4, device),
+            (cos.to(device), sin.to(device)),
+            None,
+        )
+        for device in map(torch.device, ("cpu", "cuda"))
+    ]
     anchors = made_up_anchors(num_frames, 60, 1, 0.6)
     cpu, cuda = (
-        MergedTokens.of(anchors, layout, torch.device(name), dtype) for name in ("cpu", "cuda")
+        MergedTokens.of(anchors, layout, layout.rotations[0].device, dtype) for layout in layouts
     )
     projected = torch.randn(len(cpu.patch_numbers), 3 * heads * size, generator=generator).to(dtype)
     queries, rest = projected.split([heads * size, 2 * heads * size], dim=1)

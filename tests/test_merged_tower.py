@@ -56,13 +56,13 @@ def test_every_place_has_a_computed_row_of_its_own_place(joined: float) -> None:
     anchors = made_up_anchors(9, 1, joined)
     merged = MergedPatches.of(anchors, torch.device("cpu"), torch.float32)
     is_computed = computed_patches(anchors)
-    assert len(merged.computed) == is_computed.sum() == sum(merged.num_queries)
+    assert len(merged.computed) == is_computed.sum() == merged.query_ends[-1]
     stands = merged.computed[merged.row_of_place].view(9, NUM_PLACES)
     assert (stands % NUM_PLACES == torch.arange(NUM_PLACES)).all()
     expected = torch.where(is_computed, torch.arange(9)[:, None], anchors)
     assert (stands // NUM_PLACES == expected).all()
     assert ((merged.move_of_place >= 0).view(9, -1) == ~is_computed).all()
-    assert merged.query_ends.diff().tolist() == merged.num_queries
+    assert merged.query_ends.diff().tolist() == is_computed.sum(dim=1).tolist()
 
 
 def test_a_probe_counts_with_its_neighbours_and_a_frame_without_probes_does_not_move() -> None:

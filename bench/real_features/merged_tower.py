@@ -36,7 +36,7 @@ from scissor_vllm.frontend import patch_anchors as frontend
 from scissor_vllm.loadtest.record import environment, write_json
 from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.settings import DEFAULT_TOWER_MERGING_THRESHOLD, DEFAULT_VIDEO_COMPRESSION
-from scissor_vllm.worker.merged_grid import Layout, MergedTokens
+from scissor_vllm.worker.merged_grid import Layout, MergedTokens, Parts
 from scissor_vllm.worker.merged_patches import MergedPatches, Placement, placed
 
 PATCH_SIZE = 14
@@ -71,13 +71,15 @@ class Arrangement:
         device, dtype = torch.device("cpu"), torch.float32
         if num_merged == 1:
             merged = MergedPatches.of(anchors, device, dtype)
-            return cls(merged.computed, merged, merged.num_queries, None)
-        side, order = features.SIDE // PATCH_SIZE, torch.arange(anchors.shape[1])
+            return cls(merged.computed, merged, merged.query_ends.diff().tolist(), None)
+        side, size = features.SIDE // PATCH_SIZE // num_merged, num_merged**2
+        frames = Parts.of(torch.full((len(anchors),), side**2), size, device)
         # There are no rotations: DINOv2 adds positions to its embeddings.
         none = torch.empty(0)
-        layout = Layout(side, side, num_merged, order, None, (none, none), None)
+        layout = Layout((side, side), size, None, frames, None, (none, none), None)
         tokens = MergedTokens.of(anchors, layout, device, dtype)
-        return cls(tokens.patch_numbers, tokens.patches, tokens.frames.num_queries, tokens.tokens)
+        num_queries = tokens.frame_query_ends.diff().tolist()
+        return cls(tokens.patch_numbers, tokens.patches, num_queries, tokens.tokens)
 
 
 class Tower:

@@ -13,7 +13,7 @@ vLLM's classes:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -221,6 +221,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     config: Any
     visual: Any
+    _merging_tower: Any = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
@@ -236,6 +237,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             vllm_config, tokens_per_frame=_WARM_UP_TOKENS_PER_FRAME
         )
         self.pixel_dtype = model_config.dtype
+        self._is_eager = model_config.enforce_eager
         self._num_tower_ranks = num_tower_ranks()
         is_pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.carries_positions = model_config.uses_mrope and not is_pipelined
@@ -317,8 +319,6 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         """
         if not self._merges_patches:
             return
-        from scissor_vllm.worker.merged_grid import encode_merged
-
         vision = self.config.vision_config
         merged = int(vision.spatial_merge_size)
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -326,7 +326,31 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         weight = next(self.visual.parameters())
         patches = weight.new_zeros(math.prod(grid), width)
         with self._tower_of_compressed():
-            encode_merged(self.visual, patches, grid, torch.zeros(2, 4, dtype=torch.int64))
+            self._merging().encode(patches, grid, torch.zeros(2, 4, dtype=torch.int64))
+
+    def _merging(self) -> Any:
+        """Return the ``MergingTower``."""
+        from scissor_vllm.worker.merged_grid import MergingTower
+
+        if self._merging_tower is None:
+            self._merging_tower = MergingTower(self.visual, has_graphs=not self._is_eager)
+        return self._merging_tower
+
+    def _forget_merging(self) -> None:
+        """Drop what was made of old weights: embeddings of positions, and graphs."""
+        if self._merging_tower is not None:
+            self._merging_tower.forget()
+            self._merging_tower = None
+
+    def forget_encoded(self) -> None:
+        """Drop what was made of old weights, see ``forget_with_encoder_cache``."""
+        super().forget_encoded()
+        self._forget_merging()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load weights as vLLM does, and drop what was made of the old ones."""
+        self._forget_merging()
+        return super().load_weights(weights)
 
     def _take_videos(self, fields: dict[str, Any]) -> list["GridVideo"]:
         """Return a batch's videos, and remove our fields from the batch."""
@@ -420,8 +444,6 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             pixels: (t, patches, values of a patch).
             anchors: int64 (t, P) on the CPU, counted from the first of them.
         """
-        from scissor_vllm.worker.merged_grid import encode_merged
-
         _, rows, columns = video.fields[_GRID].tolist()
 
         def encode(pixels: torch.Tensor, anchors: torch.Tensor | None) -> torch.Tensor:
@@ -429,7 +451,8 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             patches = self._patches(pixels.flatten(0, 1), video)
             with self._tower_of_compressed():
                 grid = (len(pixels), rows, columns)
-                return encode_merged(self.visual, patches, grid, anchors)
+                tokens: torch.Tensor = self._merging().encode(patches, grid, anchors)
+                return tokens
 
         if self._num_tower_ranks == 1:
             return encode(pixels, anchors)

@@ -9,6 +9,7 @@ Videos whose patches are all computed have none: with 42 ms of work on the GPU t
 hidden, and a graph gained 1 % of requests/s (docs/benchmarks.md).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,13 +21,24 @@ GRAPH_FRAMES = 32
 """Most frames of a call that is captured. Longer calls keep the GPU busy while the host launches,
 and their graphs would take more memory."""
 
+_GRAPH_STEPS = 48
+"""Numbers of rows for which there are graphs, up to all places of a call: 1 % is computed for
+nothing in the mean."""
+
 _MAX_GRAPHS = 64
 USES_BEFORE_CAPTURE = 1
 """Number of eager runs of a kind before its capture; they compile the kernels."""
 
 Key = tuple[object, ...]
-Launch = Callable[[torch.Tensor, Sequence[torch.Tensor]], None]
-"""Launches the layers on rows, in place, and on other inputs, without a host synchronization."""
+Launch = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+"""Launches the layers on rows and on other inputs, without a host synchronization, and returns
+their output: the rows themselves, or a new tensor."""
+
+
+def graph_rows(num_rows: int, most_rows: int) -> int:
+    """Return the number of rows with which a graph computes ``num_rows`` of ``most_rows``."""
+    step = max(1, most_rows // _GRAPH_STEPS)
+    return math.ceil(num_rows / step) * step
 
 
 @dataclass
@@ -37,6 +49,10 @@ class _Kind:
     """What the graph reads beside the rows."""
     num_uses: int = 0
     graph: torch.cuda.CUDAGraph | None = None
+    launch: Launch | None = None
+    """What was captured: the graph also reads tensors that belong to it."""
+    output: torch.Tensor | None = None
+    """Of the graph."""
 
 
 class EncoderGraphs:
@@ -45,6 +61,7 @@ class EncoderGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._rows = torch.empty(0, 0, device=device)
+        self._output = torch.empty(0, 0, device=device)
         self._kinds: dict[Key, _Kind] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)
@@ -54,6 +71,7 @@ class EncoderGraphs:
         key: Key,
         rows: torch.Tensor,
         num_rows: int,
+        most_rows: int,
         inputs: Sequence[torch.Tensor],
         launch: Launch,
     ) -> torch.Tensor:
@@ -62,42 +80,72 @@ class EncoderGraphs:
         Args:
             key: what the launches depend on, except values on the device and ``num_rows``.
             rows: (M, C), contiguous.
-            num_rows: rows that the graph computes, at least M.
-            inputs: other tensors on the device, of the same shapes for one key.
+            num_rows: rows that the graph computes, at least M, see :func:`graph_rows`.
+            most_rows: no run of this key has more.
+            inputs: other tensors on the device, of the same shapes for one key and ``num_rows``.
             launch: launches the layers.
 
         Returns:
-            (M, C), valid until the next run.
+            the output for ``num_rows`` rows, valid until the next run.
         """
-        self._reserve(num_rows, rows)
+        if not _fits(self._rows, max(num_rows, most_rows), rows):
+            self.forget()
+            self._rows = rows.new_zeros(max(num_rows, most_rows), rows.shape[1])
         key = (*key, num_rows)
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = _Kind([torch.empty_like(tensor) for tensor in inputs])
-            if len(self._kinds) < _MAX_GRAPHS:
-                self._kinds[key] = kind
+        kind = self._kind(key, inputs)
         held = self._rows[:num_rows]
         held[: len(rows)].copy_(rows)
         for theirs, given in zip(kind.inputs, inputs, strict=True):
             theirs.copy_(given)
         if kind.graph is None and kind.num_uses == USES_BEFORE_CAPTURE:
-            kind.graph = captured(
-                lambda: launch(held, kind.inputs), self._pool, self._capture_stream, key
-            )
+            self._capture(kind, held, launch, key)
         kind.num_uses += 1
-        if kind.graph is None:
-            launch(held, kind.inputs)
-        else:
+        if kind.graph is not None and kind.output is not None:
             kind.graph.replay()
-        return held[: len(rows)]
+            return kind.output
+        output = launch(held, kind.inputs)
+        most_outputs = math.ceil(len(self._rows) / num_rows * len(output))
+        if output is not held and not _fits(self._output, most_outputs, output):
+            self.forget()
+            self._kinds[key] = kind
+            self._output = output.new_empty(most_outputs, output.shape[1])
+        return output
 
-    def _reserve(self, num_rows: int, like: torch.Tensor) -> None:
-        """Have a buffer of so many rows; a larger one ends all graphs, which read the former."""
-        if len(self._rows) >= num_rows and self._rows.shape[1] == like.shape[1]:
-            return
+    def _kind(self, key: Key, inputs: Sequence[torch.Tensor]) -> _Kind:
+        """Return the kind of a key; one that has no graph makes room for it."""
+        kind = self._kinds.get(key)
+        if kind is not None:
+            return kind
+        kind = _Kind([torch.empty_like(tensor) for tensor in inputs])
+        if len(self._kinds) >= _MAX_GRAPHS:
+            seldom = next((name for name, kept in self._kinds.items() if kept.graph is None), None)
+            if seldom is None:
+                return kind
+            del self._kinds[seldom]
+        self._kinds[key] = kind
+        return kind
+
+    def _capture(self, kind: _Kind, held: torch.Tensor, launch: Launch, key: Key) -> None:
+        """Have a kind's graph, unless capture fails."""
+
+        def launch_into_held() -> None:
+            output = launch(held, kind.inputs)
+            if output is not held:
+                # In the graphs' pool an output of each would stay.
+                output = self._output[: len(output)].copy_(output)
+            kind.output = output
+
+        kind.launch = launch
+        kind.graph = captured(launch_into_held, self._pool, self._capture_stream, key)
+
+    def forget(self) -> None:
+        """End all graphs: buffers that they use are replaced, or weights are."""
         if self._kinds:
             torch.cuda.synchronize(self._device)
             self._kinds.clear()
             # A pool ends with the last of its graphs.
             self._pool = torch.cuda.graph_pool_handle()
-        self._rows = like.new_zeros(num_rows, like.shape[1])
+
+
+def _fits(buffer: torch.Tensor, num_rows: int, like: torch.Tensor) -> bool:
+    return len(buffer) >= num_rows and buffer.shape[1] == like.shape[1]

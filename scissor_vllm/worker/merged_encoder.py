@@ -9,7 +9,6 @@ up to rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,12 +20,8 @@ from torch import nn
 from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
 
 from scissor_vllm.vllm_compat import frames_attention
-from scissor_vllm.worker.encoder_graphs import GRAPH_FRAMES, EncoderGraphs
+from scissor_vllm.worker.encoder_graphs import GRAPH_FRAMES, EncoderGraphs, graph_rows
 from scissor_vllm.worker.merged_patches import MergedPatches, placed
-
-_GRAPH_STEPS = 48
-"""Numbers of rows for which there are graphs, up to all places of a call: 1 % is computed for
-nothing in the mean."""
 
 _GRAPH_INPUTS = ("row_of_place", "move_of_place", "probes", "weights", "query_ends", "key_ends")
 """Fields of ``MergedPatches`` that the layers read."""
@@ -95,25 +90,21 @@ def _encode_by_graph(
     """Return the output of plain layers for (M, C), with rows up to the next of the graphs'."""
     from scissor_vllm.worker.siglip import encode_fused
 
-    num_frames, num_places = len(merged.num_queries), merged.num_places
-    step = max(1, num_frames * num_places // _GRAPH_STEPS)
+    num_frames, num_places = merged.num_frames, merged.num_places
 
-    def launch(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
-        held = replace(
-            merged,
-            **dict(zip(_GRAPH_INPUTS, inputs, strict=True)),
-            # The kernel's size must not depend on the video.
-            num_queries=[num_places] * num_frames,
-        )
-        encode_fused(layers, rows, partial(_attend, held))
+    def launch(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        held = replace(merged, **dict(zip(_GRAPH_INPUTS, inputs, strict=True)))
+        return encode_fused(layers, rows, partial(_attend, held))
 
-    return graphs.run(
+    encoded = graphs.run(
         ("merged", num_frames, num_places),
         hidden,
-        math.ceil(len(hidden) / step) * step,
+        graph_rows(len(hidden), num_frames * num_places),
+        num_frames * num_places,
         [getattr(merged, name) for name in _GRAPH_INPUTS],
         launch,
     )
+    return encoded[: len(hidden)]
 
 
 def _encode(layers: list[Any], hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -137,8 +128,8 @@ def _attend(merged: MergedPatches, attention: Any, normed: torch.Tensor) -> torc
         values,
         query_ends=merged.query_ends,
         key_ends=merged.key_ends,
-        num_queries=merged.num_queries,
-        num_keys=[merged.num_places] * len(merged.num_queries),
+        most_queries=merged.num_places,
+        most_keys=merged.num_places,
     )
     out: torch.Tensor
     out, _ = attention.out_proj(attended.flatten(-2))

@@ -16,9 +16,9 @@ merge patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,15 +31,19 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.model_executor.models.qwen2_vl import Qwen2VisionAttention, Qwen2VisionTransformer
 from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
 
+from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.vllm_compat import frames_attention
+from scissor_vllm.worker.encoder_graphs import EncoderGraphs, graph_rows
 from scissor_vllm.worker.merged_patches import (
     Placement,
     Plan,
     ends_of,
+    in_rows_order,
     moves_of,
+    numbers_of_rows,
     placed,
-    to_device_at_once,
 )
+from scissor_vllm.worker.pinned import to_device
 
 _ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
     Qwen2VisionTransformer: Qwen2VisionAttention,
@@ -48,19 +52,42 @@ _ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Towers, and their attention layers."""
 
+_MAX_GRAPH_PATCHES = 1 << 15
+"""Most patches of a call that is captured: 8192 tokens. Longer calls keep the GPU busy while the
+host launches, and their graphs would take more memory."""
+
+_MAX_LAYOUTS = 8
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of all frames in which patches attend to each other: frames, or their windows."""
+
+    ends: torch.Tensor
+    """Where the tokens of each part begin and end, int64 (n + 1,)."""
+    key_ends: torch.Tensor
+    """The same for patches, int32 (n + 1,)."""
+    most_patches: int
+    """Of a part."""
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, patches_per_token: int, device: torch.device) -> Parts:
+        """Return parts of so many tokens, int64 (n,) on the CPU."""
+        ends = ends_of(lengths)
+        return cls(
+            to_device(ends, device),
+            to_device((ends * patches_per_token).int(), device),
+            int(lengths.max()) * patches_per_token,
+        )
+
 
 @dataclass(frozen=True)
 class Sequences:
-    """Bounds of the parts in which patches attend to each other: frames, or windows of them."""
+    """What a layer's attention reads beside patches."""
 
     query_ends: torch.Tensor
-    """int32 (n + 1,)."""
-    key_ends: torch.Tensor
-    """int32 (n + 1,)."""
-    num_queries: list[int]
-    """Of each part."""
-    num_keys: list[int]
-    """Of each part."""
+    """Where the computed patches of each part begin and end, int32 (n + 1,)."""
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -79,9 +106,10 @@ class MergedTokens:
     """Of the patches of all tokens, in the tower's order."""
     tokens: Placement
     """Of all tokens, row by row of each frame."""
-    frames: Sequences
-    windows: Sequences | None
-    """None if every layer attends within frames."""
+    frame_query_ends: torch.Tensor
+    """Where the computed patches of each frame begin and end, int32 (T + 1,)."""
+    window_query_ends: torch.Tensor | None
+    """The same for windows, None if every layer attends within frames."""
 
     @classmethod
     def of(
@@ -90,6 +118,7 @@ class MergedTokens:
         layout: Layout,
         device: torch.device,
         dtype: torch.dtype,
+        num_rows: int | None = None,
     ) -> MergedTokens:
         """Return the plan for the frames of a tower call, without a host synchronization.
 
@@ -98,70 +127,57 @@ class MergedTokens:
             layout: of the tower, for these frames.
             device: of the tower.
             dtype: of the tower.
+            num_rows: rows of tokens, at least M: further ones are the first token's. None for M.
         """
         num_frames, num_tokens = anchors.shape
-        rows, columns, merged = layout.rows, layout.columns, layout.num_merged
-        order = layout.order
-        plan = Plan.of(anchors, (rows // merged, columns // merged), order)
-        size = merged**2
-        in_order = plan.is_computed[:, order]
-        ends = {"frames": torch.full((num_frames,), num_tokens)}
-        if layout.windows is not None:
-            ends["windows"] = layout.windows.repeat(num_frames)
-        parts = {
-            "computed": plan.computed,
-            "patch_numbers": _of_patches(in_order.flatten().nonzero().flatten(), size),
-            "row_of_patch": _of_patches(plan.row_of_place[:, order], size),
-            "move_of_patch": _of_patches(plan.move_of_place[:, order], size),
-            "row_of_token": plan.row_of_place.flatten(),
-            "move_of_token": plan.move_of_place.flatten(),
-            "probes_of_patches": _of_patches(plan.probes, size).view(2, num_frames, -1),
-            "probes_of_tokens": plan.probes,
-            "weights": plan.weights,
-        }
-        lengths = {}
-        num_before = ends_of(in_order.flatten().long())
-        for name, num_keys in ends.items():
-            key_ends = ends_of(num_keys)
-            query_ends = num_before[key_ends]
-            parts[f"{name}_queries"], parts[f"{name}_keys"] = query_ends * size, key_ends * size
-            lengths[name] = ((query_ends.diff() * size).tolist(), (num_keys * size).tolist())
-        there = to_device_at_once(parts, device)
-        weights = there["weights"].to(dtype)
-        sequences = {
-            name: Sequences(there[f"{name}_queries"], there[f"{name}_keys"], *lengths[name])
-            for name in ends
-        }
+        size, order = layout.patches_per_token, layout.order
+        if num_rows is None:
+            num_rows = layout.num_computed(anchors)
+        plan = Plan.of(anchors, layout.grid, device, order, num_rows)
+        in_order = in_rows_order(plan.is_computed, order).flatten()
+        num_before = ends_of(in_order)
+        numbers = torch.arange(num_frames * num_tokens, device=device)
+        tokens = numbers_of_rows(in_order, num_before[1:] - 1, numbers, num_rows)
+        row, move = (
+            in_rows_order(plan.row_of_place, order),
+            in_rows_order(plan.move_of_place, order),
+        )
+        weights = plan.weights.to(dtype)
+        windows = layout.windows
         return cls(
-            there["computed"],
-            there["patch_numbers"],
+            plan.computed.int(),
+            _of_patches(tokens, size).flatten().int(),
             Placement(
-                there["row_of_patch"], there["move_of_patch"], there["probes_of_patches"], weights
+                _of_patches(row, size).flatten().int(),
+                torch.where(move[..., None] < 0, -1, _of_patches(move, size)).flatten().int(),
+                _of_patches(plan.probes, size).flatten(2).int(),
+                weights,
             ),
             Placement(
-                there["row_of_token"], there["move_of_token"], there["probes_of_tokens"], weights
+                plan.row_of_place.flatten().int(),
+                plan.move_of_place.flatten().int(),
+                plan.probes.int(),
+                weights,
             ),
-            sequences["frames"],
-            sequences.get("windows"),
+            (num_before[layout.frames.ends] * size).int(),
+            None if windows is None else (num_before[windows.ends] * size).int(),
         )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tower orders the patches of T frames, and where they stand."""
+    """How a tower orders the patches of T frames, and where they stand, on the tower's device."""
 
-    rows: int
-    """Of patches."""
-    columns: int
-    """Of patches."""
-    num_merged: int
-    """Number of a token's patches in each direction."""
-    order: torch.Tensor
-    """Tokens of a frame in the tower's order, int64 (P,) on the CPU."""
-    windows: torch.Tensor | None
-    """Number of tokens of each window of a frame, int64, on the CPU; None without windows."""
+    grid: tuple[int, int]
+    """Number of rows and of columns of tokens."""
+    patches_per_token: int
+    order: torch.Tensor | None
+    """Tokens of a frame in the tower's order, int64 (P,); None for row by row."""
+    frames: Parts
+    windows: Parts | None
+    """None if every layer attends within frames."""
     rotations: tuple[torch.Tensor, torch.Tensor]
-    """Cosines and sines of all patches of all frames in the tower's order, on the device."""
+    """Cosines and sines of all patches of all frames in the tower's order."""
     embeddings: torch.Tensor | None
     """Position embeddings of a frame's patches in that order, None if the tower has none."""
 
@@ -169,23 +185,28 @@ class Layout:
     def of(cls, tower: Any, grid: tuple[int, int, int]) -> Layout:
         """Return the layout of temporal patches, rows and columns of patches."""
         num_frames, rows, columns = grid
-        merged = tower.spatial_merge_size
-        num_tokens = rows * columns // merged**2
+        merged, device = tower.spatial_merge_size, tower.device
+        size = merged**2
+        num_tokens = rows * columns // size
+        tokens = rows // merged, columns // merged
+        frames = Parts.of(torch.full((num_frames,), num_tokens), size, device)
         if not isinstance(tower, Qwen2_5_VisionTransformer):
-            has_embeddings = isinstance(tower, Qwen3_VisionTransformer)
-            return cls(
-                rows,
-                columns,
-                merged,
-                torch.arange(num_tokens),
-                None,
-                tower.rot_pos_emb([[num_frames, rows, columns]]),
-                tower.fast_pos_embed_interpolate([[1, rows, columns]]) if has_embeddings else None,
+            rotations = tower.rot_pos_emb([[num_frames, rows, columns]])
+            embeddings = (
+                tower.fast_pos_embed_interpolate([[1, rows, columns]])
+                if isinstance(tower, Qwen3_VisionTransformer)
+                else None
             )
+            return cls(tokens, size, None, frames, None, rotations, embeddings)
         cos, sin, index, window_ends, _ = tower.get_rope_by_thw(num_frames, rows, columns)
-        ends = window_ends.view(num_frames, -1)[0].long() // merged**2
-        windows = nn.functional.pad(ends, (1, 0)).diff()
-        return cls(rows, columns, merged, index[:num_tokens], windows, (cos, sin), None)
+        lengths = nn.functional.pad(window_ends.view(num_frames, -1)[0].long() // size, (1, 0))
+        windows = Parts.of(lengths.diff().repeat(num_frames), size, device)
+        order = to_device(index[:num_tokens], device)
+        return cls(tokens, size, order, frames, windows, (cos, sin), None)
+
+    def num_computed(self, anchors: torch.Tensor) -> int:
+        """Return M of anchors, int64 (T, P) on the CPU."""
+        return int(computed_patches(anchors, self.grid).sum())
 
 
 def why_not_merging(tower: nn.Module) -> str | None:
@@ -208,30 +229,116 @@ def why_not_merging(tower: nn.Module) -> str | None:
     return None
 
 
-def encode_merged(
-    tower: Any, patches: torch.Tensor, grid: tuple[int, int, int], anchors: torch.Tensor
+class MergingTower:
+    """Encodes videos by a tower of Qwen-VL, with patches merged; one at a time."""
+
+    def __init__(self, tower: Any, has_graphs: bool = False) -> None:
+        """Keep the tower.
+
+        Args:
+            tower: one for which :func:`why_not_merging` gives None.
+            has_graphs: launch its layers by CUDA graphs where they can be captured. Ranks that
+                exchange sums within the layers do so by buffers that vLLM registers in its own
+                captures alone.
+        """
+        self._tower = tower
+        self._layouts: dict[tuple[int, int, int], Layout] = {}
+        self._graphs: EncoderGraphs | None = None
+        if has_graphs and tower.device.type == "cuda" and tower.blocks[0].attn.tp_size == 1:
+            self._graphs = EncoderGraphs(tower.device)
+
+    def encode(
+        self, patches: torch.Tensor, grid: tuple[int, int, int], anchors: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a video's tokens.
+
+        Args:
+            patches: the tower's input, (T * rows * columns, values of a patch).
+            grid: temporal patches, rows and columns of patches.
+            anchors: int64 (T, P) on the CPU, counted from the first frame.
+
+        Returns:
+            (T, P, D).
+        """
+        tower, layout = self._tower, self._layout(grid)
+        num_tokens, size = anchors.numel(), layout.patches_per_token
+        graphs = self._graphs if len(patches) <= _MAX_GRAPH_PATCHES else None
+        num_rows = layout.num_computed(anchors)
+        if graphs is not None:
+            num_rows = graph_rows(num_rows, num_tokens)
+        merged = MergedTokens.of(anchors, layout, tower.device, tower.dtype, num_rows)
+        computed = patches.view(num_tokens, -1).index_select(0, merged.computed)
+        rows = computed.view(num_rows * size, -1)
+        if graphs is None:
+            tokens = _computed_tokens(tower, layout, merged, rows)
+        else:
+            tokens = graphs.run(
+                ("merged", grid),
+                rows,
+                len(rows),
+                len(patches),
+                _graph_inputs(merged),
+                lambda rows, inputs: _computed_tokens(tower, layout, _with(merged, inputs), rows),
+            )
+        return placed(tokens, merged.tokens).view(*anchors.shape, -1)
+
+    def forget(self) -> None:
+        """Drop what was made of the tower's weights."""
+        self._layouts.clear()
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def _layout(self, grid: tuple[int, int, int]) -> Layout:
+        layout = self._layouts.pop(grid, None) or Layout.of(self._tower, grid)
+        # The last used comes last.
+        self._layouts[grid] = layout
+        if len(self._layouts) > _MAX_LAYOUTS:
+            del self._layouts[next(iter(self._layouts))]
+        return layout
+
+
+def _graph_inputs(merged: MergedTokens) -> list[torch.Tensor]:
+    """Return what the layers read of a plan, for :func:`_with`."""
+    patches = merged.patches
+    inputs = [
+        merged.patch_numbers,
+        patches.row_of_place,
+        patches.move_of_place,
+        patches.probes,
+        patches.weights,
+        merged.frame_query_ends,
+    ]
+    windows = merged.window_query_ends
+    return inputs if windows is None else [*inputs, windows]
+
+
+def _with(merged: MergedTokens, inputs: Sequence[torch.Tensor]) -> MergedTokens:
+    """Return a plan that reads other tensors, in the order of :func:`_graph_inputs`."""
+    numbers, row, move, probes, weights, frame_ends, *window_ends = inputs
+    return replace(
+        merged,
+        patch_numbers=numbers,
+        patches=Placement(row, move, probes, weights),
+        frame_query_ends=frame_ends,
+        window_query_ends=window_ends[0] if window_ends else None,
+    )
+
+
+def _computed_tokens(
+    tower: Any, layout: Layout, merged: MergedTokens, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Return a video's tokens, with patches merged.
-
-    Args:
-        tower: one for which :func:`why_not_merging` gives None.
-        patches: the tower's input, (T * rows * columns, values of a patch).
-        grid: temporal patches, rows and columns of patches.
-        anchors: int64 (T, P) on the CPU, counted from the first frame.
-
-    Returns:
-        (T, P, D).
-    """
-    layout = Layout.of(tower, grid)
-    merged = MergedTokens.of(anchors, layout, tower.device, tower.dtype)
-    size = layout.num_merged**2
-    computed = patches.view(anchors.numel(), -1).index_select(0, merged.computed)
+    """Return the tokens (M, D) of computed patches (M * patches, values of a patch)."""
+    windows = merged.window_query_ends
     metadata: dict[str, Any] = {
         # Attention takes the rotations of queries from those of all patches.
         "rotary_pos_emb_cos": None,
         "rotary_pos_emb_sin": None,
-        "cu_seqlens": merged.frames,
-        "cu_window_seqlens": merged.windows,
+        "cu_seqlens": Sequences(merged.frame_query_ends, layout.frames),
+        "cu_window_seqlens": (
+            None
+            if windows is None or layout.windows is None
+            else Sequences(windows, layout.windows)
+        ),
         "max_seqlen": None,
         "max_seqlen_full": None,
         "max_seqlen_window": None,
@@ -243,8 +350,8 @@ def encode_merged(
         in_frame = merged.patch_numbers % len(layout.embeddings)
         metadata["pos_embeds"] = layout.embeddings.index_select(0, in_frame)
     with _attending(tower, partial(_attend, merged, layout.rotations)):
-        rows = tower(computed.view(len(computed) * size, -1), None, encoder_metadata=metadata)
-    return placed(rows, merged.tokens).view(*anchors.shape, -1)
+        tokens: torch.Tensor = tower(rows, None, encoder_metadata=metadata)
+    return tokens
 
 
 @contextmanager
@@ -300,9 +407,9 @@ def _attend(
         keys,
         values,
         query_ends=cu_seqlens.query_ends,
-        key_ends=cu_seqlens.key_ends,
-        num_queries=cu_seqlens.num_queries,
-        num_keys=cu_seqlens.num_keys,
+        key_ends=cu_seqlens.parts.key_ends,
+        most_queries=cu_seqlens.parts.most_patches,
+        most_keys=cu_seqlens.parts.most_patches,
     )
     out: torch.Tensor
     out, _ = attention.proj(attended.flatten(-2)[:, None])
@@ -310,6 +417,5 @@ def _attend(
 
 
 def _of_patches(indices: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the indices of the ``size`` patches of each token, -1 for -1, (n * size,)."""
-    patches = indices.reshape(-1, 1) * size + torch.arange(size)
-    return torch.where(indices.reshape(-1, 1) < 0, -1, patches).flatten()
+    """Return the indices of the ``size`` patches of each token, (..., n, size)."""
+    return indices[..., None] * size + torch.arange(size, device=indices.device)

@@ -7,8 +7,8 @@ and values, and for the tower's output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from scissor_vllm.worker.pinned import to_device
 _DECAY = 8 / 9
 """Decay of a probe's weight with its squared distance on the lattice."""
 
-_BYTES_OF_INT, _ALIGNMENT_BYTES = 4, 16
+_MAX_LATTICES = 64
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,16 @@ class MergedPatches(Placement):
     """Bounds of each frame's queries among the M, int32 (T + 1,)."""
     key_ends: torch.Tensor
     """Bounds of each frame's keys among the T*P, int32 (T + 1,)."""
-    num_queries: list[int]
-    """Number of queries of each frame."""
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return len(self.query_ends) - 1
 
     @property
     def num_places(self) -> int:
         """P."""
-        return len(self.row_of_place) // len(self.num_queries)
+        return len(self.row_of_place) // self.num_frames
 
     @classmethod
     def of(cls, anchors: torch.Tensor, device: torch.device, dtype: torch.dtype) -> MergedPatches:
@@ -73,27 +76,22 @@ class MergedPatches(Placement):
             dtype: of the tower.
         """
         num_frames, num_places = anchors.shape
-        plan = Plan.of(anchors, square_grid(num_places))
-        num_queries = plan.is_computed.sum(dim=1)
-        fields = to_device_at_once(
-            {
-                "computed": plan.computed,
-                "row_of_place": plan.row_of_place.flatten(),
-                "move_of_place": plan.move_of_place.flatten(),
-                "probes": plan.probes,
-                "weights": plan.weights,
-                "query_ends": ends_of(num_queries),
-                "key_ends": torch.arange(num_frames + 1) * num_places,
-            },
-            device,
+        plan = Plan.of(anchors, square_grid(num_places), device)
+        key_ends = torch.arange(num_frames + 1, device=device, dtype=torch.int32) * num_places
+        return cls(
+            plan.row_of_place.flatten().int(),
+            plan.move_of_place.flatten().int(),
+            plan.probes.int(),
+            plan.weights.to(dtype),
+            plan.computed.int(),
+            ends_of(plan.is_computed.sum(dim=1)).int(),
+            key_ends,
         )
-        fields["weights"] = fields["weights"].to(dtype)
-        return cls(**fields, num_queries=num_queries.tolist())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The same on the CPU, for T frames with P places; int64 but for flags and weights."""
+    """The same for T frames with P places, on the device; int64 but for flags and weights."""
 
     is_computed: torch.Tensor
     """bool (T, P)."""
@@ -109,64 +107,85 @@ class Plan:
     """float32 (T, L, L)."""
 
     @classmethod
-    def of(cls, anchors: torch.Tensor, grid: Grid, order: torch.Tensor | None = None) -> Plan:
-        """Return the plan for anchors.
+    def of(
+        cls,
+        anchors: torch.Tensor,
+        grid: Grid,
+        device: torch.device,
+        order: torch.Tensor | None = None,
+        num_rows: int | None = None,
+    ) -> Plan:
+        """Return the plan for anchors, without a host synchronization.
+
+        The device makes it: on the CPU it takes the host 5 to 8 ms a video, in which it launches
+        nothing.
 
         Args:
-            anchors: int64 (T, P), counted from the first frame.
+            anchors: int64 (T, P) on the CPU, counted from the first frame.
             grid: of the P places.
-            order: places of a frame in the order of its rows, int64 (P,); None for their own.
+            device: of the tower.
+            order: places of a frame in the order of its rows, int64 (P,) on the device; None for
+                their own.
+            num_rows: length of ``computed``, at least M; further ones are 0. None for M.
         """
         num_frames, num_places = anchors.shape
-        frames, places = torch.arange(num_frames)[:, None], torch.arange(num_places)
-        order = places if order is None else order
-        is_computed = computed_patches(anchors, grid)
-        in_order = is_computed[:, order]
-        row = torch.empty_like(anchors)
-        row[:, order] = (in_order.flatten().cumsum(0) - 1).view(num_frames, num_places)
-        lattice = probe_places(grid)
-        move = frames * len(lattice) + nearest_probes(grid)
+        if num_rows is None:
+            num_rows = int(computed_patches(anchors, grid).sum())
+        lattice, nearest = _lattice(grid, device)
+        anchors = to_device(anchors.to(torch.int16), device).long()
+        frames = torch.arange(num_frames, device=device)[:, None]
+        is_computed = (anchors == frames).index_fill(1, lattice, True)
+        in_order = in_rows_order(is_computed, order)
+        row = (in_order.flatten().cumsum(0) - 1).view(num_frames, num_places)
+        places = torch.arange(num_places, device=device) if order is None else order
+        computed = numbers_of_rows(in_order, row, frames * num_places + places, num_rows)
+        if order is not None:
+            row = torch.empty_like(row).index_copy_(1, order, row)
+        of_probes = anchors.index_select(1, lattice)
+        rows_of_probes = row.index_select(1, lattice)
+        move = frames * len(lattice) + nearest
         return cls(
             is_computed,
-            (frames * num_places + order)[in_order],
-            row[torch.where(is_computed, frames, anchors), places],
+            computed,
+            row.gather(0, torch.where(is_computed, frames, anchors)),
             torch.where(is_computed, -1, move),
-            torch.stack([row[:, lattice], row[anchors[:, lattice], lattice]]),
-            probe_weights((anchors != frames)[:, lattice], probe_grid(grid)),
+            torch.stack([rows_of_probes, rows_of_probes.gather(0, of_probes)]),
+            probe_weights(of_probes != frames, probe_grid(grid)),
         )
+
+
+def in_rows_order(values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Return values of places, (T, P), in the order of rows."""
+    return values if order is None else values.index_select(1, order)
+
+
+def numbers_of_rows(
+    has_row: torch.Tensor, row: torch.Tensor, numbers: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """Return the number of each row, int64 (``num_rows``,), 0 where no place has the row.
+
+    Args:
+        has_row: bool (T, P).
+        row: of each place that has one, int64 (T, P), below ``num_rows``.
+        numbers: of each place, int64 (T, P).
+        num_rows: so many.
+    """
+    # Places without a row share one behind the last.
+    target = torch.where(has_row, row, num_rows).flatten()
+    held = torch.zeros(num_rows + 1, dtype=torch.int64, device=row.device)
+    return held.scatter_(0, target, numbers.flatten())[:num_rows]
+
+
+@lru_cache(_MAX_LATTICES)
+def _lattice(grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the probes' places (L,), and the index of the probe near each place (P,)."""
+    with torch.inference_mode(False):
+        return to_device(probe_places(grid), device), to_device(nearest_probes(grid), device)
 
 
 def ends_of(lengths: torch.Tensor) -> torch.Tensor:
     """Return where parts of n lengths begin and end, int64 (n + 1,)."""
     return nn.functional.pad(lengths.cumsum(0), (1, 0))
-
-
-def to_device_at_once(
-    parts: Mapping[str, torch.Tensor], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Return tensors on a device by one copy, without a host synchronization.
-
-    Args:
-        parts: on the CPU, by name; float32, or integers that fit into int32.
-        device: where to.
-
-    Returns:
-        float32 or int32.
-    """
-    flat = [
-        part.flatten().view(torch.int32) if part.is_floating_point() else part.flatten().int()
-        for part in (part.contiguous() for part in parts.values())
-    ]
-    # Each part begins at a multiple of 16 bytes: kernels are compiled anew for other addresses.
-    num_aligned = _ALIGNMENT_BYTES // _BYTES_OF_INT
-    padded = [nn.functional.pad(part, (0, -len(part) % num_aligned)) for part in flat]
-    split = to_device(torch.cat(padded), device).split([*map(len, padded)])
-    return {
-        name: (values.view(torch.float32) if part.is_floating_point() else values)[
-            : part.numel()
-        ].view(part.shape)
-        for (name, part), values in zip(parts.items(), split, strict=True)
-    }
 
 
 def probe_weights(has_anchor: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
@@ -182,11 +201,17 @@ def probe_weights(has_anchor: torch.Tensor, grid: Grid | None = None) -> torch.T
     Returns:
         float32 (T, L, L), rows that sum to 1, or to 0 in a frame with no such probe.
     """
-    near = [_near(length) for length in grid or square_grid(has_anchor.shape[1])]
-    weights = torch.kron(*near) * has_anchor[:, None]
+    grid = grid or square_grid(has_anchor.shape[1])
+    weights = _near_weights(grid, has_anchor.device) * has_anchor[:, None]
     alone = weights.sum(dim=2, keepdim=True) == 0
     weights = torch.where(alone, has_anchor[:, None].float(), weights)
     return weights / weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@lru_cache(_MAX_LATTICES)
+def _near_weights(grid: Grid, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return to_device(torch.kron(*map(_near, grid)), device)
 
 
 def _near(length: int) -> torch.Tensor:
