@@ -93,10 +93,10 @@ def cases_of(
     from contextlib import nullcontext
 
     from scissor_vllm.worker.aligned_mlp import AlignedMLPs
-    from scissor_vllm.worker.merged_grid import MergingTower, why_not_merging
+    from scissor_vllm.worker.merged_grid import MAX_GRAPH_PATCHES, MergingTower, why_not_merging
 
     assert (reason := why_not_merging(tower)) is None, reason
-    merging_tower = MergingTower(tower, has_graphs=True)
+    merging_tower = MergingTower(tower, MAX_GRAPH_PATCHES)
     launching_tower = MergingTower(tower)
     aligned = AlignedMLPs(tower)
     assert len(aligned) == (len(tower.blocks) if name == "qwen2.5-vl" else 0), (

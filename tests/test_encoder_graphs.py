@@ -80,12 +80,12 @@ def test_neither_the_plan_nor_the_launches_wait_for_the_device(tower: Any) -> No
 def test_of_qwen_each_run_has_the_tokens_of_single_launches(name: str) -> None:
     from bench.qwen_tower import FULL, TOWERS, random_patches
     from bench.tower import draw_anchors, make_tower
-    from scissor_vllm.worker.merged_grid import MergingTower
+    from scissor_vllm.worker.merged_grid import MAX_GRAPH_PATCHES, MergingTower
 
     make_config, make = TOWERS[name]
     config = make_config(**{**FULL[name], "depth": 8})
     tower = make_tower(config, torch.device("cuda"), torch.bfloat16, make=make)
-    by_graph, by_launches = MergingTower(tower, has_graphs=True), MergingTower(tower)
+    by_graph, by_launches = MergingTower(tower, MAX_GRAPH_PATCHES), MergingTower(tower)
     assert by_graph._graphs is not None
     with torch.inference_mode():
         for seed, (grid, share) in enumerate(

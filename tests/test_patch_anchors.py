@@ -296,6 +296,12 @@ def test_no_group_lies_in_two_calls_of_the_tower() -> None:
         first += len(pixels)
 
 
+def test_merged_calls_are_no_longer_than_their_graphs() -> None:
+    for merged, lengths in ((made_up(100), [32, 32, 32, 4]), (None, [41, 41, 18])):
+        video = VideoPixels(torch.zeros(100, 1, 1, 1), anchors=merged)
+        assert [len(call[0]) for call in video.split(41)] == lengths
+
+
 def test_a_call_of_less_than_a_group_computes_its_first_frame() -> None:
     video = VideoPixels(torch.arange(8.0).view(8, 1, 1, 1), anchors=made_up(8))
     calls = list(video.split(3))

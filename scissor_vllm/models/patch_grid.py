@@ -12,7 +12,6 @@ vLLM's classes:
 - A video's frames travel as they are, and the device makes the patches, see ``worker.patches``.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -317,23 +316,18 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
         It allocates memory that stays, and no request waits for the compilation of kernels.
         """
-        if not self._merges_patches:
-            return
-        vision = self.config.vision_config
-        merged = int(vision.spatial_merge_size)
-        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        grid = (2, 2 * merged, 2 * merged)
-        weight = next(self.visual.parameters())
-        patches = weight.new_zeros(math.prod(grid), width)
-        with self._tower_of_compressed():
-            self._merging().encode(patches, grid, torch.zeros(2, 4, dtype=torch.int64))
+        if self._merges_patches:
+            with self._tower_of_compressed():
+                self._merging().warm_up()
 
     def _merging(self) -> Any:
         """Return the ``MergingTower``."""
-        from scissor_vllm.worker.merged_grid import MergingTower
+        from scissor_vllm.worker.merged_grid import MAX_GRAPH_PATCHES, MergingTower
 
         if self._merging_tower is None:
-            self._merging_tower = MergingTower(self.visual, has_graphs=not self._is_eager)
+            merged = self.config.vision_config.spatial_merge_size**2
+            most = min(MAX_GRAPH_PATCHES, self.video_compression.budget * merged)
+            self._merging_tower = MergingTower(self.visual, 0 if self._is_eager else most)
         return self._merging_tower
 
     def _forget_merging(self) -> None:

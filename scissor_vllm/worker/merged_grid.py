@@ -16,6 +16,7 @@ merge patches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3_VisionTransformer
 
 from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.vllm_compat import frames_attention
-from scissor_vllm.worker.encoder_graphs import EncoderGraphs, graph_rows
+from scissor_vllm.worker.encoder_graphs import USES_BEFORE_CAPTURE, EncoderGraphs, graph_rows
 from scissor_vllm.worker.merged_patches import (
     Placement,
     Plan,
@@ -52,9 +53,12 @@ _ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Towers, and their attention layers."""
 
-_MAX_GRAPH_PATCHES = 1 << 15
+MAX_GRAPH_PATCHES = 1 << 15
 """Most patches of a call that is captured: 8192 tokens. Longer calls keep the GPU busy while the
 host launches, and their graphs would take more memory."""
+
+_WARM_UP_FRAME = (32, 64)
+"""Rows and columns of patches."""
 
 _MAX_LAYOUTS = 8
 
@@ -232,19 +236,19 @@ def why_not_merging(tower: nn.Module) -> str | None:
 class MergingTower:
     """Encodes videos by a tower of Qwen-VL, with patches merged; one at a time."""
 
-    def __init__(self, tower: Any, has_graphs: bool = False) -> None:
+    def __init__(self, tower: Any, graph_patches: int = 0) -> None:
         """Keep the tower.
 
         Args:
             tower: one for which :func:`why_not_merging` gives None.
-            has_graphs: launch its layers by CUDA graphs where they can be captured. Ranks that
-                exchange sums within the layers do so by buffers that vLLM registers in its own
-                captures alone.
+            graph_patches: launch its layers by CUDA graphs for so many patches of a call at most,
+                where they can be captured. Ranks that exchange sums within the layers do so by
+                buffers that vLLM registers in its own captures alone.
         """
-        self._tower = tower
+        self._tower, self._graph_patches = tower, graph_patches
         self._layouts: dict[tuple[int, int, int], Layout] = {}
         self._graphs: EncoderGraphs | None = None
-        if has_graphs and tower.device.type == "cuda" and tower.blocks[0].attn.tp_size == 1:
+        if graph_patches and tower.device.type == "cuda" and tower.blocks[0].attn.tp_size == 1:
             self._graphs = EncoderGraphs(tower.device)
 
     def encode(
@@ -262,7 +266,7 @@ class MergingTower:
         """
         tower, layout = self._tower, self._layout(grid)
         num_tokens, size = anchors.numel(), layout.patches_per_token
-        graphs = self._graphs if len(patches) <= _MAX_GRAPH_PATCHES else None
+        graphs = self._graphs if len(patches) <= self._graph_patches else None
         num_rows = layout.num_computed(anchors)
         if graphs is not None:
             num_rows = graph_rows(num_rows, num_tokens)
@@ -281,6 +285,28 @@ class MergingTower:
                 lambda rows, inputs: _computed_tokens(tower, layout, _with(merged, inputs), rows),
             )
         return placed(tokens, merged.tokens).view(*anchors.shape, -1)
+
+    def warm_up(self) -> None:
+        """Encode empty patches, so that no request waits for the compilation of kernels.
+
+        On a GPU it captures the graph that takes the most memory, so that vLLM counts that memory.
+        """
+        side = 2 * self._tower.spatial_merge_size
+        self._encode_empty((2, side, side))
+        num_frames = self._graph_patches // math.prod(_WARM_UP_FRAME)
+        if self._graphs is not None and num_frames > 1:
+            for _ in range(USES_BEFORE_CAPTURE + 1):
+                self._encode_empty((num_frames, *_WARM_UP_FRAME))
+
+    def _encode_empty(self, grid: tuple[int, int, int]) -> None:
+        """Encode a grid of empty patches, of which one frame is merged, so nearly all computed."""
+        num_frames, rows, columns = grid
+        layer = self._tower.patch_embed
+        width = layer.proj.weight[0].numel()
+        patches = next(layer.parameters()).new_zeros(math.prod(grid), width)
+        frames = torch.arange(num_frames)[:, None]
+        num_tokens = rows * columns // self._tower.spatial_merge_size**2
+        self.encode(patches, grid, (frames - (frames == 1).long()).expand(-1, num_tokens))
 
     def forget(self) -> None:
         """Drop what was made of the tower's weights."""

@@ -128,7 +128,8 @@ class VideoCompression:
         policy = RetentionPolicy.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         self.method = policy.method
         self._compress: Compressor = get_compressor(policy.method)
-        self._budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.budget = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
+        """Most uncompressed tokens of a tower call."""
         self._tokens_per_frame = tokens_per_frame
         self._is_warm = False
         self._max_tokens = policy.max_video_tokens
@@ -230,7 +231,7 @@ class VideoCompression:
     def _encoded(self, video: VideoPixels, encode: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return (T, P, D) from the tower."""
         with self.stage("tower", video.device):
-            calls = video.split(max(1, self._budget // self._num_tokens_per_frame(video)))
+            calls = video.split(max(1, self.budget // self._num_tokens_per_frame(video)))
             return video.repeated(torch.cat([encode(*call) for call in calls]))
 
     def _note_ratio(self, video: VideoPixels, num_retained: int) -> None:

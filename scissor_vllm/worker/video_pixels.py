@@ -18,6 +18,7 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
 )
+from scissor_vllm.worker.encoder_graphs import GRAPH_FRAMES
 from scissor_vllm.worker.pinned import to_device
 
 
@@ -65,6 +66,8 @@ class VideoPixels:
             for block in self.pixels.split(num_frames):
                 yield (self._for_tower(block),)
             return
+        # Longer calls have no graph.
+        num_frames = min(num_frames, GRAPH_FRAMES)
         if num_frames > GROUP_FRAMES:
             # A group must not be split between two calls.
             num_frames -= num_frames % GROUP_FRAMES
