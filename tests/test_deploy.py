@@ -12,12 +12,10 @@ import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import yaml  # type: ignore[import-untyped]
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.metrics import METRICS
 from tests.conftest import DEMO_CLIP_TOKENS
+from tests.deployment import KUBERNETES, kserve, production_stack, stages, variables
 from tests.preloaded import Preloaded
 from tests.prometheus import PrometheusError, find_prometheus, present_prometheus
 from tests.proxies import DEPLOY, KEY, ROOT, ask, free_port, proxy, run, tool
@@ -47,7 +46,6 @@ COMBINATIONS = [
     chosen for n in range(len(PROFILES) + 1) for chosen in itertools.combinations(PROFILES, n)
 ]
 README = (DEPLOY / "README.md").read_text()
-KUBERNETES = DEPLOY / "kubernetes"
 
 
 # ---- Docker Compose ----
@@ -365,18 +363,6 @@ SAFE = {
 }
 
 
-def production_stack() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the chart's values and the one model in them."""
-    values = yaml.safe_load((KUBERNETES / "production-stack.yaml").read_text())
-    (model,) = values["servingEngineSpec"]["modelSpec"]
-    return values, model
-
-
-def kserve() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((KUBERNETES / "kserve.yaml").read_text())
-    return found
-
-
 def test_every_servers_command_is_one_that_vllm_takes_and_is_safe(
     services: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -484,31 +470,6 @@ def test_every_variable_that_is_set_for_vllm_is_one_that_it_reads(services: dict
 
 
 # ---- Dockerfiles ----
-
-
-def stages(file: str) -> list[list[tuple[str, str]]]:
-    """Return a Dockerfile's stages as lists of instruction and arguments."""
-    text = (DEPLOY / file).read_text()
-    text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-    found: list[list[tuple[str, str]]] = []
-    for line in re.sub(r"\\\n\s*", "", text).splitlines():
-        if line:
-            instruction, arguments = line.split(maxsplit=1)
-            if instruction == "FROM":
-                found.append([])
-            found[-1].append((instruction, arguments))
-    return found
-
-
-def variables(stage: list[tuple[str, str]], known: Mapping[str, str]) -> dict[str, str]:
-    """Return what a stage's ENV instructions set."""
-    pairs = [
-        pair.split("=", 1) for name, text in stage if name == "ENV" for pair in shlex.split(text)
-    ]
-    return {
-        name: re.sub(r"\$(\w+)", lambda match: known.get(match[1], ""), value)
-        for name, value in pairs
-    }
 
 
 @pytest.mark.parametrize("file", DOCKERFILES)
