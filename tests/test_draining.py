@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 import urllib.error
@@ -20,9 +21,11 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from bench.numbered_clips import make_clip
+from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend.draining import InFlight, add_draining
 from scissor_vllm.vllm_compat import wait_before_shutdown
-from tests.serving import SCISSOR, OneServer, Server, message
+from tests.deployment import METRICS, chart
+from tests.serving import SCISSOR, STOCK, OneServer, Server, message
 
 NUM_TOKENS = 1500
 """Of an answer in flight: some seconds."""
@@ -114,6 +117,26 @@ def test_at_sigterm_answers_in_flight_end_whole_and_new_chats_are_sent_elsewhere
 def test_two_api_servers_end_their_answers_too(servers: OneServer, tmp_path: Path) -> None:
     clip = make_clip(tmp_path / "clip.mp4", width=64, height=48, num_frames=6)
     assert_drains(servers.get(*SCISSOR, "demo", "--api-server-count=2"), clip)
+    servers.stop()
+
+
+@pytest.mark.slow
+def test_the_command_of_production_stacks_chart_merges_patches_and_drains_too(
+    servers: OneServer, tmp_path: Path
+) -> None:
+    made = chart()
+    _, _published, *options = made.command
+    # On a CPU it is a share of the host's memory.
+    position = options.index("--gpu_memory_utilization")
+    del options[position : position + 2]
+    small = ("--served-model-name=demo", "--enforce-eager", "--dtype=float32")
+    environment = {**made.environment, METRICS: str(tmp_path), "HOME": os.environ["HOME"]}
+    server = servers.get(*STOCK, str(demo_model_path()), *options, *small, environment=environment)
+    clip = make_clip(tmp_path / "clip.mp4", width=64, height=48, num_frames=6)
+    completion = server.ask(clip, "What?", ratio=0.1)
+    assert completion.video_compression["retention_ratio"] == 0.1
+    assert server.counter("scissor_vllm:video_patches_total") > 0
+    assert_drains(server, clip)
     servers.stop()
 
 

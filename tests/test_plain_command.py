@@ -7,68 +7,23 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
 
 from scissor_vllm.cli.serve import PLUGIN
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.orphans import VARIABLE as END_WITH_PARENT
-from tests.deployment import KUBERNETES, kserve, stages, variables
+from tests.deployment import METRICS, TWO_GPUS, Example, chart, kserve, stages
 from tests.preloaded import Preloaded
 from tests.proxies import ROOT
 from tests.vllm_parser import write_started
 
-METRICS = "PROMETHEUS_MULTIPROC_DIR"
 # A LLaVA-OneVision, as the model of the examples. Its config is at hand.
 MODEL = str(demo_model_path())
 PUBLISHED = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
-TWO_GPUS = ("--tensor-parallel-size", "2")
 CACHE_OFF = ("--mm-processor-cache-gb", "0")
-
-
-@dataclass
-class Example:
-    """A command that starts plain `vllm serve`, and the variables in its environment."""
-
-    command: list[str]
-    environment: dict[str, str]
-
-
-def chart(*options: str) -> Example:
-    """Return what production-stack's chart starts, whose command no value changes.
-
-    For two GPUs the values have what their comment adds.
-    """
-    text = (KUBERNETES / "production-stack.yaml").read_text()
-    if options == TWO_GPUS:
-        text = re.sub(r"^( +)# (- .*)$", r"\1\2", text, flags=re.M)
-        text, num_changed = re.subn("(?<=tensorParallelSize: )1$", "2", text, flags=re.M)
-        assert num_changed == 1
-    (model,) = yaml.safe_load(text)["servingEngineSpec"]["modelSpec"]
-    config = model["vllmConfig"]
-    assert config["enablePrefixCaching"]
-    flags = {
-        "--host": "0.0.0.0",
-        "--port": "8000",
-        "--tensor-parallel-size": str(config["tensorParallelSize"]),
-        "--gpu_memory_utilization": str(config["gpuMemoryUtilization"]),
-    }
-    return Example(
-        [
-            *("serve", model["modelURL"], "--enable-prefix-caching"),
-            *(word for pair in flags.items() for word in pair),
-            *config["extraArgs"],
-        ],
-        {
-            **variables(stages("Dockerfile")[-1], {}),
-            METRICS: config["prometheusMultiprocDir"],
-            **{variable["name"]: variable["value"] for variable in model["env"]},
-        },
-    )
 
 
 def page(*options: str) -> Example:
@@ -80,7 +35,7 @@ def page(*options: str) -> Example:
     start = words.index("vllm")
     assert words[0] == "export"
     pairs = [word.split("=", 1) for word in words[:start] if word != "export"]
-    said = {
+    said: dict[tuple[str, ...], str] = {
         TWO_GPUS: r"With tensor parallelism of LLaVA's models, add\s+`([^`]*)`",
         CACHE_OFF: r"With `--mm-processor-cache-gb 0` and 16 CPUs or more, add `([^`]*)`",
     }
