@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_frames_hidden_by_an_edit_list_are_not_counted(folder: Path) -> None:
     assert shown == metadata["frames_indices"] == np.linspace(0, 52, 6, dtype=int).tolist()
 
 
-def damage_frames(path: Path, numbers: range) -> bytes:
+def damage_frames(path: Path, numbers: Iterable[int]) -> bytes:
     """The H.264 file with the headers of these frames' slices overwritten."""
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -178,6 +179,78 @@ def test_only_groups_that_hold_a_sampled_frame_are_decoded(folder: Path) -> None
     np.testing.assert_array_equal(frames, frames_beside_damage)
     # Read through, the damage is met.
     assert load(damaged)[1]["total_num_frames"] < 240
+
+
+REFERENCES: dict[str, dict[str, Any]] = {
+    "no_b_frames.mp4": {"b_frames": 0},
+    "b_frames_of_one_level.mp4": {"options": {"x264-params": "bframes=3:b-pyramid=none"}},
+    "b_frames_of_two_levels.mp4": {"options": {"x264-params": "bframes=7:b-pyramid=strict"}},
+    "many_references.mkv": {"options": {"x264-params": "bframes=16:b-adapt=0:ref=16"}},
+    "slices.mp4": {"options": {"x264-params": "bframes=3:slices=4"}},
+    "open_groups.mkv": {"gop": 24, "options": {"x264-params": "open-gop=1:bframes=3"}},
+    "temporal_layers.mp4": {
+        "codec": "hevc",
+        "options": {"x265-params": "log-level=none:temporal-layers=3:bframes=4"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_sampled_frame_has_the_same_bits_whatever_else_is_sampled(
+    name: str, folder: Path
+) -> None:
+    if not has_codec(REFERENCES[name].get("codec", "h264")):
+        pytest.skip("PyAV has no such encoder")
+    data = make_clip(
+        folder / name, **{"num_frames": 70, "gop": 100, **REFERENCES[name]}
+    ).read_bytes()
+    whole, _ = load(data)
+    for num_frames in (1, 2, 3, 9, 32):
+        frames, metadata = load(data, num_frames=num_frames)
+        np.testing.assert_array_equal(frames, whole[metadata["frames_indices"]])
+
+
+def _reference_packets(path: Path) -> list[bool]:
+    """Whether other pictures may refer to each packet's picture, of H.264 in MP4."""
+    is_reference = []
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            data, unit = bytes(packet), 0
+            while unit < len(data):
+                kind, importance = data[unit + 4] & 31, data[unit + 4] >> 5
+                if kind in (1, 5):
+                    is_reference.append(importance > 0)
+                    break
+                unit += 4 + int.from_bytes(data[unit : unit + 4], "big")
+    return is_reference
+
+
+def test_only_pictures_that_sampled_ones_may_need_are_decoded(folder: Path) -> None:
+    options = {"x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}
+    path = make_clip(folder / "unneeded.mp4", num_frames=64, gop=100, options=options)
+    frames, metadata = load(path.read_bytes(), num_frames=9)
+    with av.open(str(path)) as container:
+        times = [packet.pts for packet in container.demux(video=0) if packet.size > 0]
+    numbers = np.argsort(np.argsort(times)).tolist()
+    is_reference = _reference_packets(path)
+    unneeded = [
+        position
+        for position, number in enumerate(numbers)
+        if number not in metadata["frames_indices"] and not is_reference[position]
+    ]
+    assert len(unneeded) > 30
+    damaged = damage_frames(path, unneeded)
+    np.testing.assert_array_equal(load(damaged, num_frames=9)[0], frames)
+    # Pictures are needed if they are sampled, or as references of others.
+    for is_sampled in (True, False):
+        needed = [
+            position
+            for position, number in enumerate(numbers)
+            if (number in metadata["frames_indices"]) == is_sampled
+            and is_reference[position] != is_sampled
+        ]
+        beside_damage, _ = load(damage_frames(path, needed[-1:]), num_frames=9)
+        assert not np.array_equal(beside_damage, frames)
 
 
 @pytest.mark.parametrize(

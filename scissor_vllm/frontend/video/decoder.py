@@ -1,14 +1,16 @@
 """Frames of a file by their number: frame n is the n-th that the ffmpeg command shows.
 
 Where packets tell the number of each picture, only the groups of pictures that hold a sampled
-frame are decoded. Each decoded picture must then have the time that its number has in the file;
-if one has not, or if packets tell nothing, all packets are decoded and their pictures counted.
+frame are decoded, up to that frame. H.264 pictures that are neither sampled nor a reference are not
+decoded. Damage in what is not decoded goes unnoticed. Each decoded picture must have the time that
+its number has in the file; if one has not, or if packets tell nothing, all packets are decoded and
+their pictures counted.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,9 @@ _PIXELS_WORTH_A_THREAD = 64 * 640 * 360
 _MAX_DECODER_THREADS = 16
 # Pictures that a decoder keeps back for their order or in its threads: 16 of each.
 _MAX_HELD_PICTURES = 64
+# H.264 marks pictures that no other picture refers to. HEVC's mark holds within a temporal layer
+# only: a picture of a higher layer may refer to a marked one.
+_CODECS_WITH_MARKED_REFERENCES = {"h264"}
 
 
 class _UnexpectedPictureError(Exception):
@@ -101,21 +106,12 @@ def _read_runs(file: VideoFile, indices: list[int], max_threads: int) -> npt.NDA
     if num_decoded >= _FRAMES_PER_SEEK_WORTH_THREADS * len(runs):
         num_threads = min(max_threads, _threads_worth(file, num_decoded))
     frames = _Frames(indices, file)
-    times = file.packets.shown_times
     with file.decoder(num_threads) as decoder:
         for run in runs:
-            number = run.first_number
-            packets = file.packets.packets[run.start :]
-            for picture in _pictures(decoder, packets):
-                is_expected = number < len(times) and picture.pts == times[number]
-                if not is_expected or picture.is_corrupt or picture.interlaced_frame:
-                    raise _UnexpectedPictureError(f"number {number}, time {picture.pts}")
+            for number, picture in _run_pictures(decoder, file.packets, run):
+                if picture.is_corrupt or picture.interlaced_frame:
+                    raise _UnexpectedPictureError(f"number {number}")
                 frames.offer(number, picture)
-                number += 1
-                if number > run.wanted[-1]:
-                    break
-            if number <= run.wanted[-1]:
-                raise _UnexpectedPictureError(f"no picture of number {number}")
             decoder.flush_buffers()
     return frames.pixels()
 
@@ -130,6 +126,51 @@ def _runs_of(packets: Packets, indices: list[int]) -> list[_Run]:
         else:
             runs.append(_Run(int(packets.starts[group]), first_number, [number]))
     return runs
+
+
+def _run_pictures(decoder: Any, packets: Packets, run: _Run) -> Iterator[tuple[int, Any]]:
+    """Decoded pictures of a run with their numbers, among them all wanted ones.
+
+    Packets after the last wanted picture's are not decoded.
+
+    Raises:
+        _UnexpectedPictureError: the next picture has not the time that the packets promised.
+    """
+    wanted = set(packets.shown_times[run.wanted].tolist())
+    run_packets = _packets_until_last(packets.packets[run.start :], wanted)
+    may_skip = decoder.name in _CODECS_WITH_MARKED_REFERENCES
+
+    def set_to_skip() -> Iterator[Any]:
+        for packet in run_packets:
+            if may_skip:
+                decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            yield packet
+
+    num_missing = len(wanted)
+    promised = iter(sorted(packet.pts for packet in run_packets if not packet.is_discard))
+    for picture in _pictures(decoder, set_to_skip()):
+        for time in promised:
+            if time == picture.pts:
+                break
+            if not may_skip or time in wanted:
+                raise _UnexpectedPictureError(f"time {picture.pts} instead of {time}")
+        else:
+            raise _UnexpectedPictureError(f"time {picture.pts}")
+        yield int(np.searchsorted(packets.shown_times, time)), picture
+        num_missing -= time in wanted
+        if num_missing == 0:
+            return
+    raise _UnexpectedPictureError(f"{num_missing} pictures are missing")
+
+
+def _packets_until_last(packets: list[Any], times: set[int]) -> list[Any]:
+    """The packets up to the last one of these times."""
+    num_missing = len(times)
+    for position, packet in enumerate(packets):
+        num_missing -= packet.pts in times and not packet.is_discard
+        if num_missing == 0:
+            return packets[: position + 1]
+    return packets
 
 
 def _read_all(
@@ -157,7 +198,7 @@ def _raise(error: Exception) -> None:
 
 
 def _pictures(
-    decoder: Any, packets: list[Any], on_error: Callable[[Exception], None] = _raise
+    decoder: Any, packets: Iterable[Any], on_error: Callable[[Exception], None] = _raise
 ) -> Iterator[Any]:
     """Decoded pictures in the order in which they are shown."""
     for packet in packets:
