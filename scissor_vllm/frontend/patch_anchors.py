@@ -182,12 +182,23 @@ def _has_moved(
     if not MIN_MATCHING <= matching <= _CERTAIN:
         return bool(matching < MIN_MATCHING)
     texture = patches.moved(anchors)
-    noise = np.quantile(change, NOISE_QUANTILE)
-    is_textured = texture > float(max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE))
+    noise = float(_noise(change))
+    is_textured = texture > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
     if is_textured.mean() < MIN_TEXTURED:
         return False
     is_still = change[is_textured] < texture[is_textured] / 2
     return bool(is_still.mean() < MIN_STILL)
+
+
+def _noise(change: NDArray[np.float32]) -> np.float32:
+    """Return ``np.quantile(change, NOISE_QUANTILE)``, in a tenth of its time."""
+    position = np.float32(NOISE_QUANTILE) * np.float32(len(change) - 1)
+    index = int(position)
+    last = min(index + 1, len(change) - 1)
+    ordered = np.partition(change, (index, last))
+    low, high, share = ordered[index], ordered[last], position - index
+    step = high - low
+    return low + step * share if share < 0.5 else high - step * (1 - share)
 
 
 class _Patches:
@@ -207,6 +218,7 @@ class _Patches:
         self.num_patches = self.num_places * num_frames * num_merged**2
         self.num_values = self._side**2 * _NUM_CHANNELS
         self._patches = np.empty((self.num_patches, self.num_values), np.float32)
+        self._difference = np.empty_like(self._patches)
 
     def of(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return (patches, s*s*3) of (frames, H, W, 3), place by place, to be used before the next
@@ -230,14 +242,22 @@ class _Patches:
         """Return the mean squared difference to the patches moved by a pooled pixel, across or
         down, whichever is larger, (P,).
         """
-        line = self._side * _NUM_CHANNELS
-        lines = patches.reshape(-1, self._side, line)
-        across = lines[:, :, _NUM_CHANNELS:] - lines[:, :, :-_NUM_CHANNELS]
-        down = patches[:, line:] - patches[:, :-line]
-        larger: NDArray[np.float32] = np.maximum(
-            _squared(across.reshape(len(patches), -1)), _squared(down)
-        )
+        line, num_values = self._side * _NUM_CHANNELS, self.num_values
+        down = self._moved_by(patches, line).reshape(-1, num_values)[:, :-line]
+        down_squared = _squared(down)
+        across = self._moved_by(patches, _NUM_CHANNELS)
+        # The last pixel of a line has no next one.
+        across.reshape(-1, line)[:, -_NUM_CHANNELS:] = 0
+        larger = np.maximum(_squared(across.reshape(-1, num_values)), down_squared)
         return larger / down.shape[1]
+
+    def _moved_by(self, patches: NDArray[np.float32], num_values: int) -> NDArray[np.float32]:
+        """Return each value's difference to the one so many values later, as one row, to be used
+        before the next call. The last ones have none.
+        """
+        values, difference = patches.reshape(-1), self._difference.reshape(-1)
+        np.subtract(values[num_values:], values[:-num_values], out=difference[:-num_values])
+        return difference
 
 
 def _squared(values: NDArray[np.float32]) -> NDArray[np.float32]:
