@@ -81,6 +81,22 @@ def zoomed(num_frames: int) -> Frames:
     return np.stack(frames).astype(np.uint8)
 
 
+def uneven(seed: int) -> Frames:
+    """Patches of all contrasts and noises: whether the camera stands still is a near thing."""
+    rng = np.random.default_rng(seed)
+
+    def pooled() -> npt.NDArray[np.float64]:
+        return rng.standard_normal((SIDE // 2, SIDE // 2, 3)).repeat(2, 0).repeat(2, 1)
+
+    def of_patches(highest: float) -> npt.NDArray[np.float64]:
+        values = rng.uniform(0, highest, (SIDE // PATCH, SIDE // PATCH, 1))
+        return values.repeat(PATCH, 0).repeat(PATCH, 1)
+
+    picture = 128 + of_patches(rng.uniform(1, 5)) * pooled()
+    frames = [picture + of_patches(6) * pooled() for _ in range(GROUP_FRAMES)]
+    return np.stack(frames).clip(0, 255).round().astype(np.uint8)
+
+
 def oracle(frames: Frames) -> npt.NDArray[np.int64]:
     """The definition, place by place in float64."""
     blocks = frames.reshape(len(frames), SIDE // 2, 2, SIDE // 2, 2, 3)
@@ -122,6 +138,18 @@ def test_anchors_are_those_of_the_definition() -> None:
         assert anchors is not None
         assert anchors.dtype == torch.int16
         assert np.array_equal(anchors.numpy(), oracle(frames))
+
+
+def test_a_camera_counts_as_still_by_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scissor_vllm.frontend.patch_anchors.MAX_COMPUTED", 1.0)
+    num_still = 0
+    for seed in range(24):
+        frames = uneven(seed)
+        anchors = patch_anchors(torch.from_numpy(frames), PATCH, THRESHOLD)
+        assert anchors is not None
+        assert np.array_equal(anchors.numpy(), oracle(frames)), seed
+        num_still += int((anchors[1] == 0).any())
+    assert 4 < num_still < 20
 
 
 @pytest.mark.parametrize(
