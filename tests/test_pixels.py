@@ -27,7 +27,8 @@ from scissor_vllm import num_retained_tokens
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend import frame_transport as pixels_module
 from scissor_vllm.frontend.frame_cache import FRAMES
-from scissor_vllm.frontend.frame_transport import get_normalization
+from scissor_vllm.frontend.frame_transport import get_normalization, map_in_threads
+from scissor_vllm.frontend.video.limits import SLOTS
 from scissor_vllm.normalization import normalized
 from scissor_vllm.plugin import register
 from scissor_vllm.video_fields import (
@@ -203,6 +204,27 @@ def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
     (threaded,) = take_video_pixels(fields, demo.dtype)
     assert_same((threaded.whole(), expected))
     pixels_module._resize_pool.cache_clear()
+
+
+def test_while_another_video_is_decoded_one_thread_prepares_a_video(
+    demo: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels_module, "_num_threads", lambda: 3)
+    num_frames: list[int] = []
+    call = InputProcessingContext.call_hf_processor
+
+    def watched(self: Any, processor: Any, data: Any, kwargs: Any) -> Any:
+        if data["videos"] is not None and "text" not in data:
+            assert threading.current_thread() is threading.main_thread()
+            num_frames.append(len(data["videos"]))
+        return call(self, processor, data, kwargs)
+
+    monkeypatch.setattr(InputProcessingContext, "call_hf_processor", watched)
+    with SLOTS:
+        assert_same(demo.tower_pixels(frames(32, 50, 70)))
+        thread_ids = map_in_threads(lambda _: threading.get_ident(), range(4))
+    assert num_frames[0] == 32
+    assert set(thread_ids) == {threading.get_ident()}
 
 
 def test_a_video_of_which_the_processor_takes_frames_is_prepared_as_one(

@@ -41,12 +41,12 @@ from bench.numbered_clips import (
 from scissor_vllm.frontend.frame_cache import FrameCache
 from scissor_vllm.frontend.video import loader
 from scissor_vllm.frontend.video.container import VideoFile
-from scissor_vllm.frontend.video.limits import MAX_DECODE_BYTES_VARIABLE, max_decode_bytes
-from scissor_vllm.frontend.video.loader import (
+from scissor_vllm.frontend.video.limits import (
+    MAX_DECODE_BYTES_VARIABLE,
     SLOTS,
-    PyAVVideoBackend,
-    register_video_loader,
+    max_decode_bytes,
 )
+from scissor_vllm.frontend.video.loader import PyAVVideoBackend, register_video_loader
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import InputProcessingContext
 
 from scissor_vllm.cpus import num_cpus
+from scissor_vllm.frontend.video.limits import SLOTS
 from scissor_vllm.normalization import normalized
 
 Item = TypeVar("Item")
@@ -119,7 +120,7 @@ def in_threads(
         resize: maps frames to as many frames, (t, H, W, C), each independent of the others.
         frames: (T, ...).
     """
-    num_frames = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_threads()))
+    num_frames = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_free_threads()))
     if len(frames) <= num_frames:
         return resize(frames)
     # A new thread is outside of inference mode, which a worker uses while it profiles.
@@ -148,7 +149,15 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) ->
         function: releases the interpreter lock for most of its time.
         items: what it is called with.
     """
-    return list(_resize_pool().map(function, items))
+    run = _resize_pool().map if _num_free_threads() > 1 else map
+    return list(run(function, items))
+
+
+def _num_free_threads() -> int:
+    """One thread while other videos are decoded: several shorten a video's time and take more CPU
+    time, which the decoders need.
+    """
+    return 1 if SLOTS.num_decoding > 0 else _num_threads()
 
 
 @cache

@@ -115,6 +115,10 @@ class DecodingSlots:
             self._turns.notify_all()
 
 
+SLOTS = DecodingSlots()
+"""The slots of this process."""
+
+
 class DecodingBudget:
     """Bounds the bytes of all videos decoded at once, across all processes of a user.
 

@@ -35,8 +35,8 @@ from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.frontend.video.container import VideoFile, open_video
 from scissor_vllm.frontend.video.decoder import read_frames
 from scissor_vllm.frontend.video.limits import (
+    SLOTS,
     DecodingBudget,
-    DecodingSlots,
     check_decode_bytes,
     check_pixels,
     max_decode_bytes,
@@ -49,7 +49,6 @@ BACKEND, FORMER_BACKEND = VIDEO_LOADER, FORMER_VIDEO_LOADER
 
 _QUIET = "-8"  # AV_LOG_QUIET
 
-SLOTS = DecodingSlots()
 BUDGET = DecodingBudget()
 
 
