@@ -1,12 +1,17 @@
 """Prints the API server's CPU time for one video before it reaches the engine, stock and ours.
 
-    python -m bench.front_end [--threads N] [--frames N] [--size WxH] [--repeats N] [--burst N]
-        [--json FILE]
+    python -m bench.front_end [--threads N] [--frames N] [--size WxH | --clips FOLDER] [--cpu-time]
+        [--tower-merging-max-ratio R] [--repeats N] [--burst N] [--json FILE]
 
-The stages run as in the server, on one clip in the shapes of LLaVA-OneVision-7B. Stock and ours
+The stages run as in the server, on one clip in the shapes of LLaVA-OneVision-7B, or on each clip of
+a folder. Stock and ours
 take turns. The stages are: decode the file, hash it for vLLM's caches, prepare it (Hugging Face's
 processor, placeholders), and send it through vLLM's serializer and a socket. The last line is the
 work that moves to the model, here on the CPU. A GPU does it in a fraction of a millisecond.
+
+``--cpu-time`` prints the CPU time of all threads instead of elapsed time: what a video takes from
+others under load. "send" has both ends of the socket. Malloc is tuned as in our server, for stock
+too.
 
 ``--burst N`` also prepares N videos at once, in the threads of a server. It prints when the first
 and when the last video is ready for the engine.
@@ -15,6 +20,7 @@ and when the last video is ready for the engine.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import threading
@@ -38,14 +44,17 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from bench.model_shapes.llava_onevision import build
 from bench.numbered_clips import make_clip
+from scissor_vllm.allocator import keep_touched_memory
 from scissor_vllm.loadtest.record import environment, write_json
 from scissor_vllm.plugin import register
+from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO
 from scissor_vllm.worker.video_pixels import take_video_pixels
 
 RATIO = 0.1
 MEDIA_THREADS = 8
 """vLLM's VLLM_MEDIA_LOADING_THREAD_COUNT; one more thread prepares the decoded videos."""
 BURSTS = 3
+TOWER_MERGING_OPTION = "--tower-merging-max-ratio"
 
 _UNNAMED = {"video": ["request-0"]}
 """Without caches vLLM names each item by its request."""
@@ -80,6 +89,9 @@ class Link:
 class Way:
     """A request's path to the engine: a video loader and a processor."""
 
+    clock = staticmethod(time.perf_counter)
+    """Seconds of the stages."""
+
     def __init__(self, loader: str, processor: Any, options: dict[str, object]) -> None:
         self.loader = VIDEO_LOADER_REGISTRY.load(loader)
         self.processor = processor
@@ -91,9 +103,9 @@ class Way:
         times: dict[str, float] = {}
 
         def timed(stage: str, work: Callable[[], Any]) -> Any:
-            start = time.perf_counter()
+            start = self.clock()
             result = work()
-            times[stage] = (time.perf_counter() - start) * 1e3
+            times[stage] = (self.clock() - start) * 1e3
             return result
 
         processor = self.processor
@@ -103,7 +115,8 @@ class Way:
         inputs.mm_uuid_items = _UNNAMED
         timing = TimingContext()
         output = timed("prepare", lambda: processor.apply(inputs, timing))
-        times["of it, Hugging Face"] = timing.stage_secs["apply_hf_processor"] * 1e3
+        if self.clock is time.perf_counter:
+            times["of it, Hugging Face"] = timing.stage_secs["apply_hf_processor"] * 1e3
         (item,) = output["mm_kwargs"]["video"]
         arrived, self.num_bytes = timed("send", lambda: link.send(item))
         fields = {name: elem.data[None] for name, elem in arrived.items()}
@@ -139,10 +152,11 @@ class Way:
             return sorted(video.result().result() for video in decoded)
 
 
-def make_ways(model: Path) -> dict[str, Way]:
+def make_ways(model: Path, merging_max_ratio: float = 0.0) -> dict[str, Way]:
     """Return stock's path and ours for one model."""
     register()
-    config = ModelConfig(model=str(model), mm_processor_cache_gb=0)
+    settings = {TOWER_MERGING_MAX_RATIO: merging_max_ratio}
+    config = ModelConfig(model=str(model), mm_processor_cache_gb=0, mm_processor_kwargs=settings)
     ours = MULTIMODAL_REGISTRY.create_processor(config)
     info = stock.LlavaOnevisionProcessingInfo(ours.info.ctx)
     dummy_inputs = stock.LlavaOnevisionDummyInputsBuilder(info)
@@ -184,28 +198,37 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's, as in a server: 1")
     parser.add_argument("--frames", type=int, default=32, help="frames to sample (default: 32)")
     parser.add_argument("--size", default="640x360", help="of the clip (default: 640x360)")
+    parser.add_argument("--clips", type=Path, metavar="FOLDER", help="clips to use instead")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of the stages")
+    parser.add_argument(TOWER_MERGING_OPTION, type=float, default=0.0, metavar="R")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs (default: 10)")
     parser.add_argument("--burst", type=int, default=0, metavar="N", help="videos at once")
     args = parser.parse_args()
 
+    keep_touched_memory()
     torch.set_num_threads(args.threads)
+    if args.cpu_time:
+        Way.clock = staticmethod(time.process_time)
     width, height = map(int, args.size.split("x"))
     with tempfile.TemporaryDirectory() as folder:
-        clip = Path(folder, "clip.mp4")
-        data = make_clip(clip, width=width, height=height, num_frames=64).read_bytes()
+        if args.clips:
+            clips = [path.read_bytes() for path in sorted(args.clips.glob("*.mp4"))]
+        else:
+            clip = make_clip(Path(folder, "clip.mp4"), width=width, height=height, num_frames=64)
+            clips = [clip.read_bytes()]
         model = Path(folder, "model")
         build("7b", model)
-        ways, link = make_ways(model), Link(folder)
+        ways, link = make_ways(model, args.tower_merging_max_ratio), Link(folder)
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for turn in range(args.repeats + 2):
-            for name, way in ways.items():
+            for data, (name, way) in itertools.product(clips, ways.items()):
                 times = way.stages(data, args.frames, link)
                 if turn >= 2:
                     runs[name].append(times)
         bursts: dict[str, list[list[float]]] = {name: [] for name in ways}
         for _ in range(BURSTS if args.burst else 0):
             for name, way in ways.items():
-                bursts[name].append(way.burst(data, args.frames, args.burst))
+                bursts[name].append(way.burst(clips[0], args.frames, args.burst))
     num_bytes = {name: way.num_bytes for name, way in ways.items()}
     print(f"{f'median ms, {args.frames} frames of {args.size}':36}   stock    ours   ratio")
     print_stages(runs)
@@ -216,6 +239,9 @@ def main() -> None:
     if args.json:
         measured = {
             "unit": "ms",
+            "clock": "CPU" if args.cpu_time else "elapsed",
+            "clips": args.clips.name if args.clips else "drawn",
+            "tower_merging_max_ratio": args.tower_merging_max_ratio,
             "num_frames": args.frames,
             "size": args.size,
             "num_threads": args.threads,
