@@ -25,8 +25,8 @@ from scissor_vllm.frontend.video.picture import PictureConverter
 
 logger = logging.getLogger(__name__)
 
-# Each thread holds a frame of its own: after a seek as many are decoded in vain as there are
-# threads, more than they save where a seek is for fewer frames than this.
+# Threads begin without a frame after each seek and wait for the last one before the next. Where a
+# seek is for fewer frames than this, they take a fifth more CPU time.
 _FRAMES_PER_SEEK_WORTH_THREADS = 32
 # What a thread decodes in some 50 ms: with less for each, handing frames over costs what it saves.
 _PIXELS_WORTH_A_THREAD = 64 * 640 * 360
