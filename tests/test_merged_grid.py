@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from scissor_vllm.frontend.patch_anchors import patch_anchors
+from scissor_vllm.models.patch_grid import GridVideo, PatchGridModel
 from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.plugin import register
 from scissor_vllm.video_fields import FRAME_SIZE, PATCH_ANCHORS, VIDEO_IDENTITY
+from scissor_vllm.worker.video_pixels import VideoPixels
 from tests.families import (
     Media,
     Question,
@@ -363,6 +366,72 @@ def test_an_engine_merges_up_to_its_ratio_and_nothing_else_changes(
     for answers in (batch, again[::-1]):
         for expected, actual in zip(merging, answers, strict=True):
             assert largest_difference(expected, actual) < 1e-4
+
+
+class RecordedModel(PatchGridModel):
+    """Records by which way frames are encoded, instead of encoding them."""
+
+    def __init__(self, replaces_attention: bool) -> None:
+        self.calls: list[torch.Tensor | None] = []
+        self._replaces_attention = replaces_attention
+        self._num_tower_ranks = 1
+        vision = SimpleNamespace(out_hidden_size=8, spatial_merge_size=2)
+        self.config = SimpleNamespace(vision_config=vision)
+        self.__setattr__("video_compression", self)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def keeps_all(self, videos: Any, counts: list[int]) -> bool:
+        return counts == [20]
+
+    def compressed(self, pixels: Any, count: int, encode: Any, width: int) -> Any:
+        rows = torch.cat([encode(*call) for call in pixels.split(3)])
+        return rows[:, : count // 5], None
+
+    def _encode_merged(self, video: Any, pixels: Any, anchors: torch.Tensor) -> torch.Tensor:
+        self.calls.append(anchors)
+        return pixels
+
+    def _patches(self, rows: torch.Tensor, video: Any) -> torch.Tensor:
+        return rows
+
+    def _parse_and_validate_video_input(self, pixel_values_videos: Any, video_grid_thw: Any) -> Any:
+        return pixel_values_videos
+
+    def _process_video_input(self, pixels: Any) -> list[torch.Tensor]:
+        self.calls.append(None)
+        return [pixels]
+
+
+@pytest.mark.parametrize(
+    ("replaces_attention", "device", "num_retained", "is_replaced"),
+    [
+        (True, "cuda", 10, True),
+        (True, "cuda", 20, False),
+        (True, "cpu", 10, False),
+        (False, "cuda", 10, False),
+    ],
+)
+def test_on_a_gpu_compressed_videos_of_which_nothing_is_merged_have_the_faster_attention(
+    replaces_attention: bool, device: str, num_retained: int, is_replaced: bool
+) -> None:
+    model: Any = RecordedModel(replaces_attention)
+    pixels = VideoPixels(
+        torch.randn(5, 4, 8), tokens_per_frame=1, model_device=torch.device(device)
+    )
+    grid = {"video_grid_thw": torch.tensor([5, 2, 2])}
+    rows = model._encoded(GridVideo(pixels, grid, None, None), num_retained)
+    assert len(rows) == num_retained
+    assert len(model.calls) == 2
+    for anchors, num_frames in zip(model.calls, (3, 2), strict=True):
+        if is_replaced:
+            assert torch.equal(anchors, torch.arange(num_frames)[:, None].expand(-1, 1))
+        else:
+            assert anchors is None
 
 
 # On a GPU.
