@@ -25,6 +25,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataItems
+from vllm.platforms import current_platform
 
 from scissor_vllm.compression.members import member_means, representative_members
 from scissor_vllm.frontend.frame_transport import identity_of
@@ -249,7 +250,9 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         reason = self._why_not_merging(adapts_tower(vllm_config))
         if self._merges_patches and reason is not None:
             raise ValueError(f"{TOWER_MERGING_MAX_RATIO} {reason}; or set it to 0")
-        self._replaces_attention = reason is None and vllm_config.quant_config is None
+        self._replaces_attention = (
+            reason is None and vllm_config.quant_config is None and current_platform.is_cuda()
+        )
 
     def _why_not_merging(self, adapts: bool) -> str | None:
         """Return why the tower cannot merge patches, None if it can."""
@@ -319,8 +322,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
         It allocates memory that stays, and no request waits for the compilation of kernels.
         """
-        is_on_gpu = next(self.visual.parameters()).device.type == "cuda"
-        if self._merges_patches or (self._replaces_attention and is_on_gpu):
+        if self._merges_patches or self._replaces_attention:
             with self._tower_of_compressed():
                 self._merging().warm_up()
 
@@ -397,9 +399,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
     def _encoded(self, video: "GridVideo", num_retained: int) -> torch.Tensor:
         """Return a video's rows, with positions if it is compressed."""
         is_whole = self.video_compression.keeps_all([video.pixels], [num_retained])
-        replaces_attention = (
-            self._replaces_attention and not is_whole and video.pixels.device.type == "cuda"
-        )
+        replaces_attention = self._replaces_attention and not is_whole
 
         def encode(pixels: torch.Tensor, anchors: torch.Tensor | None = None) -> torch.Tensor:
             if anchors is None and replaces_attention:
