@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,10 @@ NUM_TOKENS = 1500
 """Of an answer in flight: some seconds."""
 
 
-def answer(server: Server, clip: Path, stream: bool) -> tuple[int, str | None]:
+Answer = tuple[int, str | None]
+
+
+def answer(server: Server, clip: Path, stream: bool) -> Answer:
     """Return how many tokens an answer has, and why it ended."""
     options: dict[str, Any] = {"max_completion_tokens": NUM_TOKENS}
     extra = {"ignore_eos": True, "retention_ratio": 0.5}
@@ -71,18 +74,28 @@ def num_running(server: Server) -> float:
         return 0
 
 
+def start_answers(server: Server, clip: Path, pool: ThreadPoolExecutor) -> list[Future[Answer]]:
+    """Return four answers of which none has ended while the engine works on all."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        running = [pool.submit(answer, server, clip, stream) for stream in (True, False) * 2]
+        while not any(future.done() for future in running):
+            if num_running(server) == len(running):
+                return running
+            time.sleep(0.02)
+        # On a loaded machine one can end before another begins.
+        ended = [future.exception() or future.result() for future in running]
+        assert ended == [(NUM_TOKENS, "length")] * len(running)
+    raise AssertionError("the engine never worked on all answers at once")
+
+
 def assert_drains(server: Server, clip: Path) -> None:
     chat = json.dumps({"model": "demo", "messages": [message("Hello")]}).encode()
     # Of requests that come at once with a video of which vLLM knows nothing, it may refuse some.
     server.ask(clip, "First.", ratio=0.5)
     with ThreadPoolExecutor(6) as pool:
-        running = [pool.submit(answer, server, clip, stream) for stream in (True, False) * 2]
+        running = start_answers(server, clip, pool)
         deadline = time.monotonic() + 60
-        while num_running(server) < len(running):
-            assert time.monotonic() < deadline, [
-                future.exception() or future.result() for future in running if future.done()
-            ]
-            time.sleep(0.02)
         # These two reach the server about when the signal does: they are taken whole or not at all.
         late = [pool.submit(answer, server, clip, stream) for stream in (True, False)]
         time.sleep(0.3)

@@ -55,7 +55,7 @@ def test_all_methods_of_a_plan_keep_equally_many_tokens(size: str, tmp_path: Pat
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_all_servers_of_a_plan_have_the_same_front_end(plan: Path) -> None:
     servers, _ = serving.read_plan(plan)
-    pruning = {"--video-pruning-method", "--video-pruning-rate", "--video-compression"}
+    pruning = {"--video-pruning-method", "--video-pruning-rate", "--tower-merging-max-ratio"}
     for server in servers:
         server_options = server.options[len(servers[0].options) :]
         assert server.options[: len(servers[0].options)] == servers[0].options

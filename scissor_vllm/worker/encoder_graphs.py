@@ -1,12 +1,13 @@
 """CUDA graphs of a vision tower's layers: one launch instead of hundreds.
 
-The host takes 13 ms to launch SigLIP's layers, time in which it prepares nothing else. A graph
-reads its input at fixed addresses, so rows and indices are copied there. Graphs differ by their
-number of rows. Merged patches have any number, so it is rounded up; the rows that this adds are
-computed and not used. All graphs share one buffer of rows and one memory pool.
+The host takes 13 ms to launch SigLIP's layers and 27 to 40 ms to launch Qwen-VL's with merged
+patches, time in which it prepares nothing else. A graph reads its input at fixed addresses, so rows
+and indices are copied there. Graphs differ by their number of rows. Merged patches have any number,
+so it is rounded up; the rows that this adds are computed and not used. All graphs of a tower share
+one buffer of rows, one of outputs and one memory pool.
 
-Videos whose patches are all computed have none: with 42 ms of work on the GPU the launches are
-hidden, and a graph gained 1 % of requests/s (docs/benchmarks.md).
+LLaVA's videos whose patches are all computed have none: with 42 ms of work on the GPU the launches
+are hidden, and a graph gained 1 % of requests/s (docs/benchmarks.md).
 """
 
 import math
