@@ -210,6 +210,37 @@ def test_a_sampled_frame_has_the_same_bits_whatever_else_is_sampled(
         np.testing.assert_array_equal(frames, whole[metadata["frames_indices"]])
 
 
+@pytest.mark.parametrize("kind", ["information", "delimiter", "filler"])
+def test_a_packet_without_a_picture_is_not_counted(kind: str, folder: Path) -> None:
+    path = make_clip(
+        folder / "plain.mkv", num_frames=70, gop=100, options={"x264-params": "bframes=3"}
+    )
+    units = {
+        "information": b"\x06\x05\x01\x00\x80",
+        "delimiter": b"\x09\xf0",
+        "filler": b"\x0c\xff\x80",
+    }
+    added = folder / f"{kind}.mkv"
+    with av.open(str(path)) as plain, av.open(str(added), "w") as container:
+        stream = container.add_stream_from_template(plain.streams.video[0])
+        for number, packet in enumerate(plain.demux(video=0)):
+            if packet.size == 0:
+                continue
+            packet.stream = stream
+            if number == 30:
+                unit = units[kind]
+                extra = av.Packet(len(unit).to_bytes(4, "big") + unit)
+                extra.pts = packet.pts + 7
+                extra.dts, extra.time_base, extra.stream = packet.dts, packet.time_base, stream
+                container.mux(extra)
+            container.mux(packet)
+    whole, _ = load(path.read_bytes())
+    for num_frames in (2, 5, 9, 32):
+        frames, metadata = load(added.read_bytes(), num_frames=num_frames)
+        assert metadata["total_num_frames"] == 70
+        np.testing.assert_array_equal(frames, whole[metadata["frames_indices"]])
+
+
 def _reference_packets(path: Path) -> list[bool]:
     """Whether other pictures may refer to each packet's picture, of H.264 in MP4."""
     is_reference = []

@@ -1,10 +1,10 @@
 """Frames of a file by their number: frame n is the n-th that the ffmpeg command shows.
 
 Where packets tell the number of each picture, only the groups of pictures that hold a sampled
-frame are decoded, up to that frame. H.264 pictures that are neither sampled nor a reference are not
-decoded. Damage in what is not decoded goes unnoticed. Each decoded picture must have the time that
-its number has in the file; if one has not, or if packets tell nothing, all packets are decoded and
-their pictures counted.
+frame are decoded, up to that frame. H.264 pictures that are neither sampled nor a reference of
+others are not decoded. Damage in what is not decoded goes unnoticed. Each decoded picture must have
+the time that its number has in the file; if one has not, or if packets tell nothing, all packets
+are decoded and their pictures counted.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ _PIXELS_WORTH_A_THREAD = 64 * 640 * 360
 _MAX_DECODER_THREADS = 16
 # Pictures that a decoder keeps back for their order or in its threads: 16 of each.
 _MAX_HELD_PICTURES = 64
-# H.264 marks pictures that no other picture refers to. HEVC's mark holds within a temporal layer
-# only: a picture of a higher layer may refer to a marked one.
-_CODECS_WITH_MARKED_REFERENCES = {"h264"}
+# Types of H.264's units that hold a picture's slices, and that of a slice in one piece.
+_SLICES, _WHOLE_SLICE = range(1, 6), 1
 
 
 class _UnexpectedPictureError(Exception):
@@ -138,12 +137,12 @@ def _run_pictures(decoder: Any, packets: Packets, run: _Run) -> Iterator[tuple[i
     """
     wanted = set(packets.shown_times[run.wanted].tolist())
     run_packets = _packets_until_last(packets.packets[run.start :], wanted)
-    may_skip = decoder.name in _CODECS_WITH_MARKED_REFERENCES
+    skipped = _unreferenced(decoder, run_packets) - wanted
 
     def set_to_skip() -> Iterator[Any]:
         for packet in run_packets:
-            if may_skip:
-                decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            if skipped:
+                decoder.skip_frame = "NONREF" if packet.pts in skipped else "DEFAULT"
             yield packet
 
     num_missing = len(wanted)
@@ -152,7 +151,7 @@ def _run_pictures(decoder: Any, packets: Packets, run: _Run) -> Iterator[tuple[i
         for time in promised:
             if time == picture.pts:
                 break
-            if not may_skip or time in wanted:
+            if time not in skipped:
                 raise _UnexpectedPictureError(f"time {picture.pts} instead of {time}")
         else:
             raise _UnexpectedPictureError(f"time {picture.pts}")
@@ -161,6 +160,34 @@ def _run_pictures(decoder: Any, packets: Packets, run: _Run) -> Iterator[tuple[i
         if num_missing == 0:
             return
     raise _UnexpectedPictureError(f"{num_missing} pictures are missing")
+
+
+def _unreferenced(decoder: Any, packets: list[Any]) -> set[int]:
+    """Times of H.264 pictures to which no other picture refers, as their slices are marked.
+
+    HEVC's mark holds within a temporal layer only: a picture of a higher layer may refer to a
+    marked one.
+    """
+    settings = bytes(decoder.extradata or b"")
+    # Version 1 of H.264's settings in MP4 and Matroska, where a length comes before each unit.
+    if decoder.name != "h264" or len(settings) < 5 or settings[0] != 1:
+        return set()
+    length_bytes = (settings[4] & 3) + 1
+    return {packet.pts for packet in packets if _is_unreferenced(bytes(packet), length_bytes)}
+
+
+def _is_unreferenced(data: bytes, length_bytes: int) -> bool:
+    """Whether a packet holds a picture, and all of its slices say that no other refers to it."""
+    num_slices = position = 0
+    while position + length_bytes < len(data):
+        begin = position + length_bytes
+        kind, importance = data[begin] & 31, data[begin] >> 5 & 3
+        if kind in _SLICES:
+            if kind != _WHOLE_SLICE or importance > 0:
+                return False
+            num_slices += 1
+        position = begin + int.from_bytes(data[position:begin], "big")
+    return num_slices > 0
 
 
 def _packets_until_last(packets: list[Any], times: set[int]) -> list[Any]:
