@@ -4,10 +4,10 @@
         [--tower-merging-max-ratio R] [--repeats N] [--burst N] [--json FILE]
 
 The stages run as in the server, on one clip in the shapes of LLaVA-OneVision-7B, or on each clip of
-a folder. Stock and ours
-take turns. The stages are: decode the file, hash it for vLLM's caches, prepare it (Hugging Face's
-processor, placeholders), and send it through vLLM's serializer and a socket. The last line is the
-work that moves to the model, here on the CPU. A GPU does it in a fraction of a millisecond.
+a folder. Stock and ours take turns. The stages are: decode the file, hash it for vLLM's caches,
+prepare it (Hugging Face's processor, placeholders), and send it through vLLM's serializer and a
+socket. The last line is the work that moves to the model, here on the CPU. A GPU does it in a
+fraction of a millisecond.
 
 ``--cpu-time`` prints the CPU time of all threads instead of elapsed time: what a video takes from
 others under load. "send" has both ends of the socket. Malloc is tuned as in our server, for stock

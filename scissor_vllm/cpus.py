@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from pathlib import Path
+
+_MAX_THREADS, _CPUS_PER_THREAD = 4, 4
+
+
+@cache
+def threads_per_video() -> int:
+    """Return how many threads share the frames of one video.
+
+    The CPUs are counted once: reading a container's quota takes longer than a small copy.
+    """
+    return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
 
 
 def num_cpus() -> int:

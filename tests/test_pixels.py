@@ -182,7 +182,7 @@ def test_read_only_frames_are_accepted(demo: Processors) -> None:
 def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
     demo: Processors, num_frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels_module, "_num_threads", lambda: 3)
+    monkeypatch.setattr(pixels_module, "threads_per_video", lambda: 3)
     calls: list[tuple[str, int]] = []
     call = InputProcessingContext.call_hf_processor
 
@@ -209,7 +209,7 @@ def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
 def test_while_another_video_is_decoded_one_thread_prepares_a_video(
     demo: Processors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels_module, "_num_threads", lambda: 3)
+    monkeypatch.setattr(pixels_module, "threads_per_video", lambda: 3)
     num_frames: list[int] = []
     call = InputProcessingContext.call_hf_processor
 
@@ -230,7 +230,7 @@ def test_while_another_video_is_decoded_one_thread_prepares_a_video(
 def test_a_video_of_which_the_processor_takes_frames_is_prepared_as_one(
     demo: Processors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels_module, "_num_threads", lambda: 3)
+    monkeypatch.setattr(pixels_module, "threads_per_video", lambda: 3)
     video = frames(12, 50, 70)
     for options in ({"do_sample_frames": False}, {"num_frames": 5}):
         monkeypatch.setattr(pixels_module, "in_threads", None)

@@ -25,7 +25,7 @@ from vllm.config.multimodal import MMHasherAlgorithm
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import InputProcessingContext
 
-from scissor_vllm.cpus import num_cpus
+from scissor_vllm.cpus import threads_per_video
 from scissor_vllm.frontend.video.limits import SLOTS
 from scissor_vllm.normalization import normalized
 
@@ -53,7 +53,7 @@ _OPTIONS_BEFORE_NORMALIZATION = {
 
 _SAMPLING_OPTIONS = {"do_sample_frames", "fps", "num_frames"}
 
-_FRAMES_PER_THREAD, _MAX_THREADS, _CPUS_PER_THREAD = 4, 4, 4
+_FRAMES_PER_THREAD = 4
 """Fewest frames for a thread, most threads for one video, and CPUs for each thread. With fewer CPUs
 joining the parts costs what the threads gain."""
 
@@ -157,17 +157,12 @@ def _num_free_threads() -> int:
     """One thread while other videos are decoded: several shorten a video's time and take more CPU
     time, which the decoders need.
     """
-    return 1 if SLOTS.num_decoding > 0 else _num_threads()
-
-
-@cache
-def _num_threads() -> int:
-    return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
+    return 1 if SLOTS.num_decoding > 0 else threads_per_video()
 
 
 @cache
 def _resize_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_num_threads(), "resize")
+    return ThreadPoolExecutor(threads_per_video(), "resize")
 
 
 def rgb_view(video: Any) -> torch.Tensor | None:

@@ -247,12 +247,13 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         self._merges_patches = merging.max_ratio > 0 and not isinstance(
             self.visual, StageMissingLayer
         )
-        reason = self._why_not_merging(adapts_tower(vllm_config))
+        is_plain = vllm_config.quant_config is None and current_platform.is_cuda()
+        reason = None
+        if self._merges_patches or is_plain:
+            reason = self._why_not_merging(adapts_tower(vllm_config))
         if self._merges_patches and reason is not None:
             raise ValueError(f"{TOWER_MERGING_MAX_RATIO} {reason}; or set it to 0")
-        self._replaces_attention = (
-            reason is None and vllm_config.quant_config is None and current_platform.is_cuda()
-        )
+        self._replaces_attention = is_plain and reason is None
 
     def _why_not_merging(self, adapts: bool) -> str | None:
         """Return why the tower cannot merge patches, None if it can."""

@@ -19,8 +19,8 @@ CACHE_MANAGER = f"{__name__}.UncompressedBudgetCacheManager"
 """For ``encoder_cache_manager_cls`` of vLLM's ``--ec-manager-config``."""
 
 _TOWER_SHARE = 1 / 3
-"""Share of the tower in the time of a token at ratio 1.0. On an H200 it is 0.2 with
-LLaVA-OneVision-7B's shapes and with Qwen3-VL-8B's, 0.4 with Qwen2.5-VL-7B's."""
+"""Share of the tower in the time of a token at ratio 1.0. On an H200 under load vLLM's tower takes
+0.2 of a video's time with LLaVA-OneVision-7B's shapes, and 0.4 with Qwen2.5-VL-7B's."""
 
 
 class UncompressedBudgetCacheManager(EncoderCacheManager):

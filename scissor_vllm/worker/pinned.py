@@ -13,10 +13,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from scissor_vllm.cpus import num_cpus
+from scissor_vllm.cpus import threads_per_video
 
-_MAX_THREADS = 4
-_CPUS_PER_THREAD = 4
 _BYTES_WORTH_A_THREAD = 1 << 21
 
 
@@ -42,7 +40,7 @@ def copy_in_threads(into: torch.Tensor, values: torch.Tensor) -> None:
         values: likewise, in any layout.
     """
     target, source = _as_bytes(into), _as_bytes(values.contiguous())
-    num_parts = min(_num_threads(), len(source) // _BYTES_WORTH_A_THREAD)
+    num_parts = min(threads_per_video(), len(source) // _BYTES_WORTH_A_THREAD)
     if num_parts <= 1:
         target[:] = source
         return
@@ -60,11 +58,5 @@ def _as_bytes(values: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]
 
 
 @cache
-def _num_threads() -> int:
-    # Reading a container's quota takes longer than a small copy.
-    return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
-
-
-@cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_num_threads(), "pin")
+    return ThreadPoolExecutor(threads_per_video(), "pin")
