@@ -84,3 +84,11 @@ def test_no_more_cpus_than_the_quota_and_at_least_one(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(cpus, "cgroup_cpu_quota", lambda: quota)
     assert num_cpus() == expected
+
+
+def test_a_video_has_a_thread_for_four_cpus_and_at_most_four(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for available, expected in ((1, 1), (4, 1), (8, 2), (16, 4), (64, 4)):
+        monkeypatch.setattr(cpus, "num_cpus", lambda available=available: available)
+        assert cpus.threads_per_video.__wrapped__() == expected

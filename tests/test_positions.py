@@ -325,7 +325,7 @@ def test_on_a_gpu_positions_are_placed_without_waiting_and_as_on_a_cpu() -> None
 def test_values_of_any_size_are_copied_in_threads(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scissor_vllm.worker.pinned.num_cpus", lambda: 16)
+    monkeypatch.setattr("scissor_vllm.worker.pinned.threads_per_video", lambda: 4)
     values = torch.randint(0, 200, shape).to(dtype)
     with torch.inference_mode():
         into = torch.zeros_like(values)
