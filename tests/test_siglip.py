@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import SiglipVisionConfig
 from bench.tower import make_tower
-from scissor_vllm.worker.siglip import fused_encoder
+from scissor_vllm.worker.siglip import embedded_patches, fused_encoder
 
 config = SiglipVisionConfig(
     hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
@@ -30,6 +30,21 @@ pixels = torch.randn(2, 3, 16, 16, generator=generator)
 def outputs(**options):
     with torch.inference_mode():
         return tower(pixels, **options)
+
+embeddings = tower.vision_model.embeddings
+with torch.inference_mode():
+    # A picture's last columns and lines may not fill a patch.
+    for wide in (pixels, torch.nn.functional.pad(pixels, (0, 3, 0, 2))):
+        for dtype in (torch.float32, torch.bfloat16):
+            embeddings.to(dtype)
+            expected = embeddings(wide)
+            given = embedded_patches(embeddings, wide)
+            atol = 1e-5 if dtype == torch.float32 else 0.1
+            assert given.dtype == dtype and torch.allclose(given, expected, atol=atol)
+            numbers = torch.tensor([0, 3, 17, 30, 31], dtype=torch.int32)
+            some = embedded_patches(embeddings, wide, numbers)
+            assert torch.equal(some, given.flatten(0, 1)[numbers.long()])
+            embeddings.to(torch.float32)
 
 stock, every = outputs(), outputs(select_layers=[1, -1])
 with fused_encoder(tower) as is_on:
@@ -60,6 +75,8 @@ for module, name, value in [
     (layer.mlp.fc1, "quant_method", Quantized()),
     (layer.layer_norm1, "bias", None),
     (layer, "layer_norm2", nn.LayerNorm(48)),
+    (embeddings, "__class__", type("Other", (type(embeddings),), {})),
+    (embeddings.patch_embedding, "enable_linear", False),
 ]:
     kept = getattr(module, name)
     setattr(module, name, value)

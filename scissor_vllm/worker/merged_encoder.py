@@ -52,7 +52,12 @@ def merging_encoder(
         graphs: run calls of few frames by these; None launches every kernel.
     """
     # Imported here, because it imports Triton.
-    from scissor_vllm.worker.siglip import encode_fused, encoding_by, plain_layers
+    from scissor_vllm.worker.siglip import (
+        embedded_patches,
+        encode_fused,
+        encoding_by,
+        plain_layers,
+    )
 
     weight = next(vision_tower.parameters())
     device, dtype = weight.device, weight.dtype
@@ -63,21 +68,26 @@ def merging_encoder(
         else partial(encode_fused, layers)
     )
     merged = MergedPatches.of(anchors, device, dtype)
+    embed = None
+    if layers is not None:
+        embeddings = vision_tower.vision_model.embeddings
+        embed = partial(embedded_patches, embeddings, numbers=merged.computed)
     if graphs is not None and layers is not None and len(anchors) <= GRAPH_FRAMES:
         run = partial(_encode_by_graph, graphs, layers, merged)
-    with encoding_by(vision_tower, partial(_encode_merged, run, merged)):
+    with encoding_by(vision_tower, embed, partial(_encode_merged, run, merged)):
         yield
 
 
 def _encode_merged(
     run: Callable[[torch.Tensor, Attend], torch.Tensor],
     merged: MergedPatches,
-    inputs_embeds: torch.Tensor,
+    embedded: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the layers' output for (T, P, C)."""
-    hidden = inputs_embeds.flatten(0, 1).index_select(0, merged.computed)
-    encoded = run(hidden, partial(_attend, merged))
-    return placed(encoded, merged).view(inputs_embeds.shape)
+    """Return the layers' output (T, P, C) for all patches (T, P, C), or computed ones (M, C)."""
+    if embedded.ndim == 3:
+        embedded = embedded.flatten(0, 1).index_select(0, merged.computed)
+    encoded = run(embedded, partial(_attend, merged))
+    return placed(encoded, merged).view(merged.num_frames, merged.num_places, -1)
 
 
 def _encode_by_graph(

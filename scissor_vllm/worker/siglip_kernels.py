@@ -22,3 +22,30 @@ def add_norm(hidden, added, normed, weight, bias, eps, width: tl.constexpr, bloc
     shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     result = centred / deviation * gain + shift
     tl.store(normed + places, result.to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_patch(
+    pixels,
+    numbers,
+    patches,
+    num_channels,
+    height,
+    width,
+    num_values,
+    side: tl.constexpr,
+    takes_all: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Store a patch's pixels, channel by channel and line by line, and zeros up to num_values."""
+    row = tl.program_id(0).to(tl.int64)
+    number = row if takes_all else tl.load(numbers + row).to(tl.int64)
+    columns = width // side
+    places = (height // side) * columns
+    frame, place = number // places, number % places
+    value = tl.arange(0, block)
+    channel, inside = value // (side * side), value % (side * side)
+    line = (frame * num_channels + channel) * height + (place // columns) * side + inside // side
+    source = line * width + (place % columns) * side + inside % side
+    read = tl.load(pixels + source, mask=channel < num_channels, other=0.0)
+    tl.store(patches + row * num_values + value, read, mask=value < num_values)
