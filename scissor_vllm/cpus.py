@@ -9,6 +9,8 @@ from pathlib import Path
 
 _MAX_THREADS, _CPUS_PER_THREAD = 4, 4
 
+_num_sharing = 1
+
 
 @cache
 def threads_per_video() -> int:
@@ -17,6 +19,17 @@ def threads_per_video() -> int:
     The CPUs are counted once: reading a container's quota takes longer than a small copy.
     """
     return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
+
+
+def share_cpus(num_processes: int) -> None:
+    """Tell how many processes share the CPUs, this one among them."""
+    global _num_sharing
+    _num_sharing = max(1, num_processes)
+
+
+def num_own_cpus() -> int:
+    """Return this process's share of the CPUs, at least 1."""
+    return max(1, num_cpus() // _num_sharing)
 
 
 def num_cpus() -> int:

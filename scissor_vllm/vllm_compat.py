@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import vllm.connections
 import vllm.multimodal.media.base
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.config.multimodal import MultiModalConfig
 from vllm.multimodal.utils import copy_mm_embedding_modality
 from vllm.platforms import current_platform
@@ -33,6 +33,15 @@ def cli_env_setup() -> None:
     except ImportError:
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup as setup
     setup()
+
+
+def num_api_servers(vllm_config: VllmConfig) -> int:
+    """Return how many API servers share the host, this process among them.
+
+    vLLM keeps the number in a private field of an API server's config. It can go when the number is
+    public.
+    """
+    return int(getattr(vllm_config.parallel_config, "_api_process_count", 1))
 
 
 class PositionsFromModel(MultiModalConfig):
@@ -360,7 +369,8 @@ def frames_attention(
             dropout_p=0.0,
             causal=False,
             softmax_scale=attention.scale,
-            **({} if version is None else {"fa_version": version}),
+            # By default version 3 splits keys where one frame would not fill the GPU.
+            **({} if version is None else {"fa_version": version, "num_splits": 1}),
         )
         return out
     num_queries, num_keys = (ends.diff().tolist() for ends in (query_ends, key_ends))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm import cpus
-from scissor_vllm.cpus import cgroup_cpu_quota, num_cpus
+from scissor_vllm.cpus import cgroup_cpu_quota, num_cpus, num_own_cpus, share_cpus
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -92,3 +92,12 @@ def test_a_video_has_a_thread_for_four_cpus_and_at_most_four(
     for available, expected in ((1, 1), (4, 1), (8, 2), (16, 4), (64, 4)):
         monkeypatch.setattr(cpus, "num_cpus", lambda available=available: available)
         assert cpus.threads_per_video.__wrapped__() == expected
+
+
+def test_processes_share_the_cpus_and_each_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "num_cpus", lambda: 16)
+    monkeypatch.setattr(cpus, "_num_sharing", 1)
+    assert num_own_cpus() == 16
+    for num_processes, expected in ((4, 4), (6, 2), (40, 1), (1, 16), (0, 16)):
+        share_cpus(num_processes)
+        assert num_own_cpus() == expected

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
+from vllm.config import ParallelConfig
 from vllm.entrypoints.openai.chat_completion.protocol import (
     BatchChatCompletionRequest,
     ChatCompletionRequest,
@@ -29,6 +30,7 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.multimodal.parse import VideoProcessorItems
 
+from scissor_vllm.cpus import num_own_cpus
 from scissor_vllm.frontend import chat
 from scissor_vllm.frontend.endpoint import RetentionEndpoint
 from scissor_vllm.frontend.estimate import EstimateReport, EstimateRequest, estimate
@@ -118,12 +120,18 @@ def build(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
 
 
 def init(
-    app: FastAPI, engine: Any = None, *, compresses: bool = True, **settings: object
+    app: FastAPI,
+    engine: Any = None,
+    *,
+    compresses: bool = True,
+    num_api_servers: int = 1,
+    **settings: object,
 ) -> Handler:
     """Give the app the state of a server with these settings, and return its handler."""
     state = app.state
     state.vllm_config = Namespace(
         model_config=Namespace(multimodal_config=Namespace(mm_processor_kwargs=settings)),
+        parallel_config=ParallelConfig(_api_process_count=num_api_servers),
         observability_config=Namespace(otlp_traces_endpoint=None),
     )
     kind: Any = RetentionProcessor
@@ -624,6 +632,13 @@ def test_a_setting_that_is_nearly_one_of_ours_ends_the_start(
 ) -> None:
     with pytest.raises(ValueError, match=rf"{name} is not a setting .* write {right}"):
         init(app, **dict[str, Any]({name: 0.5}))
+
+
+def test_api_servers_share_the_cpus(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scissor_vllm.cpus.num_cpus", lambda: 16)
+    for num_api_servers, expected in ((4, 4), (1, 16)):
+        init(app, num_api_servers=num_api_servers)
+        assert num_own_cpus() == expected
 
 
 # Another vLLM.

@@ -75,6 +75,7 @@ def test_the_tower_gets_the_same_patches_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pixels, "threads_per_video", lambda: num_threads)
+    monkeypatch.setattr(pixels, "num_own_cpus", lambda: num_threads)
     video: Any = frames(*size)
     if is_decoded:
         video = video.permute(0, 2, 3, 1).contiguous().numpy()
@@ -162,6 +163,7 @@ def test_each_frame_is_resized_once_by_one_of_a_few_threads(
         return resize(self, image, *args, **options)
 
     monkeypatch.setattr(pixels, "threads_per_video", lambda: 3)
+    monkeypatch.setattr(pixels, "num_own_cpus", lambda: 3)
     monkeypatch.setattr(TorchvisionBackend, "resize", watched)
     sending_frames(processor).video_processor([frames(14, 96, 128)], **UNSAMPLED)
     assert sorted(count for _, count in calls) == [4, 5, 5]

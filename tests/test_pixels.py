@@ -178,11 +178,16 @@ def test_read_only_frames_are_accepted(demo: Processors) -> None:
     np.testing.assert_array_equal(video, before)
 
 
+def use_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int, num_cpus: int = 8) -> None:
+    monkeypatch.setattr(pixels_module, "threads_per_video", lambda: num_threads)
+    monkeypatch.setattr(pixels_module, "num_own_cpus", lambda: num_cpus)
+
+
 @pytest.mark.parametrize("num_frames", [3, 8, 13, 32])
 def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
     demo: Processors, num_frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels_module, "threads_per_video", lambda: 3)
+    use_threads(monkeypatch, 3)
     calls: list[tuple[str, int]] = []
     call = InputProcessingContext.call_hf_processor
 
@@ -206,10 +211,10 @@ def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
     pixels_module._resize_pool.cache_clear()
 
 
-def test_while_another_video_is_decoded_one_thread_prepares_a_video(
+def test_a_cpu_that_decodes_another_video_prepares_none(
     demo: Processors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels_module, "threads_per_video", lambda: 3)
+    use_threads(monkeypatch, 3, num_cpus=2)
     num_frames: list[int] = []
     call = InputProcessingContext.call_hf_processor
 
@@ -225,12 +230,17 @@ def test_while_another_video_is_decoded_one_thread_prepares_a_video(
         thread_ids = map_in_threads(lambda _: threading.get_ident(), range(4))
     assert num_frames[0] == 32
     assert set(thread_ids) == {threading.get_ident()}
+    monkeypatch.undo()
+    for num_cpus, expected in ((1, 1), (2, 1), (3, 2), (9, 3)):
+        use_threads(monkeypatch, 3, num_cpus)
+        with SLOTS:
+            assert pixels_module._num_free_threads() == expected
 
 
 def test_a_video_of_which_the_processor_takes_frames_is_prepared_as_one(
     demo: Processors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels_module, "threads_per_video", lambda: 3)
+    use_threads(monkeypatch, 3)
     video = frames(12, 50, 70)
     for options in ({"do_sample_frames": False}, {"num_frames": 5}):
         monkeypatch.setattr(pixels_module, "in_threads", None)

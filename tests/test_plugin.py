@@ -266,6 +266,7 @@ def test_an_api_server_lets_threads_that_prepare_videos_have_the_interpreter_soo
     state: Any = Namespace(
         vllm_config=Namespace(
             model_config=Namespace(multimodal_config=None),
+            parallel_config=Namespace(_api_process_count=1),
             observability_config=Namespace(otlp_traces_endpoint=None),
         ),
         online_renderer=Namespace(renderer=Namespace(mm_processor=None)),

@@ -375,7 +375,7 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
 def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
     clip: Path, num_cpus: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scissor_vllm.frontend.video.limits.num_cpus", lambda: num_cpus)
+    monkeypatch.setattr("scissor_vllm.frontend.video.limits.num_own_cpus", lambda: num_cpus)
     begun: queue.Queue[bytes] = queue.Queue()
     may_end = threading.Semaphore(0)
 

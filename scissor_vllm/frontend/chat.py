@@ -18,6 +18,7 @@ from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_router
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 
+from scissor_vllm.cpus import share_cpus
 from scissor_vllm.frontend.auto_ratio import begin_auto, chooser
 from scissor_vllm.frontend.checks import check_request
 from scissor_vllm.frontend.draining import ENGINE_FAILED, IN_FLIGHT, add_draining
@@ -38,7 +39,7 @@ from scissor_vllm.frontend.tracing import begin_span
 from scissor_vllm.metrics import begin_requests_at_zero, count_refusal
 from scissor_vllm.models import MODELS
 from scissor_vllm.settings import RetentionPolicy, check_keys
-from scissor_vllm.vllm_compat import wait_before_shutdown
+from scissor_vllm.vllm_compat import num_api_servers, wait_before_shutdown
 
 SWITCH_INTERVAL_SECONDS = 0.0005
 """Longest time that the event loop holds the interpreter lock while threads decode and prepare
@@ -122,6 +123,7 @@ def init_state(engine_client: Any, state: State) -> None:
         ValueError: a setting of the operator is misspelt, or the model does not support it.
     """
     sys.setswitchinterval(min(SWITCH_INTERVAL_SECONDS, sys.getswitchinterval()))
+    share_cpus(num_api_servers(state.vllm_config))
     model_config = state.vllm_config.model_config
     mm_config = model_config.multimodal_config
     kwargs = (mm_config.mm_processor_kwargs if mm_config else None) or {}

@@ -25,7 +25,7 @@ from vllm.config.multimodal import MMHasherAlgorithm
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import InputProcessingContext
 
-from scissor_vllm.cpus import threads_per_video
+from scissor_vllm.cpus import num_own_cpus, threads_per_video
 from scissor_vllm.frontend.video.limits import SLOTS
 from scissor_vllm.normalization import normalized
 
@@ -154,10 +154,10 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) ->
 
 
 def _num_free_threads() -> int:
-    """One thread while other videos are decoded: several shorten a video's time and take more CPU
-    time, which the decoders need.
+    """As many threads as CPUs are left by the videos that are decoded: several shorten a video's
+    time, but they take more CPU time, which the decoders need.
     """
-    return 1 if SLOTS.num_decoding > 0 else threads_per_video()
+    return max(1, min(threads_per_video(), num_own_cpus() - SLOTS.num_decoding))
 
 
 @cache

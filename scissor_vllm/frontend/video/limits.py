@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vllm.multimodal.video_decoders import check_frame_pixel_limit
 
-from scissor_vllm.cpus import num_cpus
+from scissor_vllm.cpus import num_own_cpus
 from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.metrics import Reason
 
@@ -101,7 +101,7 @@ class DecodingSlots:
         return self._num_came - self._num_done - self.num_decoding
 
     def __enter__(self) -> None:
-        at_once = max(_MIN_VIDEOS_AT_ONCE, num_cpus() // _CPUS_PER_VIDEO)
+        at_once = max(_MIN_VIDEOS_AT_ONCE, num_own_cpus() // _CPUS_PER_VIDEO)
         with self._turns:
             before = self._num_came
             self._num_came += 1
