@@ -320,3 +320,54 @@ def test_a_connector_that_sizes_rows_beforehand_ends_the_start() -> None:
     make_compression(transfer=SimpleNamespace(ec_connector="ECExampleConnector"))
     with pytest.raises(ValueError, match=r"must be ECExampleConnector with .*, got ECMoonc"):
         make_compression(transfer=SimpleNamespace(ec_connector="ECMooncakeConnector"))
+
+
+def test_a_call_of_one_video_and_one_on_the_cpu_overlap_nothing() -> None:
+    compression = make_compression()
+    for num_videos in (1, 3):
+        with compression.overlapping(num_videos, torch.device("cpu")):
+            assert compression._overlap is None
+    if not torch.cuda.is_available():
+        return
+    with compression.overlapping(1, torch.device("cuda")):
+        assert compression._overlap is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_videos_that_overlap_have_the_rows_that_each_has_alone() -> None:
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(2)
+    compression = make_compression("average-linkage", budget=100_000)
+    weight = torch.randn(12, 196 * 256, device=device, generator=generator)
+
+    def encode(frames: torch.Tensor) -> torch.Tensor:
+        tokens = (frames.flatten(1) @ weight).view(len(frames), 196, 256)
+        # Memory that is freed here is given out again while another stream compresses.
+        for _ in range(8):
+            tokens = tokens + torch.tanh(tokens)
+        return tokens.bfloat16()
+
+    videos = [
+        VideoPixels(torch.randn(length, 3, 2, 2, device=device, generator=generator))
+        for length in (32, 7, 16, 32)
+    ]
+    counts = [600, 100, 300, 62]
+    alone = [rows_of(compression, [v], [k], encode)[0] for v, k in zip(videos, counts, strict=True)]
+    main = torch.cuda.current_stream()
+    for _ in range(20):
+        with compression.overlapping(len(videos), device):
+            rows = rows_of(compression, videos, counts, encode)
+            assert torch.cuda.current_stream() != main
+        assert torch.cuda.current_stream() == main
+        for together, expected in zip(rows, alone, strict=True):
+            assert torch.equal(together, expected)
+        del rows
+
+    def fail(frames: torch.Tensor) -> torch.Tensor:
+        if len(frames) == len(videos[1]):
+            raise KeyError
+        return encode(frames)
+
+    with pytest.raises(KeyError), compression.overlapping(len(videos), device):
+        rows_of(compression, videos, counts, fail)
+    assert torch.cuda.current_stream() == main

@@ -296,10 +296,11 @@ class SequentialFrameRunsModel(FrameRunsModel):
         counts = num_retained.flatten().tolist()
         videos = self._videos(kwargs, num_tokens.flatten().tolist())
         names = [None] * len(videos) if identities is None else identities
-        return tuple(
-            self._rows(video, count, text, name)
-            for video, count, text, name in zip(videos, counts, texts, names, strict=True)
-        )
+        with self.video_compression.overlapping(len(videos), parameter.device):
+            return tuple(
+                self._rows(video, count, text, name)
+                for video, count, text, name in zip(videos, counts, texts, names, strict=True)
+            )
 
     def _rows(
         self,

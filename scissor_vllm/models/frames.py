@@ -232,9 +232,11 @@ class FramesModel:
             with self.video_compression.stage("tower", behind.device):
                 whole: MultiModalEmbeddings = stock(pixel_values_videos=batched_pixels(videos))
                 return whole
-        return tuple(
-            self._rows(video, count, behind) for video, count in zip(videos, counts, strict=True)
-        )
+        with self.video_compression.overlapping(len(videos), behind.device):
+            return tuple(
+                self._rows(video, count, behind)
+                for video, count in zip(videos, counts, strict=True)
+            )
 
     def _warm_up_tower(self, like: torch.Tensor) -> None:
         """Encode empty frames, so that no request waits for the compilation of kernels.

@@ -316,7 +316,8 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             kwargs[_PIXELS] = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
             with self.video_compression.stage("tower", parameter.device):
                 return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        return tuple(map(self._encoded, videos, counts))
+        with self.video_compression.overlapping(len(videos), parameter.device):
+            return tuple(map(self._encoded, videos, counts))
 
     def _warm_up_tower(self) -> None:
         """Prepare the tower of compressed videos while vLLM profiles memory.

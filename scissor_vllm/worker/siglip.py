@@ -53,7 +53,8 @@ def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
     if layers is None:
         yield False
         return
-    embed = partial(embedded_patches, vision_tower.vision_model.embeddings)
+    model: Any = vision_tower.vision_model
+    embed = partial(embedded_patches, model.embeddings)
     with encoding_by(vision_tower, embed, partial(_encode, layers)):
         yield True
 

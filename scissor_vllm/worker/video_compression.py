@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -104,6 +104,29 @@ def check_connector(vllm_config: VllmConfig) -> None:
     )
 
 
+@dataclass
+class _Overlap:
+    """The streams of videos that are encoded and compressed at a time."""
+
+    main: torch.cuda.Stream
+    """Encodes."""
+    side: torch.cuda.Stream
+    """Compresses."""
+    held: list[torch.Tensor] = field(default_factory=list)
+    """Tokens that ``side`` reads: their memory must not be used again on ``main`` before."""
+
+    def leave(self, tokens: torch.Tensor) -> None:
+        """Go on with a video's tokens on ``side``."""
+        self.held.append(tokens)
+        self.side.wait_stream(self.main)
+        torch.cuda.set_stream(self.side)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class VideoCompression:
     """Compresses videos one by one: pixels in, K rows of each video out.
 
@@ -137,6 +160,31 @@ class VideoCompression:
         if self._is_recording():
             begin_compression_at_zero()
         self._watcher: Watcher | None = None
+        self._overlap: _Overlap | None = None
+
+    @contextmanager
+    def overlapping(self, num_videos: int, device: torch.device) -> Iterator[None]:
+        """Compress videos while the tower encodes the next ones of the context, on a GPU.
+
+        Compression leaves most of a GPU idle: a program joins a window's tokens pair by pair. In
+        the context, what follows a video's encoding runs on a stream of its own until the next
+        video. At the end of the context the stream before waits for all of it.
+
+        Args:
+            num_videos: so many calls of :meth:`compressed` follow; a single one has no next.
+            device: of the tower.
+        """
+        if num_videos < 2 or device.type != "cuda" or self._is_shared():
+            yield
+            return
+        main = torch.cuda.current_stream(device)
+        self._overlap = overlap = _Overlap(main, _side_stream(device))
+        try:
+            yield
+        finally:
+            self._overlap = None
+            torch.cuda.set_stream(main)
+            main.wait_stream(overlap.side)
 
     def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
         """Return a context whose time the first of the workers that share a model records."""
@@ -193,8 +241,12 @@ class VideoCompression:
         if is_whole and video.anchors is not None:
             # An uncompressed video is encoded exactly.
             video = replace(video, anchors=None)
+        if self._overlap is not None:
+            torch.cuda.set_stream(self._overlap.main)
         # Uncompressed videos are not cached: their tokens may differ in rounding.
         tokens = self._encoded(video, encode) if is_whole else self._tokens(video, encode)
+        if self._overlap is not None:
+            self._overlap.leave(tokens)
         if not is_whole:
             self._note_ratio(video, num_retained)
         compared = tokens if width is None else tokens[..., :width].contiguous()
