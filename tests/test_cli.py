@@ -249,7 +249,12 @@ def test_ranks_share_out_frames_by_shared_memory_unless_the_operator_chose(
         ({}, 15, None),
         ({"mm_processor_cache_gb": 4}, 16, None),
         ({"api_server_count": 1}, 16, 1),
-        ({"data_parallel_size": 2}, 16, None),
+        ({"data_parallel_size": 2}, 31, None),
+        ({"data_parallel_size": 2}, 32, 8),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 2}, 32, 8),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 1}, 32, None),
+        ({"data_parallel_size": 2, "data_parallel_rank": 0}, 32, None),
+        ({"data_parallel_size": 2, "data_parallel_hybrid_lb": True}, 32, None),
         ({"grpc": True}, 16, None),
     ],
 )
@@ -263,6 +268,9 @@ def test_several_api_servers_start_where_they_answer_as_one(
     args.mm_processor_cache_gb, args.headless, args.grpc = 0, False, False
     args.enable_fault_tolerance = args.enable_elastic_ep = False
     args.fault_tolerance_config, args.data_parallel_size = None, 1
+    args.data_parallel_external_lb = args.data_parallel_hybrid_lb = False
+    args.data_parallel_multi_port_external_lb = False
+    args.data_parallel_rank = args.data_parallel_start_rank = args.data_parallel_size_local = None
     vars(args).update(changed)
     monkeypatch.setattr(defaults, "num_cpus", lambda: num_cpus)
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CPUS_FOR_API_SERVERS = 16
-"""Number of CPUs from which more API servers than one pay."""
+"""Number of CPUs for an engine from which more API servers than one pay."""
 API_SERVERS = 4
+"""Of an engine."""
 
 _LLAVA_ONEVISION = "LlavaOnevisionForConditionalGeneration"
 _WHOLE_TOWER_ON_EACH_RANK = frozenset({_LLAVA_ONEVISION, "LlavaNextVideoForConditionalGeneration"})
@@ -36,23 +37,32 @@ def choose_api_servers(args: argparse.Namespace) -> None:
 
     One prepares about 7 videos a second of 32 frames beside the others. Several have a processor
     cache each, so a video that is named by its ``uuid`` alone would be found by one of them: they
-    are started where the operator switched that cache off. vLLM refuses several beside some
-    options.
+    are started where the operator switched that cache off. Engines of data parallelism on this host
+    get as many each. vLLM refuses several beside some options.
     """
-    needs_one = (
+    num_engines = args.data_parallel_size
+    balances_elsewhere = num_engines > 1 and (
+        args.data_parallel_external_lb
+        or args.data_parallel_hybrid_lb
+        or args.data_parallel_multi_port_external_lb
+        or args.data_parallel_rank is not None
+        or args.data_parallel_start_rank is not None
+        or args.data_parallel_size_local not in (None, num_engines)
+    )
+    is_for_vllm = (
         args.api_server_count is not None
         or args.mm_processor_cache_gb > 0
-        or num_cpus() < CPUS_FOR_API_SERVERS
+        or num_cpus() < CPUS_FOR_API_SERVERS * num_engines
         or args.headless
         or args.grpc
         or args.enable_fault_tolerance
         or isinstance(args.fault_tolerance_config, dict)
         or args.enable_elastic_ep
-        or args.data_parallel_size > 1
+        or balances_elsewhere
         or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true")
     )
-    if not needs_one:
-        args.api_server_count = API_SERVERS
+    if not is_for_vllm:
+        args.api_server_count = API_SERVERS * num_engines
 
 
 def leave_parallelism_open(parser: argparse.ArgumentParser) -> None:
