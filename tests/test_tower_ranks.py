@@ -68,11 +68,14 @@ def merged(num_frames: int, whole: int | None = None) -> torch.Tensor:
     anchors = torch.arange(num_frames)[:, None].repeat(1, NUM_PATCHES)
     first = 0
     for length in group_lengths(num_frames):
+        begin = first
         for frame in range(first + 1, first + length):
-            if frame != whole:
-                joins = torch.rand(NUM_PATCHES) < 0.5
-                joins[frame % NUM_PATCHES] = True
-                anchors[frame, joins] = first if whole not in range(first, frame) else whole
+            if frame == whole:
+                begin = frame
+                continue
+            joins = torch.rand(NUM_PATCHES) < 0.5
+            joins[frame % NUM_PATCHES] = True
+            anchors[frame, joins] = begin
         first += length
     return anchors
 
