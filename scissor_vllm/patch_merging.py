@@ -124,6 +124,16 @@ def _probe_lines(length: int) -> torch.Tensor:
     return torch.arange(min(PROBE_STEP // 2, length - 1), length, PROBE_STEP)
 
 
+def computed_share(anchors: torch.Tensor) -> float:
+    """Return the share of places that the tower computes of anchors (T, P), nearly.
+
+    As if a place in ``PROBE_STEP ** 2`` were a probe, whatever the grid.
+    """
+    is_new = anchors == torch.arange(len(anchors), dtype=anchors.dtype)[:, None]
+    share = float(is_new.float().mean())
+    return share + (1 - share) / PROBE_STEP**2
+
+
 def computed_patches(anchors: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
     """Return which places the tower computes.
 

@@ -30,7 +30,11 @@ NUM_RETAINED = "num_retained"
 """Field of each video's data: K, an int64 scalar, kept on the CPU."""
 
 NUM_VIDEO_TOKENS = "num_video_tokens"
-"""The same for N, by which the scheduler bounds the encoding of a step."""
+"""The same for N."""
+
+NUM_ENCODED_TOKENS = "num_encoded_tokens"
+"""The same for the number of tokens that the tower computes, by which the scheduler bounds the
+encoding of a step."""
 
 IMAGES = "images"
 """``video_backend`` in the metadata of a video that is a run of images. Its ``total_num_frames`` is

@@ -1,4 +1,4 @@
-"""The videos that a step of the engine may encode, counted in tokens that take as long at 1.0."""
+"""The videos that a step of the engine may encode, counted in tokens that the tower computes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from vllm.config.ec_manager_config import EncoderCacheManagerConfig
 
 from scissor_vllm.scheduler.encoder_budget import CACHE_MANAGER, UncompressedBudgetCacheManager
-from scissor_vllm.video_fields import NUM_VIDEO_TOKENS
+from scissor_vllm.video_fields import NUM_ENCODED_TOKENS
 
 BUDGET = 8192
 _NUMBERS = itertools.count()
 
 
 def make_request(*videos: tuple[int, int | None]) -> Any:
-    """A request of videos (K, N); N is None for other inputs."""
+    """A request of videos (K, encoded tokens); these are None for other inputs."""
     name = f"request-{next(_NUMBERS)}"
     features = [
         SimpleNamespace(
             identifier=f"{name}-{place}",
             data=None
-            if num_tokens is None
-            else {NUM_VIDEO_TOKENS: SimpleNamespace(data=torch.tensor(num_tokens))},
+            if num_encoded is None
+            else {NUM_ENCODED_TOKENS: SimpleNamespace(data=torch.tensor(num_encoded))},
         )
-        for place, (_, num_tokens) in enumerate(videos)
+        for place, (_, num_encoded) in enumerate(videos)
     ]
     return SimpleNamespace(
         request_id=name,
@@ -59,30 +59,30 @@ def make_manager(cache_size: int = 10 * BUDGET) -> UncompressedBudgetCacheManage
     return manager
 
 
-def num_encoded(num_retained: int, num_tokens: int) -> int:
+def num_videos(num_retained: int, num_encoded: int) -> int:
     """How many of twenty equal videos the first step encodes."""
     step = Step(make_manager())
-    requests = [make_request((num_retained, num_tokens)) for _ in range(20)]
+    requests = [make_request((num_retained, num_encoded)) for _ in range(20)]
     encoded = [step.encodes(request) for request in requests]
     assert encoded == sorted(encoded, reverse=True)
     return sum(encoded)
 
 
-def test_a_step_encodes_more_videos_the_fewer_of_their_tokens_are_kept() -> None:
-    numbers = [num_encoded(round(ratio * 6272), 6272) for ratio in (1, 0.5, 0.25, 0.1, 0.001)]
-    assert numbers == [1, 1, 2, 3, 3]
+def test_a_step_encodes_more_videos_the_fewer_of_their_tokens_are_computed() -> None:
+    for num_retained in (1, 628):
+        numbers = [num_videos(num_retained, round(share * 6272)) for share in (1, 0.6, 0.35, 0.28)]
+        assert numbers == [1, 2, 3, 4]
 
 
-def test_the_tower_encodes_at_most_three_times_as_many_tokens_as_at_ratio_one() -> None:
-    for num_tokens in (100, 1000, 3000, 8192):
-        assert num_encoded(1, num_tokens) * num_tokens <= 3 * BUDGET
-        assert num_encoded(num_tokens, num_tokens) == min(20, BUDGET // num_tokens)
+def test_the_tower_computes_no_more_tokens_than_vllms_budget_however_few_are_kept() -> None:
+    for num_encoded in (100, 1000, 3000, 8192):
+        assert num_videos(1, num_encoded) == min(20, BUDGET // num_encoded)
+        # Not fewer kept ones than placeholders that vLLM counts.
+        assert num_videos(num_encoded, num_encoded) == min(20, BUDGET // num_encoded)
 
 
-def test_short_videos_share_a_step() -> None:
-    assert num_encoded(100, 1000) == 20
-    assert num_encoded(101, 1020) == 20
-    assert num_encoded(150, 1500) == 13
+def test_a_merged_video_of_which_much_is_kept_counts_as_vllm_counts_it() -> None:
+    assert num_videos(4000, 1000) == 2
 
 
 def test_the_next_step_begins_anew() -> None:
@@ -106,8 +106,7 @@ def test_other_inputs_count_as_vllm_counts_them() -> None:
 
 def test_the_videos_of_one_request_are_counted_one_by_one() -> None:
     step = Step(make_manager())
-    request = make_request(*[(400, 4000)] * 7)
-    # 1600 each.
+    request = make_request(*[(400, 1600)] * 7)
     places = [step.encodes(request, place) for place in range(7)]
     assert places == [True] * 5 + [False] * 2
 

@@ -62,6 +62,31 @@ def test_merged_patches_have_the_same_tokens_up_to_rounding(tower: Any) -> None:
             assert relative_difference(tokens, expected) < 0.01, seed
 
 
+def test_whole_frames_have_the_tokens_of_single_launches_to_the_bit(tower: Any) -> None:
+    from bench.tower import draw_anchors
+    from scissor_vllm.worker.merged_encoder import merging_encoder
+    from scissor_vllm.worker.siglip import fused_encoder, graphs_of
+
+    graphs = graphs_of(tower)
+    assert graphs is not None
+    with torch.inference_mode():
+        for seed, num_frames in enumerate([16, 16, 16, 5, 5, 5, 16]):
+            pixels = pixels_of(seed)[:num_frames]
+            with waiting_is_an_error(seed in (2, 5)), fused_encoder(tower, graphs) as is_on:
+                assert is_on
+                tokens = tower(pixels).clone()
+            with fused_encoder(tower):
+                expected = tower(pixels)
+            assert torch.equal(tokens, expected), seed
+            # Merged frames have the same buffers.
+            anchors = draw_anchors(NUM_FRAMES, NUM_PLACES, 0.5, seed)
+            with merging_encoder(tower, anchors, graphs):
+                tower(pixels_of(seed))
+    kinds = {key: kind.graph is not None for key, kind in graphs._kinds.items()}
+    assert kinds["whole", 16, 16 * NUM_PLACES]
+    assert kinds["whole", 5, 5 * NUM_PLACES]
+
+
 def test_neither_the_plan_nor_the_launches_wait_for_the_device(tower: Any) -> None:
     from bench.tower import draw_anchors
     from scissor_vllm.worker.merged_encoder import merging_encoder

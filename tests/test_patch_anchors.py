@@ -36,7 +36,9 @@ from scissor_vllm.retention import RetentionReport
 from scissor_vllm.settings import TowerMerging
 from scissor_vllm.video_fields import (
     FRAME_OF,
+    NUM_ENCODED_TOKENS,
     NUM_RETAINED,
+    NUM_VIDEO_TOKENS,
     PATCH_ANCHORS,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
@@ -255,6 +257,10 @@ def test_anchors_go_with_a_video_up_to_the_ratio(demo: Processors) -> None:
     assert identities[0.5] != identities[0.25] == identities[0.1]
     numbers = [int(merged[ratio][NUM_RETAINED].data) for ratio in (1.0, 0.25)]
     assert numbers[0] == 4 * numbers[1]
+    share = float(computed_patches(expected).float().mean())
+    encoded = {ratio: int(item[NUM_ENCODED_TOKENS].data) for ratio, item in merged.items()}
+    assert encoded[1.0] == encoded[0.5] == numbers[0]
+    assert encoded[0.1] == pytest.approx(share * numbers[0], rel=0.05)
 
 
 def test_frames_that_repeat_are_left_out_first(demo: Processors) -> None:
@@ -265,6 +271,11 @@ def test_frames_that_repeat_are_left_out_first(demo: Processors) -> None:
     num_patches, num_computed = count_patches(item, PATCH) or (0, 0)
     assert num_patches == 11 * NUM_PLACES
     assert num_computed == computed_patches(item[PATCH_ANCHORS].data).sum()
+    encoded, num_tokens = (int(item[name].data) for name in (NUM_ENCODED_TOKENS, NUM_VIDEO_TOKENS))
+    assert encoded == pytest.approx(num_tokens * num_computed / num_patches, rel=0.05)
+    # Without merging repeats alone are left out.
+    item = item_of(demo, video, 0.5)
+    assert int(item[NUM_ENCODED_TOKENS].data) == num_tokens * 8 // 11
 
 
 def test_beside_a_video_that_merges_another_names_its_own_patches(demo: Processors) -> None:

@@ -33,6 +33,7 @@ from scissor_vllm.normalization import normalized
 from scissor_vllm.plugin import register
 from scissor_vllm.video_fields import (
     FRAME_OF,
+    NUM_ENCODED_TOKENS,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
     PIXEL_NORMALIZATION,
@@ -269,7 +270,7 @@ def test_where_torch_has_no_integer_resize_stocks_order_of_channels_is_kept(
 
 def test_frames_travel_as_bytes(demo: Processors) -> None:
     (item,) = demo.run(demo.ours, {"video": [frames(5, 50, 60)]})["video"]
-    counts = {NUM_RETAINED, NUM_VIDEO_TOKENS}
+    counts = {NUM_RETAINED, NUM_VIDEO_TOKENS, NUM_ENCODED_TOKENS}
     # An uncompressed video is not cached, so nothing is hashed.
     assert set(item) == {VIDEO_FRAMES, PIXEL_NORMALIZATION, *counts}
     sent = item[VIDEO_FRAMES].data

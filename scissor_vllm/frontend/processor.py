@@ -8,6 +8,7 @@ exactly K rows.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from scissor_vllm.frontend.video_items import (
     why_unreadable,
 )
 from scissor_vllm.metrics import CLOCK, Reason
+from scissor_vllm.patch_merging import computed_share
 from scissor_vllm.retention import (
     MAX_BUDGET,
     MAX_RETAINED_VIDEO_TOKENS,
@@ -56,6 +58,7 @@ from scissor_vllm.settings import OWN_KEYS, without_own_keys
 from scissor_vllm.video_fields import (
     FRAME_OF,
     KEEPS_EVERY_FRAME,
+    NUM_ENCODED_TOKENS,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
     PATCH_ANCHORS,
@@ -309,6 +312,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             **fields,
             NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             NUM_VIDEO_TOKENS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            NUM_ENCODED_TOKENS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_FRAMES: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
             FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
@@ -338,6 +342,12 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             self._check_num_tokens(processed, index, count)
         if num_tokens:
             processed[NUM_VIDEO_TOKENS] = torch.tensor(num_tokens)
+            processed[NUM_ENCODED_TOKENS] = torch.tensor(
+                [
+                    math.ceil(count * _encoded_share(processed, index))
+                    for index, count in enumerate(num_tokens)
+                ]
+            )
             processed[NUM_RETAINED] = torch.tensor(counts.num_retained)
         if any(counts.num_images) and ratio != 1.0:
             processed[KEEPS_EVERY_FRAME] = torch.tensor(counts.num_images) > 0
@@ -494,3 +504,17 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _shortened(self, content: Any, num_retained: int) -> Any:
         """Return K of a video's N placeholders, and the fixed ones after them."""
         return content[: num_retained + self.info.get_num_fixed_tokens()]
+
+
+def _encoded_share(processed: BatchFeature, index: int) -> float:
+    """Return the share of a video's tokens that the tower computes.
+
+    Frames that repeat the previous one are left out, and so are merged patches.
+    """
+    share = 1.0
+    if PATCH_ANCHORS in processed:
+        share = computed_share(processed[PATCH_ANCHORS][index])
+    if FRAME_OF in processed:
+        frame_of = processed[FRAME_OF][index]
+        share *= (int(frame_of[-1]) + 1) / len(frame_of)
+    return share

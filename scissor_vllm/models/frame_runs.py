@@ -37,7 +37,13 @@ from scissor_vllm.retention import (
     RetainedCounts,
 )
 from scissor_vllm.settings import without_own_keys
-from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_IDENTITY, VIDEO_TEXT
+from scissor_vllm.video_fields import (
+    NUM_ENCODED_TOKENS,
+    NUM_RETAINED,
+    NUM_VIDEO_TOKENS,
+    VIDEO_IDENTITY,
+    VIDEO_TEXT,
+)
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
 from scissor_vllm.worker.pinned import to_device
 from scissor_vllm.worker.positions import text_and_pads
@@ -286,6 +292,7 @@ class SequentialFrameRunsModel(FrameRunsModel):
         self.video_compression.warm_up(self.row_width, parameter.dtype, parameter.device)
         num_retained = kwargs.pop(NUM_RETAINED, None)
         num_tokens = kwargs.pop(NUM_VIDEO_TOKENS, None)
+        kwargs.pop(NUM_ENCODED_TOKENS, None)
         texts = kwargs.pop(VIDEO_TEXT, None)
         identities = kwargs.pop(VIDEO_IDENTITY, None)
         stock = super().embed_multimodal  # type: ignore[misc]

@@ -26,6 +26,7 @@ from scissor_vllm.patch_merging import CALL_FRAMES
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import (
     FRAME_OF,
+    NUM_ENCODED_TOKENS,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
     VIDEO_FRAMES,
@@ -196,7 +197,8 @@ class FramesModel:
             return self._features(pixels)
         from scissor_vllm.worker.siglip import fused_encoder
 
-        with fused_encoder(self.vision_tower):
+        graphs = self._graphs if len(pixels) <= CALL_FRAMES else None
+        with fused_encoder(self.vision_tower, graphs):
             return self._features(pixels)
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
@@ -210,6 +212,7 @@ class FramesModel:
         stock = super().embed_multimodal  # type: ignore[misc]
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
+        kwargs.pop(NUM_ENCODED_TOKENS, None)
         if not isinstance(num_retained, torch.Tensor):
             rows: MultiModalEmbeddings = stock(**kwargs)
             return rows

@@ -38,6 +38,7 @@ from scissor_vllm.patch_merging import computed_patches, shared_lengths
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import (
     FRAME_SIZE,
+    NUM_ENCODED_TOKENS,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
     PATCH_ANCHORS,
@@ -303,6 +304,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             self._warm_up_tower()
         num_retained = kwargs.pop(NUM_RETAINED, None)
         kwargs.pop(NUM_VIDEO_TOKENS, None)
+        kwargs.pop(NUM_ENCODED_TOKENS, None)
         if not isinstance(num_retained, torch.Tensor):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         counts = num_retained.flatten().tolist()

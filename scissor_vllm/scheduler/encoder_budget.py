@@ -1,30 +1,26 @@
 """Bounds the time of one engine step that encodes videos.
 
 vLLM's scheduler budgets the vision tower in placeholders. At ratio 0.1 it would encode ten times as
-many frames in one step as at 1.0, while all running requests wait. Here a video counts with what it
-costs: its tokens before compression in the tower, those that are kept in the language model. So a
-step takes about as long as at 1.0. Counted with the tower's tokens alone, a step would have one
-video, and most of a step is then the host launching the language model.
+many frames in one step as at 1.0, while all running requests wait. Here a video counts as the
+tokens that the tower computes for it. Without merged patches those are all of its tokens, as in
+vLLM at 1.0: such a video alone takes a GPU longer than the host takes to launch the step. With
+merged patches they are fewer, so several videos share a step and the GPU does not wait for the
+host.
 """
 
-import math
 from typing import Any
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
-from scissor_vllm.video_fields import NUM_VIDEO_TOKENS
+from scissor_vllm.video_fields import NUM_ENCODED_TOKENS
 
 CACHE_MANAGER = f"{__name__}.UncompressedBudgetCacheManager"
 """For ``encoder_cache_manager_cls`` of vLLM's ``--ec-manager-config``."""
 
-_TOWER_SHARE = 1 / 3
-"""Share of the tower in the time of a token at ratio 1.0. On an H200 under load vLLM's tower takes
-0.2 of a video's time with LLaVA-OneVision-7B's shapes, and 0.4 with Qwen2.5-VL-7B's."""
-
 
 class UncompressedBudgetCacheManager(EncoderCacheManager):
-    """vLLM's manager, with a limit on the cost of one step's videos.
+    """vLLM's manager, with a limit on the tokens that the tower computes in a step.
 
     The first input of a step is always admitted, so no input waits forever.
     """
@@ -32,7 +28,7 @@ class UncompressedBudgetCacheManager(EncoderCacheManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._step_budget = 0
-        self._cost = 0
+        self._num_encoded = 0
 
     def can_allocate(
         self,
@@ -45,25 +41,26 @@ class UncompressedBudgetCacheManager(EncoderCacheManager):
         if encoder_compute_budget >= self._step_budget:
             # An untouched budget marks the start of a step.
             self._step_budget = encoder_compute_budget
-            self._cost = 0
-        cost = cost_in_tokens(request, input_id)
-        if self._cost and self._cost + cost > self._step_budget:
+            self._num_encoded = 0
+        num_tokens = num_encoded_tokens(request, input_id)
+        if self._num_encoded and self._num_encoded + num_tokens > self._step_budget:
             return False
         if not super().can_allocate(
             request, input_id, encoder_compute_budget, num_embeds_to_schedule
         ):
             return False
-        self._cost += cost
+        self._num_encoded += num_tokens
         return True
 
 
-def cost_in_tokens(request: Request, input_id: int) -> int:
-    """Return how many tokens at ratio 1.0 take as long as an input."""
-    num_placeholders = int(request.get_num_encoder_embeds(input_id))
+def num_encoded_tokens(request: Request, input_id: int) -> int:
+    """Return how many tokens the tower computes for an input, or its placeholders.
+
+    Its placeholders count where it is no video, or where its data is in shared memory, which only
+    the worker reads.
+    """
     item = request.mm_features[input_id].data
-    field = item.get(NUM_VIDEO_TOKENS) if item is not None else None
+    field = item.get(NUM_ENCODED_TOKENS) if item is not None else None
     if field is None:
-        # No video, or data in shared memory, which only the worker reads.
-        return num_placeholders
-    num_tokens = int(field.data)
-    return math.ceil(_TOWER_SHARE * num_tokens + (1 - _TOWER_SHARE) * num_placeholders)
+        return int(request.get_num_encoder_embeds(input_id))
+    return int(field.data)

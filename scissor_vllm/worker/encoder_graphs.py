@@ -6,8 +6,8 @@ and indices are copied there. Graphs differ by their number of rows. Merged patc
 so it is rounded up; the rows that this adds are computed and not used. All graphs of a tower share
 one buffer of rows, one of outputs and one memory pool.
 
-LLaVA's videos whose patches are all computed have none: with 42 ms of work on the GPU the launches
-are hidden, and a graph gained 1 % of requests/s (docs/benchmarks.md).
+A tower that merges patches also has graphs for calls whose patches are all computed. So the host is
+ready for the next step before the GPU is, though each step has one such video.
 """
 
 import math

@@ -14,7 +14,7 @@ other layer (quantized, with adapters, another activation). Remove it when vLLM 
 operations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -44,10 +44,14 @@ _ALIGNED_VALUES = 8
 
 
 @contextmanager
-def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
+def fused_encoder(vision_tower: nn.Module, graphs: EncoderGraphs | None = None) -> Iterator[bool]:
     """Fuse a vision tower's encoder in the context; yields whether it is fused.
 
     Towers other than SigLIP, and towers with other layers than vLLM's, stay unchanged.
+
+    Args:
+        vision_tower: any.
+        graphs: launch the layers by these; None launches every kernel.
     """
     layers = plain_layers(vision_tower)
     if layers is None:
@@ -55,16 +59,31 @@ def fused_encoder(vision_tower: nn.Module) -> Iterator[bool]:
         return
     model: Any = vision_tower.vision_model
     embed = partial(embedded_patches, model.embeddings)
-    with encoding_by(vision_tower, embed, partial(_encode, layers)):
+    with encoding_by(vision_tower, embed, partial(_encode, layers, graphs)):
         yield True
 
 
-def _encode(layers: list[Any], embedded: torch.Tensor) -> torch.Tensor:
-    """Return the layers' output for (B, P, C), which is overwritten."""
+def _encode(
+    layers: list[Any], graphs: EncoderGraphs | None, embedded: torch.Tensor
+) -> torch.Tensor:
+    """Return the layers' output for (B, P, C), which is overwritten; valid until the next call."""
     num_frames, num_places, _ = embedded.shape
-    end = (num_frames + 1) * num_places
-    ends = torch.arange(0, end, num_places, dtype=torch.int32, device=embedded.device)
-    return encode_fused(layers, embedded, partial(_attend_in_frames, ends))
+    num_rows = num_frames * num_places
+    ends = torch.arange(
+        0, num_rows + num_places, num_places, dtype=torch.int32, device=embedded.device
+    )
+    if graphs is None:
+        return encode_fused(layers, embedded, partial(_attend_in_frames, ends))
+
+    def launch(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        (held_ends,) = inputs
+        of_frames = rows.view(embedded.shape)
+        encode_fused(layers, of_frames, partial(_attend_in_frames, held_ends))
+        return rows
+
+    rows = embedded.flatten(0, 1)
+    encoded = graphs.run(("whole", num_frames), rows, num_rows, num_rows, [ends], launch)
+    return encoded.view(embedded.shape)
 
 
 def graphs_of(vision_tower: nn.Module) -> EncoderGraphs | None:
