@@ -80,8 +80,8 @@ def patch_anchors(
 
     def anchors_of(bounds: tuple[int, int]) -> NDArray[np.int16]:
         first, end = bounds
-        patches = _Patches(height, width, patch_size, num_merged, num_frames)
-        return _group_anchors(patches, steps[first:end], threshold) + first
+        pictures = _Pictures(height, width, patch_size, num_merged, num_frames)
+        return _group_anchors(pictures, steps[first:end], threshold) + first
 
     ends = accumulate(group_lengths(len(steps)), initial=0)
     groups = map_in_threads(anchors_of, list(pairwise(ends)))
@@ -92,25 +92,23 @@ def patch_anchors(
 
 
 def _group_anchors(
-    patches: _Patches, steps: NDArray[np.uint8], threshold: float
+    pictures: _Pictures, steps: NDArray[np.uint8], threshold: float
 ) -> NDArray[np.int16]:
     """Return the anchors of a group's places, counted from its first frame, (t, P)."""
-    anchors = np.empty((len(steps), patches.num_places), np.int16)
-    current = np.empty((patches.num_patches, patches.num_values), np.float32)
-    difference = np.empty_like(current)
-    of_places = (patches.num_places, -1)
-    is_new: NDArray[np.bool_] = np.ones(patches.num_places, bool)
-    for number, pixels in enumerate(steps):
-        step = patches.of(pixels)
-        if number > 0:
-            change = _squared(np.subtract(step, current, out=difference)) / patches.num_values
-            is_new = (change > threshold).reshape(of_places).max(axis=1)
-            is_new |= _has_moved(change, threshold, patches, current)
+    anchors = np.empty((len(steps), pictures.num_places), np.int16)
+    current = pictures.of(steps[0])
+    anchors[0] = 0
+    for number, frames in enumerate(steps[1:], 1):
+        step = pictures.of(frames)
+        change = pictures.means(cv2.absdiff(step, current))
+        is_new = pictures.any_of_places(change > threshold)
+        if _has_moved(change, threshold, pictures, current):
+            is_new[:] = True
         if is_new.all():
-            current[:] = step
+            current = step
         else:
-            current.reshape(of_places)[is_new] = step.reshape(of_places)[is_new]
-        anchors[number] = np.where(is_new, number, anchors[number - 1])
+            pictures.copy_places(step, is_new, current)
+        anchors[number] = np.where(is_new.reshape(-1), number, anchors[number - 1])
     return anchors
 
 
@@ -172,10 +170,10 @@ def _own_anchors(frames: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _has_moved(
-    change: NDArray[np.floating[Any]],
+    change: NDArray[np.float32],
     threshold: float,
-    patches: _Patches,
-    anchors: NDArray[np.float32],
+    pictures: _Pictures,
+    anchors: NDArray[np.uint8],
 ) -> bool:
     """Return whether the camera has moved, or much of the picture.
 
@@ -184,8 +182,8 @@ def _has_moved(
     matching = (change <= threshold).mean()
     if not MIN_MATCHING <= matching <= _CERTAIN:
         return bool(matching < MIN_MATCHING)
-    texture = patches.moved(anchors)
-    noise = float(_noise(change))
+    texture = pictures.texture(anchors)
+    noise = float(_noise(change.reshape(-1)))
     is_textured = texture > max(TEXTURE_TO_NOISE * noise, MIN_TEXTURE)
     if is_textured.mean() < MIN_TEXTURED:
         return False
@@ -204,66 +202,85 @@ def _noise(change: NDArray[np.float32]) -> np.float32:
     return low + step * share if share < 0.5 else high - step * (1 - share)
 
 
-class _Patches:
-    """Makes the pooled patches of a place's frames, in memory that stays in a core's cache."""
+class _Pictures:
+    """Compares the pooled frames of a place, one above the other in one picture (H, W, 3).
+
+    A picture stays in a core's cache, and its lines are compared as they lie in memory. Sums over
+    patches are those of integers, so their order does not matter.
+    """
 
     def __init__(
         self, height: int, width: int, patch_size: int, num_merged: int, num_frames: int
     ) -> None:
         side = patch_size * num_merged
-        self.grid = height // side, width // side
-        self._rows, self._columns = self.grid
-        self._height, self._width = self._rows * side, self._columns * side
-        self._is_pooled = patch_size % _POOL == 0
-        self._side = patch_size // _POOL if self._is_pooled else patch_size
-        self._num_merged, self._num_frames = num_merged, num_frames
-        self.num_places = self._rows * self._columns
-        self.num_patches = self.num_places * num_frames * num_merged**2
-        self.num_values = self._side**2 * _NUM_CHANNELS
-        self._patches = np.empty((self.num_patches, self.num_values), np.float32)
-        self._difference = np.empty_like(self._patches)
+        rows, columns = height // side, width // side
+        self._crop = slice(rows * side), slice(columns * side)
+        is_pooled = patch_size % _POOL == 0
+        self._side = patch_size // _POOL if is_pooled else patch_size
+        self._size = columns * num_merged * self._side, rows * num_merged * self._side
+        """Columns and lines of a frame."""
+        self._places = num_frames, rows, num_merged, columns, num_merged
+        self._patches = num_frames * rows * num_merged, columns * num_merged
+        self._ones = np.ones(self._side * _NUM_CHANNELS, np.float32)
+        self.num_places = rows * columns
 
-    def of(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return (patches, s*s*3) of (frames, H, W, 3), place by place, to be used before the next
-        call.
+    def of(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the picture of frames (n, H, W, 3)."""
+        width, height = self._size
+        picture = np.empty((len(frames) * height, width, _NUM_CHANNELS), np.uint8)
+        for frame, part in zip(
+            frames, picture.reshape(-1, height, *picture.shape[1:]), strict=True
+        ):
+            shown = frame[self._crop]
+            if shown.shape == part.shape:
+                part[:] = shown
+            else:
+                cv2.resize(shown, self._size, dst=part, interpolation=cv2.INTER_AREA)
+        return picture
+
+    def means(self, differences: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the mean square of each patch, (rows, columns) of patches."""
+        means = self._sums(differences)
+        means /= self._side**2 * _NUM_CHANNELS
+        return means
+
+    def texture(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return each patch's mean squared difference to itself moved by a pooled pixel, across or
+        down, whichever is larger, (rows, columns) of patches.
         """
-        rows, columns, merged = self._rows, self._columns, self._num_merged
-        line = self._side * _NUM_CHANNELS
-        of_frames = self._patches.reshape(
-            rows, columns, self._num_frames, merged, merged, self._side, line
+        rows, columns = self._patches
+        across, down = np.zeros((2, *picture.shape), np.uint8)
+        across[:, :-1] = cv2.absdiff(picture[:, 1:], picture[:, :-1])
+        down[:-1] = cv2.absdiff(picture[1:], picture[:-1])
+        # The last pixel of a patch's line has no next one, and its last line none.
+        across.reshape(len(across), columns, self._side, -1)[:, :, -1] = 0
+        down.reshape(rows, self._side, -1)[:, -1] = 0
+        largest: NDArray[np.float32] = np.maximum(self._sums(across), self._sums(down))
+        largest /= (self._side - 1) * self._side * _NUM_CHANNELS
+        return largest
+
+    def any_of_places(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return whether any patch of a place has its flag, (rows, columns) of places."""
+        of_places: NDArray[np.bool_] = np.logical_or.reduce(
+            flags.reshape(self._places), axis=(0, 2, 4)
         )
-        size = (columns * merged * self._side, rows * merged * self._side)
-        for number, frame in enumerate(frames):
-            shown = frame[: self._height, : self._width]
-            if self._is_pooled:
-                shown = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
-            grid = shown.reshape(rows, merged, self._side, columns, merged, line)
-            of_frames[:, :, number] = grid.transpose(0, 3, 1, 4, 2, 5)
-        return self._patches
+        return of_places
 
-    def moved(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the mean squared difference to the patches moved by a pooled pixel, across or
-        down, whichever is larger, (P,).
-        """
-        line, num_values = self._side * _NUM_CHANNELS, self.num_values
-        down = self._moved_by(patches, line).reshape(-1, num_values)[:, :-line]
-        down_squared = _squared(down)
-        across = self._moved_by(patches, _NUM_CHANNELS)
-        # The last pixel of a line has no next one.
-        across.reshape(-1, line)[:, -_NUM_CHANNELS:] = 0
-        larger = np.maximum(_squared(across.reshape(-1, num_values)), down_squared)
-        return larger / down.shape[1]
+    def copy_places(
+        self, source: NDArray[np.uint8], places: NDArray[np.bool_], target: NDArray[np.uint8]
+    ) -> None:
+        """Copy the pixels of some places (rows, columns)."""
+        mask = cv2.resize(
+            places.astype(np.uint8), self._size, interpolation=cv2.INTER_NEAREST_EXACT
+        )
+        cv2.copyTo(source, np.tile(mask, (self._places[0], 1)), target)
 
-    def _moved_by(self, patches: NDArray[np.float32], num_values: int) -> NDArray[np.float32]:
-        """Return each value's difference to the one so many values later, as one row, to be used
-        before the next call. The last ones have none.
-        """
-        values, difference = patches.reshape(-1), self._difference.reshape(-1)
-        np.subtract(values[num_values:], values[:-num_values], out=difference[:-num_values])
-        return difference
-
-
-def _squared(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return sums of squares, (P,), of (P, n)."""
-    squared: NDArray[np.float32] = np.einsum("pk,pk->p", values, values)
-    return squared
+    def _sums(self, differences: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return sums of squares over each patch, (rows, columns) of patches."""
+        rows, columns = self._patches
+        squares: NDArray[np.float32] = differences.astype(np.float32)
+        squares *= squares
+        # Products with ones are the fastest sums.
+        lines: NDArray[np.float32] = self._ones[: self._side] @ squares.reshape(rows, self._side, -1)
+        sums: NDArray[np.float32] = lines.reshape(rows * columns, -1) @ self._ones
+        return sums.reshape(rows, columns)
