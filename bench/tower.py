@@ -14,6 +14,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from transformers import SiglipVisionConfig
 
 from scissor_vllm.loadtest.record import environment, write_json
-from scissor_vllm.patch_merging import GROUP_FRAMES, Grid, computed_patches
+from scissor_vllm.patch_merging import Grid, computed_patches, group_lengths
 
 SO400M = SiglipVisionConfig(
     hidden_size=1152,
@@ -105,7 +106,7 @@ def draw_anchors(
 ) -> torch.Tensor:
     """Return anchors, int64 (T, P), with which the tower computes about ``share`` of all patches.
 
-    Low shares use longer groups of frames.
+    It computes more where the first frames of groups and the probes are more.
 
     Args:
         num_frames: T.
@@ -116,14 +117,14 @@ def draw_anchors(
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(num_frames, num_places, generator=generator)
-    group = GROUP_FRAMES if share > 1.3 / GROUP_FRAMES else 2 * GROUP_FRAMES
+    begins = set(accumulate(group_lengths(num_frames), initial=0))
     frames = torch.arange(num_frames)[:, None]
     low, high = 0.0, 1.0
     for _ in range(20):
         joined = (low + high) / 2
         anchors = frames.repeat(1, num_places)
         for number in range(num_frames):
-            if number % group:
+            if number not in begins:
                 joins = drawn[number] < joined
                 anchors[number] = torch.where(joins, anchors[number - 1], number)
         if computed_patches(anchors, grid).float().mean() > share:
@@ -195,7 +196,7 @@ def measure(
             anchors = draw_anchors(num_frames, num_places, share)
             name = f"{float(computed_patches(anchors).float().mean()):.2f} computed"
             cases[name] = partial(merged, tower, anchors)
-            part = slice(2 * GROUP_FRAMES)
+            part = slice(sum(group_lengths(num_frames)[:2]))
             errors[name] = relative_error(
                 merged(tower, anchors[part], pixels[part]),
                 merged(exact, anchors[part], pixels[part].float()),
@@ -211,7 +212,7 @@ def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--computed-shares", type=float, nargs="*", default=[0.75, 0.5, 0.35, 0.25])
+    parser.add_argument("--computed-shares", type=float, nargs="*", default=[0.75, 0.5, 0.35, 0.28])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

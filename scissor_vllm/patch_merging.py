@@ -11,18 +11,87 @@ Pure torch, on the CPU. ``PATCH_ANCHORS`` in ``scissor_vllm.video_fields`` is th
 
 from __future__ import annotations
 
+import itertools
 import math
+from itertools import pairwise
 
 import torch
 
-GROUP_FRAMES = 4
-"""Number of frames in a group; a place and its anchor are in the same group."""
+CALL_FRAMES = 32
+"""Most frames of a tower call in which places are merged. On a GPU such a call is a CUDA graph.
+Longer calls keep the GPU busy while the host launches, and their graphs would take more memory."""
+
+GROUP_FRAMES = 6
+"""Most frames of a group; a place and its anchor are in the same group."""
 
 PROBE_STEP = 3
 """Distance between two probes in rows and in columns of places."""
 
 Grid = tuple[int, int]
 """Number of rows and of columns."""
+
+
+def group_lengths(num_frames: int) -> list[int]:
+    """Return the lengths of a video's groups, in order.
+
+    They follow from the number of frames alone, so the processor and the tower agree on them. No
+    group lies in two blocks of at most ``CALL_FRAMES`` frames. Blocks differ by at most one frame,
+    and so do the groups of a block.
+
+    Args:
+        num_frames: T, without frames that repeat the previous frame.
+    """
+    return [length for groups in _blocks(num_frames) for length in groups]
+
+
+def call_lengths(num_frames: int, most: int) -> list[int]:
+    """Return the lengths of a video's tower calls, in order.
+
+    A call is a block of groups, or a part of one. A group is cut only if it is longer than a call.
+
+    Args:
+        num_frames: T, as :func:`group_lengths` takes it.
+        most: number of frames that fit into a call.
+    """
+    calls: list[int] = []
+    for groups in _blocks(num_frames):
+        parts = [part for length in groups for part in _balanced(length, most)]
+        calls += shared_lengths(parts, len(_packed(parts, most)))
+    return calls
+
+
+def shared_lengths(lengths: list[int], num_shares: int) -> list[int]:
+    """Return the lengths of at most ``num_shares`` runs of whole groups, the longest one shortest.
+
+    Args:
+        lengths: of the groups, in order.
+        num_shares: at least 1.
+    """
+    shortest = max(*lengths, math.ceil(sum(lengths) / num_shares))
+    shares = (_packed(lengths, most) for most in itertools.count(shortest))
+    return next(share for share in shares if len(share) <= num_shares)
+
+
+def _blocks(num_frames: int) -> list[list[int]]:
+    return [_balanced(length, GROUP_FRAMES) for length in _balanced(num_frames, CALL_FRAMES)]
+
+
+def _balanced(num_frames: int, most: int) -> list[int]:
+    """Return the lengths of the fewest parts of at most ``most`` frames, as equal as can be."""
+    num_parts = math.ceil(num_frames / most)
+    ends = [part * num_frames // num_parts for part in range(num_parts + 1)]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+def _packed(lengths: list[int], most: int) -> list[int]:
+    """Return the lengths of runs of whole groups, each as long as ``most`` frames allow."""
+    runs: list[int] = []
+    for length in lengths:
+        if runs and runs[-1] + length <= most:
+            runs[-1] += length
+        else:
+            runs.append(length)
+    return runs
 
 
 def square_grid(num_places: int) -> Grid:

@@ -24,7 +24,13 @@ from scissor_vllm.frontend.patch_anchors import (
     count_patches,
     patch_anchors,
 )
-from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
+from scissor_vllm.patch_merging import (
+    CALL_FRAMES,
+    GROUP_FRAMES,
+    call_lengths,
+    computed_patches,
+    group_lengths,
+)
 from scissor_vllm.plugin import register
 from scissor_vllm.retention import RetentionReport
 from scissor_vllm.settings import TowerMerging
@@ -81,6 +87,12 @@ def zoomed(num_frames: int) -> Frames:
     return np.stack(frames).astype(np.uint8)
 
 
+def group_begins(num_frames: int) -> npt.NDArray[np.int64]:
+    """The first frame of each frame's group."""
+    lengths = group_lengths(num_frames)
+    return np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+
+
 def uneven(seed: int) -> Frames:
     """Patches of all contrasts and noises: whether the camera stands still is a near thing."""
     rng = np.random.default_rng(seed)
@@ -111,8 +123,8 @@ def oracle(frames: Frames) -> npt.NDArray[np.int64]:
         ].astype(float)
 
     anchors = np.zeros((len(frames), NUM_PLACES), int)
-    for frame in range(len(frames)):
-        if frame % GROUP_FRAMES == 0:
+    for frame, begin in enumerate(group_begins(len(frames))):
+        if frame == begin:
             anchors[frame] = frame
             continue
         change, moved = np.zeros((2, NUM_PLACES))
@@ -133,7 +145,7 @@ def oracle(frames: Frames) -> npt.NDArray[np.int64]:
 
 def test_anchors_are_those_of_the_definition() -> None:
     cut = np.concatenate([fixed_camera(6), fixed_camera(5, seed=9)])
-    for frames in (fixed_camera(9), cut, fixed_camera(5, noise=0)):
+    for frames in (fixed_camera(9), cut, fixed_camera(5, noise=0), fixed_camera(35)):
         anchors = patch_anchors(torch.from_numpy(frames), PATCH, THRESHOLD)
         assert anchors is not None
         assert anchors.dtype == torch.int16
@@ -167,8 +179,10 @@ def test_what_stands_still_is_computed_once_a_group_through_a_sensors_noise(nois
     anchors = patch_anchors(frames, PATCH, THRESHOLD)
     assert anchors is not None
     share = computed_patches(anchors).float().mean()
-    assert 1 / GROUP_FRAMES < share < 0.5
-    assert (anchors // GROUP_FRAMES == torch.arange(16)[:, None] // GROUP_FRAMES).all()
+    assert 1 / GROUP_FRAMES < share < 0.45
+    begins = torch.from_numpy(group_begins(16))
+    assert len(begins.unique()) == 3
+    assert (begins[anchors.long()] == begins[:, None]).all()
     assert (anchors.diff(dim=0) >= 0).all()
     # The square's edges stand for themselves.
     moving = (anchors == torch.arange(16)[:, None]).view(16, 22, 22)[1:4, 8:11, 1:4]
@@ -191,7 +205,7 @@ def test_slow_changes_do_not_add_up() -> None:
     anchors = patch_anchors(torch.from_numpy(steps), PATCH, THRESHOLD)
     # 4 a frame is within the threshold of 6.3, 8 is not.
     assert anchors is not None
-    assert (anchors[:, 0] == torch.tensor([0, 0, 2, 2])[:GROUP_FRAMES]).all()
+    assert (anchors[:, 0] == torch.arange(GROUP_FRAMES) // 2 * 2).all()
 
 
 @pytest.mark.parametrize(("share", "merges"), [(0.1, True), (0.4, False)])
@@ -309,32 +323,64 @@ def test_by_default_no_ratio_merges() -> None:
 
 def made_up(num_frames: int) -> torch.Tensor:
     """Every patch joins the first of its group."""
-    frames = torch.arange(num_frames, dtype=torch.int16)[:, None]
-    return (frames - frames % GROUP_FRAMES).repeat(1, NUM_PLACES)
+    begins = torch.from_numpy(group_begins(num_frames)).to(torch.int16)
+    return begins[:, None].repeat(1, NUM_PLACES)
 
 
-def test_no_group_lies_in_two_calls_of_the_tower() -> None:
-    anchors = made_up(18)
-    video = VideoPixels(torch.arange(18.0).view(18, 1, 1, 1), anchors=anchors)
-    calls = list(video.split(GROUP_FRAMES * 2 + 3))
-    assert [len(call[0]) for call in calls] == [8, 8, 2]
+def test_blocks_and_their_groups_are_the_fewest_that_fit_and_balanced() -> None:
+    assert group_lengths(16) == [5, 5, 6]
+    assert group_lengths(32) == [5, 5, 6, 5, 5, 6]
+    assert group_lengths(33) == [5, 5, 6, 5, 6, 6]
+    for num_frames in range(1, 300):
+        blocks = call_lengths(num_frames, CALL_FRAMES)
+        assert blocks == call_lengths(num_frames, 10**6)
+        lengths = iter(group_lengths(num_frames))
+        groups = [[next(lengths) for _ in range(-(-block // GROUP_FRAMES))] for block in blocks]
+        assert [*lengths] == []
+        assert [*map(sum, groups)] == blocks
+        for parts, whole, most in (
+            (blocks, num_frames, CALL_FRAMES),
+            *zip(groups, blocks, [GROUP_FRAMES] * len(blocks), strict=True),
+        ):
+            assert sum(parts) == whole
+            assert len(parts) == -(-whole // most)
+            assert max(parts) - min(parts) <= 1
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 18, 32, 33, 100])
+@pytest.mark.parametrize("most", [GROUP_FRAMES, 13, 20, 31, CALL_FRAMES, 41])
+def test_no_group_lies_in_two_calls_of_the_tower(num_frames: int, most: int) -> None:
+    anchors = made_up(num_frames)
+    video = VideoPixels(torch.arange(float(num_frames)).view(-1, 1, 1, 1), anchors=anchors)
+    calls = list(video.split(most))
+    # Longer calls have no graph.
+    assert max(len(call[0]) for call in calls) <= min(most, CALL_FRAMES)
     first = 0
-    for pixels, named in calls:
-        assert (named + first == anchors[first : first + len(pixels)]).all()
+    for pixels, *named in calls:
+        expected = anchors[first : first + len(pixels)]
+        assert (torch.cat(named or [torch.zeros(1, 1)]) + first == expected).all()
+        assert (pixels.flatten() == torch.arange(first, first + len(pixels))).all()
         first += len(pixels)
+    assert first == num_frames
 
 
-def test_merged_calls_are_no_longer_than_their_graphs() -> None:
-    for merged, lengths in ((made_up(100), [32, 32, 32, 4]), (None, [41, 41, 18])):
-        video = VideoPixels(torch.zeros(100, 1, 1, 1), anchors=merged)
+def test_calls_have_few_lengths_so_that_graphs_are_used_again() -> None:
+    for merged, lengths in (
+        (made_up(128), [32, 32, 32, 32]),
+        (made_up(100), [25, 25, 25, 25]),
+        (None, [41, 41, 18]),
+    ):
+        num_frames = 100 if merged is None else len(merged)
+        video = VideoPixels(torch.zeros(num_frames, 1, 1, 1), anchors=merged)
         assert [len(call[0]) for call in video.split(41)] == lengths
+    assert call_lengths(32, 20) == [16, 16]
 
 
-def test_a_call_of_less_than_a_group_computes_its_first_frame() -> None:
-    video = VideoPixels(torch.arange(8.0).view(8, 1, 1, 1), anchors=made_up(8))
+def test_a_group_longer_than_a_call_is_cut_and_each_call_computes_its_first_frame() -> None:
+    video = VideoPixels(torch.arange(10.0).view(10, 1, 1, 1), anchors=made_up(10))
     calls = list(video.split(3))
-    assert [len(call[0]) for call in calls] == [3, 3, 2]
-    assert [call[1][:, 0].tolist() for call in calls] == [[0, 0, 0], [0, 1, 1], [0, 0]]
+    assert [len(call[0]) for call in calls] == [2, 3, 2, 3]
+    assert all((call[1] == 0).all() for call in calls)
     # Nothing to leave out in a call.
     assert all(len(call) == 1 for call in video.split(1))
 

@@ -277,7 +277,7 @@ def _replaced(compressed: CompressedTokens, tokens: torch.Tensor) -> torch.Tenso
 @contextmanager
 def _settings(group: int, matching: float) -> Iterator[None]:
     with (
-        patch.object(frontend, "GROUP_FRAMES", group),
+        patch.object(patch_merging, "GROUP_FRAMES", group),
         patch.object(frontend, "MIN_MATCHING", matching),
     ):
         yield

@@ -16,6 +16,7 @@ out together. One of them that differs is enough. Such a token is a place; elsew
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 import cv2
@@ -24,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from scissor_vllm.frontend.frame_transport import map_in_threads
-from scissor_vllm.patch_merging import GROUP_FRAMES, computed_patches
+from scissor_vllm.patch_merging import computed_patches, group_lengths
 from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
 
 MIN_MATCHING = 0.75
@@ -77,11 +78,13 @@ def patch_anchors(
     height, width = frames.shape[1:3]
     steps = frames.numpy().reshape(-1, num_frames, *frames.shape[1:])
 
-    def anchors_of(first: int) -> NDArray[np.int16]:
+    def anchors_of(bounds: tuple[int, int]) -> NDArray[np.int16]:
+        first, end = bounds
         patches = _Patches(height, width, patch_size, num_merged, num_frames)
-        return _group_anchors(patches, steps[first : first + GROUP_FRAMES], threshold) + first
+        return _group_anchors(patches, steps[first:end], threshold) + first
 
-    groups = map_in_threads(anchors_of, range(0, len(steps), GROUP_FRAMES))
+    ends = accumulate(group_lengths(len(steps)), initial=0)
+    groups = map_in_threads(anchors_of, list(pairwise(ends)))
     result = torch.from_numpy(np.concatenate(groups).astype(np.int16))
     grid = height // (patch_size * num_merged), width // (patch_size * num_merged)
     share = computed_patches(result, grid).float().mean()

@@ -22,6 +22,7 @@ from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 
 from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.frontend.processor import RetentionProcessor
+from scissor_vllm.patch_merging import CALL_FRAMES
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import (
     FRAME_OF,
@@ -30,11 +31,7 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
 )
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
-from scissor_vllm.worker.encoder_graphs import (
-    GRAPH_FRAMES,
-    USES_BEFORE_CAPTURE,
-    EncoderGraphs,
-)
+from scissor_vllm.worker.encoder_graphs import USES_BEFORE_CAPTURE, EncoderGraphs
 from scissor_vllm.worker.tower_ranks import encode_on_all_ranks, num_tower_ranks
 from scissor_vllm.worker.video_compression import VideoCompression
 from scissor_vllm.worker.video_pixels import (
@@ -243,7 +240,7 @@ class FramesModel:
         vLLM counts that memory.
         """
         vision = self.config.vision_config
-        pixels = like.new_zeros(GRAPH_FRAMES, 3, vision.image_size, vision.image_size)
+        pixels = like.new_zeros(CALL_FRAMES, 3, vision.image_size, vision.image_size)
         self._encode_here(pixels[:FUSED_FRAMES])
         if not self._merges_patches:
             return
@@ -252,7 +249,7 @@ class FramesModel:
             from scissor_vllm.worker.siglip import graphs_of
 
             self._graphs = graphs_of(self.vision_tower)
-            num_frames, num_uses = GRAPH_FRAMES, USES_BEFORE_CAPTURE + 1
+            num_frames, num_uses = CALL_FRAMES, USES_BEFORE_CAPTURE + 1
         num_patches = (vision.image_size // vision.patch_size) ** 2
         frames = torch.arange(num_frames)[:, None]
         # One frame's patches are merged, so nearly all are computed.

@@ -34,7 +34,7 @@ from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
 from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.models.carried_positions import CarriedPositionsModel
 from scissor_vllm.models.frame_runs import FrameRunsModel, FrameRunsProcessor, with_text
-from scissor_vllm.patch_merging import computed_patches
+from scissor_vllm.patch_merging import computed_patches, shared_lengths
 from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
 from scissor_vllm.video_fields import (
     FRAME_SIZE,
@@ -49,11 +49,7 @@ from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encode
 from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.pinned import to_device
 from scissor_vllm.worker.positions import VideoPlace, with_positions
-from scissor_vllm.worker.tower_ranks import (
-    encode_on_all_ranks,
-    frames_per_rank,
-    num_tower_ranks,
-)
+from scissor_vllm.worker.tower_ranks import encode_on_all_ranks, num_tower_ranks
 from scissor_vllm.worker.video_compression import VideoCompression, adapts_tower
 from scissor_vllm.worker.video_pixels import VideoPixels, take_every_frame
 
@@ -412,9 +408,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
             # The tower attends within a temporal patch, so parts have the tokens of the whole.
             # With several ranks vLLM gives each a part.
             num_ranks = 1 if is_whole else self._num_tower_ranks
-            lengths = torch.tensor(
-                [*map(len, pixels.split(frames_per_rank(len(pixels), num_ranks)))]
-            )
+            lengths = torch.tensor(shared_lengths([1] * len(pixels), num_ranks))
             grids = video.fields[_GRID].repeat(len(lengths), 1)
             grids[:, 0] = lengths
             inputs = self._parse_and_validate_video_input(  # type: ignore[attr-defined]

@@ -18,10 +18,6 @@ import torch
 
 from scissor_vllm.cuda_graphs import captured
 
-GRAPH_FRAMES = 32
-"""Most frames of a call that is captured. Longer calls keep the GPU busy while the host launches,
-and their graphs would take more memory."""
-
 _GRAPH_STEPS = 48
 """Numbers of rows for which there are graphs, up to all places of a call: 1 % is computed for
 nothing in the mean."""

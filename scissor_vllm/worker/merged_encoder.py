@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer, SiglipVisionModel
 
+from scissor_vllm.patch_merging import CALL_FRAMES
 from scissor_vllm.vllm_compat import frames_attention
-from scissor_vllm.worker.encoder_graphs import GRAPH_FRAMES, EncoderGraphs, graph_rows
+from scissor_vllm.worker.encoder_graphs import EncoderGraphs, graph_rows
 from scissor_vllm.worker.merged_patches import MergedPatches, placed
 
 _GRAPH_INPUTS = ("row_of_place", "move_of_place", "probes", "weights", "query_ends", "key_ends")
@@ -63,7 +64,7 @@ def merging_encoder(
         else partial(encode_fused, layers)
     )
     merged = MergedPatches.of(anchors, device, dtype)
-    if graphs is not None and layers is not None and len(anchors) <= GRAPH_FRAMES:
+    if graphs is not None and layers is not None and len(anchors) <= CALL_FRAMES:
         run = partial(_encode_by_graph, graphs, layers, merged)
     with encoding_by(vision_tower, partial(_encode_merged, run, merged)):
         yield

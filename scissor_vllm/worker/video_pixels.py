@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from scissor_vllm.normalization import normalized
-from scissor_vllm.patch_merging import GROUP_FRAMES
+from scissor_vllm.patch_merging import call_lengths
 from scissor_vllm.video_fields import (
     FRAME_OF,
     KEEPS_EVERY_FRAME,
@@ -18,7 +18,6 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
 )
-from scissor_vllm.worker.encoder_graphs import GRAPH_FRAMES
 from scissor_vllm.worker.pinned import to_device
 
 
@@ -66,14 +65,10 @@ class VideoPixels:
             for block in self.pixels.split(num_frames):
                 yield (self._for_tower(block),)
             return
-        # Longer calls have no graph.
-        num_frames = min(num_frames, GRAPH_FRAMES)
-        if num_frames > GROUP_FRAMES:
-            # A group must not be split between two calls.
-            num_frames -= num_frames % GROUP_FRAMES
+        lengths = call_lengths(len(self.pixels), num_frames)
         first = 0
         for block, absolute in zip(
-            self.pixels.split(num_frames), self.anchors.split(num_frames), strict=True
+            self.pixels.split(lengths), self.anchors.split(lengths), strict=True
         ):
             # An anchor before this call is replaced by the call's first frame, which has the patch.
             anchors = (absolute.to(torch.int64) - first).clamp(min=0)
