@@ -281,6 +281,7 @@ class _Pictures:
         squares: NDArray[np.float32] = differences.astype(np.float32)
         squares *= squares
         # Products with ones are the fastest sums.
-        lines: NDArray[np.float32] = self._ones[: self._side] @ squares.reshape(rows, self._side, -1)
+        lines: NDArray[np.float32]
+        lines = self._ones[: self._side] @ squares.reshape(rows, self._side, -1)
         sums: NDArray[np.float32] = lines.reshape(rows * columns, -1) @ self._ones
         return sums.reshape(rows, columns)
