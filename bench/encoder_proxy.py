@@ -7,7 +7,8 @@ first, for one token that is not streamed. An error of the encoder is the client
 chat then goes to the decoder. Every other request goes to the decoder alone; /health asks both.
 
 vLLM's ECExampleConnector never removes a file, and a video whose file exists is not encoded again.
-With ``--rows``, the shared folder, a request's files are removed after its answer.
+With ``--rows``, the shared folder, files of earlier runs are removed at the start, and a request's
+after its answer.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ ROWS_FILE = "encoder_cache.safetensors"
 """Name of ECExampleConnector's file, in a folder named by the video's hash."""
 GRACE_SECONDS = 60.0
 """Time in which a decoder may still read the rows of a request whose client hung up."""
-OF_A_CONNECTION = frozenset(
-    "connection content-encoding content-length expect host transfer-encoding".split()
-)
-OF_THE_ANSWER = frozenset(
-    "logprobs max_completion_tokens min_tokens n prompt_logprobs response_format stream_options"
-    " structured_outputs top_logprobs".split()
-)
+OF_A_CONNECTION = {"connection", "content-encoding", "content-length", "expect", "host"} | {
+    "transfer-encoding"
+}
+OF_THE_ANSWER = {"logprobs", "max_tokens", "min_tokens", "n", "prompt_logprobs"} | {
+    *("response_format", "stream_options", "structured_outputs", "top_logprobs")
+}
 """Fields that do not change a video's rows; an encoder has no answer."""
 
 
@@ -50,7 +50,7 @@ def encoder_chat(body: bytes) -> dict[str, Any] | None:
     if not any("video" in str(name) for names in named for name in names):
         return None
     chat = {name: value for name, value in chat.items() if name not in OF_THE_ANSWER}
-    return {**chat, "max_tokens": 1, "stream": False}
+    return {**chat, "max_completion_tokens": 1, "stream": False}
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
@@ -77,6 +77,8 @@ class Proxy:
         self.app.router.add_route("*", "/{path:.*}", self.answer)
 
     async def _connect(self, _: web.Application) -> AsyncIterator[None]:
+        for file in self.rows.glob(f"*/{ROWS_FILE}") if self.rows is not None else ():
+            file.unlink()
         timeout = ClientTimeout(total=None, sock_connect=10)
         async with ClientSession(connector=TCPConnector(limit=0), timeout=timeout) as self.session:
             yield

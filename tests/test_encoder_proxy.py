@@ -8,6 +8,7 @@ import http.client
 import json
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ def test_a_chat_with_a_video_is_encoded_before_it_is_answered(
     fields = {"model": "demo", "retention_ratio": 0.1, "temperature": 0}
     answer = {
         "max_completion_tokens": 64,
+        "max_tokens": 64,
         "min_tokens": 64,
         "stream_options": {"include_usage": True},
         "logprobs": True,
@@ -172,7 +174,7 @@ def test_a_chat_with_a_video_is_encoded_before_it_is_answered(
     assert (encoder, decoder, first, second) == ("encoder", "decoder", CHAT, CHAT)
     assert decoded == body
     alone = json.loads(chat(TEXT, part, **fields))
-    assert json.loads(encoded) == {**alone, "max_tokens": 1, "stream": False}
+    assert json.loads(encoded) == {**alone, "max_completion_tokens": 1, "stream": False}
     assert pair.encoder.keys == pair.decoder.keys == ["Bearer a-key-of-the-tests"]
 
 
@@ -339,8 +341,10 @@ def test_rows_are_removed_after_the_answer_of_the_last_request_that_uses_them(pa
     pair.encoder.answer, pair.decoder.answer = encode, decode
     with concurrent.futures.ThreadPoolExecutor() as threads:
         asked = {name: threads.submit(pair.chat, VIDEO, user=name) for name in may_end}
+        deadline = time.monotonic() + WAIT_SECONDS
         while len(was_there) < 2:
-            pass
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         may_end["a"].set()
         assert asked["a"].result(WAIT_SECONDS)[0] == 200
         assert request(pair.port, "/health").status in (200, 503)  # a turn of the proxy's loop
@@ -351,3 +355,13 @@ def test_rows_are_removed_after_the_answer_of_the_last_request_that_uses_them(pa
     assert was_there == [True, True]
     assert not file.exists()
     assert beside.exists()
+
+
+def test_rows_of_earlier_runs_are_removed_at_the_start(tmp_path: Path) -> None:
+    rows, other = tmp_path / "a-hash" / "encoder_cache.safetensors", tmp_path / "a-hash" / "other"
+    rows.parent.mkdir()
+    rows.touch()
+    other.touch()
+    with proxied(tmp_path):
+        assert not rows.exists()
+    assert other.exists()
