@@ -46,7 +46,7 @@ class Fake:
     begun: threading.Event = field(default_factory=threading.Event)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.asked.append((self.name, request.path, await request.read()))
+        self.asked.append((self.name, request.path_qs, await request.read()))
         self.keys.append(request.headers.get("Authorization"))
         self.begun.set()
         try:
@@ -201,7 +201,7 @@ def test_a_request_without_a_video_to_encode_goes_to_the_decoder_alone(
 ) -> None:
     answer = request(pair.port, f"{path}?a=b", "GET" if body is None else "POST", body)
     assert (answer.status, json.loads(answer.body)) == (200, {"path": path})
-    assert pair.asked == [("decoder", path, body or b"")]
+    assert pair.asked == [("decoder", f"{path}?a=b", body or b"")]
 
 
 def test_an_error_of_the_encoder_is_the_clients(pair: Pair) -> None:
