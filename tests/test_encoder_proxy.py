@@ -114,7 +114,7 @@ def loop_in_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
 @contextmanager
 def proxied(folder: Path, *options: str) -> Iterator[Pair]:
     asked: list[tuple[str, str, bytes]] = []
-    fakes = [Fake(name, asked, free_port()) for name in ("encoder", "decoder")]
+    fakes = Fake("encoder", asked, free_port()), Fake("decoder", asked, free_port())
     with ExitStack() as stack:
         loop = stack.enter_context(loop_in_a_thread())
         for fake in fakes:
@@ -127,7 +127,7 @@ def proxied(folder: Path, *options: str) -> Iterator[Pair]:
         stack.enter_context(
             running_server("the proxy", command, port=port, log=log, timeout_seconds=WAIT_SECONDS)
         )
-        yield Pair(port, *fakes, rows=folder)
+        yield Pair(port, *fakes, folder)
 
 
 @pytest.fixture(scope="module")
@@ -326,8 +326,8 @@ def test_rows_are_removed_after_the_answer_of_the_last_request_that_uses_them(pa
     async def encode(_: web.Request) -> web.StreamResponse:
         file.parent.mkdir(exist_ok=True)
         file.touch()
-        hashes = {"a-hash": {}, "never-written": {}, "..": {}, f"../{pair.rows.name}": {}}
-        return web.json_response({"ec_transfer_params": hashes})
+        hashes = ["a-hash", "never-written", "..", f"../{pair.rows.name}"]
+        return web.json_response({"ec_transfer_params": {name: {} for name in hashes}})
 
     may_end = {"a": threading.Event(), "b": threading.Event()}
 
