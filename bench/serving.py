@@ -6,24 +6,29 @@ A plan names servers and the sweeps of each, see ``bench/serving-7b.toml``. The 
 baseline. Each server is started, measured by ``scissor-vllm bench``, and stopped with all of its
 processes. Cells in the result file are not measured again, so the same command resumes an aborted
 run.
+
+A server with ``encoder_rows``, a folder, is two of the same options behind ``bench.encoder_proxy``:
+one on the first GPU encodes only, one on the second answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scissor_vllm.loadtest.process import end_on_sigterm, running_server
+from scissor_vllm.loadtest.process import end_on_sigterm, free_port, running_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +55,7 @@ ENVIRONMENT = {
     "vllm": {"VLLM_PLUGINS": ""},
     "scissor-vllm": {},
 }
+PROXY = [sys.executable, "-m", "bench.encoder_proxy"]
 BENCH = [sys.executable, "-m", "scissor_vllm.cli", "bench"]
 SERVED_NAME = "measured"
 
@@ -81,6 +87,23 @@ class Server:
     environment: dict[str, str]
     options: list[str]
     sweeps: list[Sweep]
+    encoder_rows: str | None = None
+    """Folder in which an encode-only instance leaves rows, None without one."""
+
+    def instance(self, role: str, gpu: int) -> Server:
+        """Return the instance that encodes or answers."""
+        transfer = {
+            "ec_connector": "ECExampleConnector",
+            "ec_role": role,
+            "ec_connector_extra_config": {"shared_storage_path": self.encoder_rows},
+        }
+        return replace(
+            self,
+            label=f"{self.label}, {role}",
+            environment={**self.environment, "CUDA_VISIBLE_DEVICES": str(gpu)},
+            options=[*self.options, "--ec-transfer-config", json.dumps(transfer)],
+            encoder_rows=None,
+        )
 
 
 def read_plan(path: Path) -> tuple[list[Server], list[str]]:
@@ -98,7 +121,8 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
     servers = []
     for entry in plan["servers"]:
         where = f"{path}: server {entry.get('label', '')!r}"
-        _check_keys(where, entry, {"label", "serve", "options", "sweeps"}, {"label", "sweeps"})
+        known = {"label", "serve", "options", "sweeps", "encoder_rows"}
+        _check_keys(where, entry, known, {"label", "sweeps"})
         serve = entry.get("serve", "scissor-vllm")
         if serve not in COMMANDS:
             raise PlanError(f"{where}: serve must be one of {', '.join(COMMANDS)}, got {serve!r}")
@@ -119,6 +143,7 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
                     )
                     for sweep in entry["sweeps"]
                 ],
+                entry.get("encoder_rows"),
             )
         )
     return servers, list(plan.get("bench_options", []))
@@ -142,6 +167,10 @@ def serving(server: Server, model: str, port: int, log: Path, timeout: float) ->
     Raises:
         RuntimeError: the server ended or did not answer in time; the message ends with its log.
     """
+    if server.encoder_rows is not None:
+        with _disaggregated(server, server.encoder_rows, model, port, log, timeout) as base_url:
+            yield base_url
+        return
     command = [*server.command, model, *server.options, "--served-model-name", SERVED_NAME]
     print(f"\n{server.label}: {shlex.join(command)}", flush=True)
     begin = time.monotonic()
@@ -155,6 +184,27 @@ def serving(server: Server, model: str, port: int, log: Path, timeout: float) ->
     ) as base_url:
         print(f"{server.label}: up after {time.monotonic() - begin:.0f} s", flush=True)
         yield base_url
+
+
+@contextmanager
+def _disaggregated(
+    server: Server, rows: str, model: str, port: int, log: Path, timeout: float
+) -> Iterator[str]:
+    """Yield the base URL of a proxy in front of an encode-only instance and one that answers."""
+
+    def start(role: str, gpu: int) -> AbstractContextManager[str]:
+        role_log = log.with_stem(f"{log.stem}-{role}")
+        return serving(server.instance(role, gpu), model, free_port(), role_log, timeout)
+
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        starts = [start("ec_producer", 0), start("ec_consumer", 1)]
+        encoder, decoder = threads.map(stack.enter_context, starts)
+        command = [*PROXY, "--encoder", encoder, "--decoder", decoder, "--rows", rows]
+        yield stack.enter_context(
+            running_server(
+                "the proxy", command, port=port, log=log, timeout_seconds=timeout, folder=ROOT
+            )
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,14 +17,17 @@ from tests.preloaded import run_preloaded
 
 ROOT = Path(__file__).parent.parent
 FAKE = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 sys.path.insert(0, {root!r})
 from tests.fake_vllm import fake_server
 if "--refuse-to-start" in sys.argv:
     sys.exit("no such model")
 child = subprocess.Popen(["sleep", "600"])
 open({children!r}, "a").write(f"{{child.pid}}\\n")
-with fake_server(port=int(sys.argv[sys.argv.index("--port") + 1])):
+def note(body):
+    gpu, role = os.environ.get("CUDA_VISIBLE_DEVICES"), [a for a in sys.argv if "ec_role" in a]
+    open({asked!r}, "a").write(f"{{gpu}} {{body.get('retention_ratio')}} {{role}}\\n")
+with fake_server(port=int(sys.argv[sys.argv.index("--port") + 1]), refuse=note):
     time.sleep(600)
 """
 PLAN = """
@@ -48,7 +51,8 @@ sweeps = [
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake = tmp_path / "fake.py"
-    fake.write_text(FAKE.format(root=str(ROOT), children=str(tmp_path / "children")))
+    places = {name: str(tmp_path / name) for name in ("children", "asked")}
+    fake.write_text(FAKE.format(root=str(ROOT), **places))
     monkeypatch.setitem(serving.COMMANDS, "scissor-vllm", [sys.executable, str(fake)])
     # Each load test would import vLLM.
     forks = SimpleNamespace(
@@ -108,6 +112,32 @@ def test_every_server_is_measured_once_and_stopped_and_one_that_fails_is_told(
     }
     children = [int(line) for line in (plan.parent / "children").read_text().split()]
     assert len(children) == 3  # "first" twice.
+    assert not any(is_running(child) for child in children)
+
+
+def test_an_encoder_on_another_gpu_is_asked_before_the_server_that_answers(plan: Path) -> None:
+    rows = plan.parent / "rows"
+    text = """
+    bench_options = ["--num-prompts", "4", "--num-warmups", "0", "--output-len", "2"]
+    [[servers]]
+    label = "apart"
+    sweeps = [{ retention_ratio = [0.1], max_concurrency = [1] }]
+    """
+    plan.write_text(f"{text}encoder_rows = '{rows}'")
+    status, output = run(plan)
+    assert status == 0
+    (measured,) = read_results(output).runs
+    assert [request["error"] for request in measured["cells"][0]["requests"]] == [None] * 4
+    asked = (plan.parent / "asked").read_text().splitlines()
+    assert len(asked) == 8
+    for encoded, answered in zip(asked[::2], asked[1::2], strict=True):
+        assert encoded.startswith("0 0.1 ")
+        assert answered.startswith("1 0.1 ")
+        for line, role in ((encoded, "ec_producer"), (answered, "ec_consumer")):
+            assert f'"ec_role": "{role}"' in line
+            assert f'"shared_storage_path": "{rows}"' in line
+    children = [int(line) for line in (plan.parent / "children").read_text().split()]
+    assert len(children) == 2
     assert not any(is_running(child) for child in children)
 
 
