@@ -6,9 +6,10 @@ Both serve the same model with ``--ec-transfer-config``. A chat with a video goe
 first, for one token that is not streamed. An error of the encoder is the client's answer. The same
 chat then goes to the decoder. Every other request goes to the decoder alone; /health asks both.
 
-vLLM's ECExampleConnector never removes a file, and a video whose file exists is not encoded again.
-With ``--rows``, the shared folder, files of earlier runs are removed at the start, and a request's
-after its answer.
+Both get the same new ``uuid`` for each video, image and audio. Without it, and with prefix caching
+and the processor cache off, vLLM numbers them by arrival, and the decoder would read other rows.
+ECExampleConnector never removes a file. With ``--rows``, the shared folder, files of earlier runs
+are removed at the start, and a request's after its answer.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 
@@ -38,19 +39,27 @@ OF_THE_ANSWER = {"logprobs", "max_tokens", "min_tokens", "n", "prompt_logprobs"}
 """Fields that do not change a video's rows; an encoder has no answer."""
 
 
-def encoder_chat(body: bytes) -> dict[str, Any] | None:
-    """Return the encoder's form of a chat with a video, None for every other body."""
+def named_chat(body: bytes) -> dict[str, Any] | None:
+    """Return a chat with a video, its media named; None for every other body."""
     try:
         chat = json.loads(body)
         parts = [part for message in chat["messages"] for part in message["content"]]
     except (ValueError, KeyError, TypeError):
-        parts = []
-    # vLLM reads a part by its type, or by its fields.
-    named = [{part.get("type"), *part} for part in parts if isinstance(part, dict)]
-    if not any("video" in str(name) for names in named for name in names):
         return None
-    chat = {name: value for name, value in chat.items() if name not in OF_THE_ANSWER}
-    return {**chat, "max_completion_tokens": 1, "stream": False}
+    has_video = False
+    for part in parts:
+        # vLLM reads a part by its type, or by its fields.
+        names = " ".join(map(str, [part.get("type"), *part])) if isinstance(part, dict) else ""
+        has_video = has_video or "video" in names
+        if any(kind in names for kind in ("video", "image", "audio")):
+            part["uuid"] = uuid4().hex
+    return chat if has_video else None
+
+
+def encoder_chat(chat: dict[str, Any]) -> dict[str, Any]:
+    """Return the encoder's form of a chat."""
+    kept = {name: value for name, value in chat.items() if name not in OF_THE_ANSWER}
+    return {**kept, "max_completion_tokens": 1, "stream": False}
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
@@ -70,7 +79,6 @@ class Proxy:
         self.encoder, self.decoder = encoder.rstrip("/"), decoder.rstrip("/")
         self.rows, self.max_held_bytes = rows, max_held_bytes
         self.num_held_bytes = 0
-        self.num_users: Counter[str] = Counter()
         self.app = web.Application(client_max_size=max_held_bytes)
         self.app.cleanup_ctx.append(self._connect)
         self.app.router.add_get("/health", self.health)
@@ -105,11 +113,13 @@ class Proxy:
         response = web.StreamResponse()
         try:
             body = await request.read()
-            chat = encoder_chat(body) if request.path == CHAT_PATH else None
+            chat = named_chat(body) if request.path == CHAT_PATH else None
             hashes: list[str] = []
             if chat is not None:
+                body = json.dumps(chat).encode()
                 url, headers = f"{self.encoder}{request.path_qs}", passed_on(request.headers)
-                async with self.session.post(url, json=chat, headers=headers) as encoded:
+                sent = json.dumps(encoder_chat(chat)).encode()
+                async with self.session.post(url, data=sent, headers=headers) as encoded:
                     if encoded.status != 200:
                         return await self._pass(request, encoded, response)
                     hashes = list((await encoded.json()).get("ec_transfer_params") or {})
@@ -139,23 +149,18 @@ class Proxy:
 
     @contextmanager
     def _using(self, hashes: list[str]) -> Iterator[None]:
-        """Remove the rows afterwards, unless another request uses them."""
-        self.num_users.update(hashes)
+        """Remove the rows afterwards."""
         wait = GRACE_SECONDS
         try:
             yield
             wait = 0.0
         finally:
-            asyncio.get_running_loop().call_later(wait, self._release, hashes)
+            asyncio.get_running_loop().call_later(wait, self._remove, hashes)
 
-    def _release(self, hashes: list[str]) -> None:
-        self.num_users.subtract(hashes)
+    def _remove(self, hashes: list[str]) -> None:
         for name in hashes:
-            if self.num_users[name] <= 0:
-                del self.num_users[name]
-                # A client may choose a video's hash.
-                if self.rows is not None and Path(name).name == name:
-                    (self.rows / name / ROWS_FILE).unlink(missing_ok=True)
+            if self.rows is not None and Path(name).name == name:
+                (self.rows / name / ROWS_FILE).unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import http.client
 import json
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -172,9 +170,11 @@ def test_a_chat_with_a_video_is_encoded_before_it_is_answered(
     assert request(pair.port, CHAT, "POST", body).status == 200
     (encoder, first, encoded), (decoder, second, decoded) = pair.asked
     assert (encoder, decoder, first, second) == ("encoder", "decoder", CHAT, CHAT)
-    assert decoded == body
-    alone = json.loads(chat(TEXT, part, **fields))
-    assert json.loads(encoded) == {**alone, "max_completion_tokens": 1, "stream": False}
+    named = {**part, "uuid": json.loads(decoded)["messages"][0]["content"][1]["uuid"]}
+    assert named["uuid"] != part.get("uuid")
+    assert json.loads(decoded) == json.loads(chat(TEXT, named, **fields, **answer, stream=True))
+    told_apart = {"max_completion_tokens": 1, "stream": False}
+    assert json.loads(encoded) == json.loads(chat(TEXT, named, **fields, **told_apart))
     assert pair.encoder.keys == pair.decoder.keys == ["Bearer a-key-of-the-tests"]
 
 
@@ -317,7 +317,20 @@ def test_what_is_held_of_bodies_is_bounded(tmp_path: Path) -> None:
         assert request(pair.port, CHAT, "POST", b"x" * 1000).status == 200
 
 
-def test_rows_are_removed_after_the_answer_of_the_last_request_that_uses_them(pair: Pair) -> None:
+def test_every_video_image_and_audio_of_a_request_has_a_name_of_its_own(pair: Pair) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}, "uuid": "a"}
+    audio = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+    for _ in range(2):
+        assert pair.chat(VIDEO, TEXT, image, VIDEO, audio)[0] == 200
+    bodies = [json.loads(body) for _, _, body in pair.asked]
+    names = [[part.get("uuid") for part in body["messages"][0]["content"]] for body in bodies]
+    assert names[0] == names[1]
+    assert names[2] == names[3]
+    assert names[0][1] is names[2][1] is None
+    assert len({*names[0], *names[2]} - {None, "a"}) == 8
+
+
+def test_rows_are_removed_after_the_answer(pair: Pair) -> None:
     file = pair.rows / "a-hash" / "encoder_cache.safetensors"
     beside = pair.rows / "encoder_cache.safetensors"
     beside.touch()
@@ -329,32 +342,32 @@ def test_rows_are_removed_after_the_answer_of_the_last_request_that_uses_them(pa
         hashes = ["a-hash", "never-written", "..", f"../{pair.rows.name}"]
         return web.json_response({"ec_transfer_params": {name: {} for name in hashes}})
 
-    may_end = {"a": threading.Event(), "b": threading.Event()}
-
-    async def decode(request: web.Request) -> web.StreamResponse:
+    async def decode(_: web.Request) -> web.StreamResponse:
         was_there.append(file.exists())
-        name = (await request.json())["user"]
-        while not may_end[name].is_set():
-            await asyncio.sleep(0.01)
         return web.Response()
 
     pair.encoder.answer, pair.decoder.answer = encode, decode
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        asked = {name: threads.submit(pair.chat, VIDEO, user=name) for name in may_end}
-        deadline = time.monotonic() + WAIT_SECONDS
-        while len(was_there) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        may_end["a"].set()
-        assert asked["a"].result(WAIT_SECONDS)[0] == 200
-        assert request(pair.port, "/health").status in (200, 503)  # a turn of the proxy's loop
-        assert file.exists()
-        may_end["b"].set()
-        assert asked["b"].result(WAIT_SECONDS)[0] == 200
-        request(pair.port, "/health")
-    assert was_there == [True, True]
+    assert pair.chat(VIDEO)[0] == 200
+    request(pair.port, "/health")
+    assert was_there == [True]
     assert not file.exists()
     assert beside.exists()
+
+
+def test_rows_stay_a_while_when_the_client_hangs_up(pair: Pair) -> None:
+    file = pair.rows / "another-hash" / "encoder_cache.safetensors"
+
+    async def encode(_: web.Request) -> web.StreamResponse:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        return web.json_response({"ec_transfer_params": {"another-hash": {}}})
+
+    pair.encoder.answer, pair.decoder.answer = encode, streaming(threading.Event())
+    with pair.begun(chat(VIDEO, stream=True)) as connection:
+        assert connection.getresponse().read1()
+    assert pair.decoder.hung_up.wait(WAIT_SECONDS)
+    request(pair.port, "/health")
+    assert file.exists()
 
 
 def test_rows_of_earlier_runs_are_removed_at_the_start(tmp_path: Path) -> None:
