@@ -29,17 +29,22 @@ def make_compression(
     cache_gb: float = 0,
     lora: Any = None,
     transfer: Any = None,
+    processor_cache_gb: float = 4,
+    has_prefix_caching: bool = True,
 ) -> VideoCompression:
     settings = {
         "video_compression": method,
         "video_feature_cache_gb": cache_gb,
     }
-    mm_config = SimpleNamespace(mm_processor_kwargs=settings, mm_processor_cache_gb=4)
+    mm_config = SimpleNamespace(
+        mm_processor_kwargs=settings, mm_processor_cache_gb=processor_cache_gb
+    )
     config: Any = SimpleNamespace(
         lora_config=lora,
         model_config=SimpleNamespace(get_multimodal_config=lambda: mm_config),
         scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=budget),
         ec_transfer_config=transfer,
+        cache_config=SimpleNamespace(enable_prefix_caching=has_prefix_caching),
     )
     return VideoCompression(config, TOKENS_PER_FRAME)
 
@@ -320,6 +325,27 @@ def test_a_connector_that_sizes_rows_beforehand_ends_the_start() -> None:
     make_compression(transfer=SimpleNamespace(ec_connector="ECExampleConnector"))
     with pytest.raises(ValueError, match=r"must be ECExampleConnector with .*, got ECMoonc"):
         make_compression(transfer=SimpleNamespace(ec_connector="ECMooncakeConnector"))
+
+
+def test_instances_that_would_name_videos_by_their_order_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transfer = SimpleNamespace(ec_connector="ECExampleConnector")
+    warnings: list[str] = []
+    monkeypatch.setattr(tower.logger, "warning", warnings.append)
+    for connected, cache_gb, has_prefix_caching, is_warned in (
+        (transfer, 0, False, True),
+        (transfer, 0, True, False),
+        (transfer, 4, False, False),
+        (None, 0, False, False),
+    ):
+        make_compression(
+            transfer=connected,
+            processor_cache_gb=cache_gb,
+            has_prefix_caching=has_prefix_caching,
+        )
+        assert ["rows of another video" in text for text in warnings] == [True] * is_warned
+        warnings.clear()
 
 
 def test_a_call_of_one_video_and_one_on_the_cpu_overlap_nothing() -> None:

@@ -94,13 +94,30 @@ def check_connector(vllm_config: VllmConfig) -> None:
     """
     transfer = vllm_config.ec_transfer_config
     connector = None if transfer is None else transfer.ec_connector
-    if connector is None or connector in CONNECTORS:
+    if connector is None:
+        return
+    if connector in CONNECTORS:
+        if _names_videos_by_order(vllm_config):
+            logger.warning(
+                "scissor_vllm: with --mm-processor-cache-gb 0 and no prefix caching vLLM names a "
+                "video by its order of arrival, so a request may be answered from the rows of "
+                "another video: set --mm-processor-cache-gb above 0 in both instances, or have "
+                "every request name its videos by a uuid"
+            )
         return
     raise ValueError(
         f"ec_connector of --ec-transfer-config must be {' or '.join(CONNECTORS)} with "
         f"scissor_vllm, got {connector}: it sizes a transfer by uncompressed rows, and a "
         "compressed video's are wider; change it, or start vLLM with VLLM_PLUGINS= to serve "
         "without ratios"
+    )
+
+
+def _names_videos_by_order(vllm_config: VllmConfig) -> bool:
+    """Return whether vLLM hashes no video that has no ``uuid``, so instances name it differently."""
+    mm_config = vllm_config.model_config.get_multimodal_config()
+    return bool(
+        mm_config.mm_processor_cache_gb == 0 and not vllm_config.cache_config.enable_prefix_caching
     )
 
 
