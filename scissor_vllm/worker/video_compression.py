@@ -114,7 +114,7 @@ def check_connector(vllm_config: VllmConfig) -> None:
 
 
 def _names_videos_by_order(vllm_config: VllmConfig) -> bool:
-    """Return whether vLLM hashes no video that has no ``uuid``, so instances name it differently."""
+    """Return whether vLLM hashes no video, and instances may name it differently."""
     mm_config = vllm_config.model_config.get_multimodal_config()
     return bool(
         mm_config.mm_processor_cache_gb == 0 and not vllm_config.cache_config.enable_prefix_caching
