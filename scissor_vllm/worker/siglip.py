@@ -67,7 +67,7 @@ def _encode(
     layers: list[Any], graphs: EncoderGraphs | None, embedded: torch.Tensor
 ) -> torch.Tensor:
     """Return the layers' output for (B, P, C), which is overwritten; valid until the next call."""
-    num_frames, num_places, _ = embedded.shape
+    shape = num_frames, num_places, _ = embedded.shape
     num_rows = num_frames * num_places
     ends = torch.arange(
         0, num_rows + num_places, num_places, dtype=torch.int32, device=embedded.device
@@ -77,13 +77,12 @@ def _encode(
 
     def launch(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         (held_ends,) = inputs
-        of_frames = rows.view(embedded.shape)
-        encode_fused(layers, of_frames, partial(_attend_in_frames, held_ends))
+        encode_fused(layers, rows.view(shape), partial(_attend_in_frames, held_ends))
         return rows
 
     rows = embedded.flatten(0, 1)
     encoded = graphs.run(("whole", num_frames), rows, num_rows, num_rows, [ends], launch)
-    return encoded.view(embedded.shape)
+    return encoded.view(shape)
 
 
 def graphs_of(vision_tower: nn.Module) -> EncoderGraphs | None:
