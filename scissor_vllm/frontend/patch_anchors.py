@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from scissor_vllm.frontend.frame_transport import map_in_threads
-from scissor_vllm.patch_merging import computed_patches, group_lengths
+from scissor_vllm.patch_merging import computed_patches, computed_share, group_lengths
 from scissor_vllm.video_fields import FRAME_OF, PATCH_ANCHORS, VIDEO_FRAMES
 
 MIN_MATCHING = 0.75
@@ -142,6 +142,24 @@ def anchors_of_videos(
     ]
 
 
+def encoded_share(fields: Mapping[str, Any], index: int) -> float:
+    """Return the share of a video's tokens that the tower computes, nearly.
+
+    Frames that repeat the previous one are left out, and so are merged patches.
+
+    Args:
+        fields: of a batch, a list of each field.
+        index: of the video.
+    """
+    share = 1.0
+    if PATCH_ANCHORS in fields:
+        share = computed_share(fields[PATCH_ANCHORS][index])
+    if FRAME_OF in fields:
+        frame_of = fields[FRAME_OF][index]
+        share *= (int(frame_of[-1]) + 1) / len(frame_of)
+    return share
+
+
 def count_patches(item: Mapping[str, Any], patch_size: int) -> tuple[int, int] | None:
     """Return how many patches a video has, and how many of them the tower computes.
 
@@ -221,7 +239,7 @@ class _Pictures:
         """Columns and lines of a frame."""
         self._places = num_frames, rows, num_merged, columns, num_merged
         self._patches = num_frames * rows * num_merged, columns * num_merged
-        self._ones = np.ones(self._side * _NUM_CHANNELS, np.float32)
+        self._ones = np.ones(self._side, np.float32)
         self.num_places = rows * columns
 
     def of(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -280,8 +298,7 @@ class _Pictures:
         rows, columns = self._patches
         squares: NDArray[np.float32] = differences.astype(np.float32)
         squares *= squares
-        # Products with ones are the fastest sums.
-        lines: NDArray[np.float32]
-        lines = self._ones[: self._side] @ squares.reshape(rows, self._side, -1)
-        sums: NDArray[np.float32] = lines.reshape(rows * columns, -1) @ self._ones
-        return sums.reshape(rows, columns)
+        # Products with ones are the fastest sums; a single larger one would start threads.
+        lines: NDArray[np.float32] = self._ones @ squares.reshape(rows, self._side, -1)
+        sums: NDArray[np.float32] = np.einsum("rcv->rc", lines.reshape(rows, columns, -1))
+        return sums

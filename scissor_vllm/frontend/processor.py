@@ -28,7 +28,11 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
-from scissor_vllm.frontend.patch_anchors import anchors_of_videos, count_patches
+from scissor_vllm.frontend.patch_anchors import (
+    anchors_of_videos,
+    count_patches,
+    encoded_share,
+)
 from scissor_vllm.frontend.placeholders import VideoPlaceholders, fill_report
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request_settings import RequestSettings, settings_in_force
@@ -39,7 +43,6 @@ from scissor_vllm.frontend.video_items import (
     why_unreadable,
 )
 from scissor_vllm.metrics import CLOCK, Reason
-from scissor_vllm.patch_merging import computed_share
 from scissor_vllm.retention import (
     MAX_BUDGET,
     MAX_RETAINED_VIDEO_TOKENS,
@@ -344,7 +347,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             processed[NUM_VIDEO_TOKENS] = torch.tensor(num_tokens)
             processed[NUM_ENCODED_TOKENS] = torch.tensor(
                 [
-                    math.ceil(count * _encoded_share(processed, index))
+                    math.ceil(count * encoded_share(processed, index))
                     for index, count in enumerate(num_tokens)
                 ]
             )
@@ -504,17 +507,3 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
     def _shortened(self, content: Any, num_retained: int) -> Any:
         """Return K of a video's N placeholders, and the fixed ones after them."""
         return content[: num_retained + self.info.get_num_fixed_tokens()]
-
-
-def _encoded_share(processed: BatchFeature, index: int) -> float:
-    """Return the share of a video's tokens that the tower computes.
-
-    Frames that repeat the previous one are left out, and so are merged patches.
-    """
-    share = 1.0
-    if PATCH_ANCHORS in processed:
-        share = computed_share(processed[PATCH_ANCHORS][index])
-    if FRAME_OF in processed:
-        frame_of = processed[FRAME_OF][index]
-        share *= (int(frame_of[-1]) + 1) / len(frame_of)
-    return share
