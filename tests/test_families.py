@@ -113,7 +113,7 @@ def test_preempted_and_guessed_tokens_are_those_of_a_request_alone(family: Famil
         block_size=32,
         # vLLM keeps a block for itself.
         num_gpu_blocks_override=num_blocks * family.num_cache_groups + 1,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=128,
         scheduler_reserve_full_isl=False,
         speculative_config={
             "method": "ngram",
