@@ -106,7 +106,7 @@ def draw_anchors(
 ) -> torch.Tensor:
     """Return anchors, int64 (T, P), with which the tower computes about ``share`` of all patches.
 
-    It computes more where the first frames of groups and the probes are more.
+    The first frames of groups and the probes are always computed, so a low share is not reached.
 
     Args:
         num_frames: T.

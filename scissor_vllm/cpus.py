@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 _MAX_THREADS, _CPUS_PER_THREAD = 4, 4
+"""Most threads for one video, and CPUs for each thread. With fewer CPUs joining the parts costs
+what the threads gain."""
 
 _num_sharing = 1
 

@@ -54,8 +54,7 @@ _OPTIONS_BEFORE_NORMALIZATION = {
 _SAMPLING_OPTIONS = {"do_sample_frames", "fps", "num_frames"}
 
 _FRAMES_PER_THREAD = 4
-"""Fewest frames for a thread, most threads for one video, and CPUs for each thread. With fewer CPUs
-joining the parts costs what the threads gain."""
+"""Fewest frames for a thread."""
 
 _INTEGER_RESIZE = ("AVX2", "AVX512")
 """Whether torch resizes uint8 in integer arithmetic, which does not depend on the memory format.

@@ -6,8 +6,7 @@ and indices are copied there. Graphs differ by their number of rows. Merged patc
 so it is rounded up; the rows that this adds are computed and not used. All graphs of a tower share
 one buffer of rows, one of outputs and one memory pool.
 
-A tower that merges patches also has graphs for calls whose patches are all computed. So the host is
-ready for the next step before the GPU is, though each step has one such video.
+A LLaVA tower that merges patches also has graphs for calls whose patches are all computed.
 """
 
 import math

@@ -1,7 +1,7 @@
 """SigLIP's encoder with fewer passes over memory, for compressed videos.
 
-At a low ratio the vision tower is most of a video's cost. A sixth of its GPU time is memory traffic
-that can be avoided. In vLLM's tower
+At a low ratio the vision tower is most of a video's cost. Part of its GPU time is memory traffic
+that can be avoided. Here
 - the residual sum and its norm become one kernel;
 - GELU becomes the epilogue of the matrix product, on float32 sums. vLLM rounds the sums first, so
   values differ by that rounding. vLLM's own code therefore encodes uncompressed videos;

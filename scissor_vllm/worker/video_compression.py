@@ -90,7 +90,8 @@ def check_connector(vllm_config: VllmConfig) -> None:
     """Raise ValueError if the engine exchanges embeddings by a connector that cannot carry rows.
 
     vLLM's other connectors size a transfer by the width of an uncompressed row, measured at
-    startup. Rows that carry positions are wider.
+    startup. Rows that carry positions are wider. Where the instances would not know a video by the
+    same name, it logs a warning.
     """
     transfer = vllm_config.ec_transfer_config
     connector = None if transfer is None else transfer.ec_connector
@@ -183,9 +184,9 @@ class VideoCompression:
     def overlapping(self, num_videos: int, device: torch.device) -> Iterator[None]:
         """Compress videos while the tower encodes the next ones of the context, on a GPU.
 
-        Compression leaves most of a GPU idle: a program joins a window's tokens pair by pair. In
-        the context, what follows a video's encoding runs on a stream of its own until the next
-        video. At the end of the context the stream before waits for all of it.
+        Compression leaves most of a GPU idle: one program joins a window's tokens pair by pair. So
+        it runs on a second stream, and so does all that the caller does with a video's rows. At
+        the end of the context the caller's stream waits for the second one.
 
         Args:
             num_videos: so many calls of :meth:`compressed` follow; a single one has no next.
