@@ -313,6 +313,39 @@ class TowerMerging:
         return retention_ratio <= self.max_ratio
 
 
+TOWER_FP8_MAX_RATIO = "tower_fp8_max_ratio"
+DEFAULT_TOWER_FP8_MAX_RATIO = 0.1
+"""Of our command, where the tower's MLPs were measured in FP8; without it they never are."""
+
+
+@dataclass(frozen=True)
+class TowerFP8:
+    """When the vision tower's MLPs are computed in FP8."""
+
+    max_ratio: float = 0.0
+    """Highest ratio of a request whose videos have it; 0 switches it off."""
+
+    @classmethod
+    def from_mm_processor_kwargs(cls, kwargs: Mapping[str, object] | None) -> TowerFP8:
+        """Return the setting of an engine's ``mm_processor_kwargs``.
+
+        Raises:
+            TypeError: it is not a number.
+            ValueError: it is not in [0, 1).
+        """
+        ratio = _check_number(TOWER_FP8_MAX_RATIO, (kwargs or {}).get(TOWER_FP8_MAX_RATIO, 0.0))
+        if not 0 <= ratio < 1:
+            raise ValueError(
+                f"{TOWER_FP8_MAX_RATIO} must be 0 or more and below 1, got {ratio}: 0 switches FP8 "
+                "off, and uncompressed videos never have it"
+            )
+        return cls(ratio)
+
+    def applies_to(self, retention_ratio: float) -> bool:
+        """Return whether a video of this ratio has it."""
+        return retention_ratio <= self.max_ratio
+
+
 def _check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -336,6 +369,7 @@ OWN_KEYS = REQUEST_KEYS | frozenset(
         VIDEO_FEATURE_CACHE_GB,
         TOWER_MERGING_MAX_RATIO,
         TOWER_MERGING_THRESHOLD,
+        TOWER_FP8_MAX_RATIO,
     }
 )
 """Our keys in ``mm_processor_kwargs``."""

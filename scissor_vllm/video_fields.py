@@ -17,6 +17,10 @@ PATCH_ANCHORS = "video_patch_anchors"
 int16 (T, P) for T frames of ``VIDEO_FRAMES`` with P patches, kept on the CPU. A patch that is not
 replaced names its own frame. Present if a patch is replaced; see ``scissor_vllm.patch_merging``."""
 
+TOWER_FP8 = "video_tower_fp8"
+"""Field of a video's data: true, a bool of its own, kept on the CPU. Present if the tower's MLPs
+are computed in FP8 for it."""
+
 VIDEO_IDENTITY = "video_identity"
 """Field of a video's data: hash of its fields above, int64 (4,), kept on the CPU. Present if
 the video is compressed and the feature cache is on."""

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from vllm.config import CompilationConfig
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 
 from bench.model_shapes import qwen_vl
 from scissor_vllm.cli import defaults, main, options
 from scissor_vllm.cli.defaults import (
     choose_api_servers,
     choose_parallelism,
+    choose_tower_fp8,
     choose_tower_merging,
     leave_parallelism_open,
 )
@@ -52,6 +55,7 @@ def parse(*argv: str) -> argparse.Namespace:
     args.enable_tower_connector_lora = False
     args.mm_encoder_attn_dtype = args.mm_encoder_attn_backend = None
     args.compilation_config = CompilationConfig()
+    args.tensor_parallel_size, args.mm_encoder_tp_mode = 1, None
     return args
 
 
@@ -167,6 +171,74 @@ def test_patches_are_merged_by_default_where_answers_were_compared(
     assert args.tower_merging_max_ratio == ratio
 
 
+HOPPER, AMPERE = DeviceCapability(9, 0), DeviceCapability(8, 0)
+
+
+def on_gpu(capability: DeviceCapability, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: capability)
+
+
+@pytest.mark.parametrize(
+    ("changed", "gpu", "ratio"),
+    [
+        ({}, HOPPER, 0.1),
+        ({}, AMPERE, None),
+        ({}, None, None),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, HOPPER, None),
+        ({"architectures": ["LlavaNextVideoForConditionalGeneration"]}, HOPPER, None),
+        ({"quantization_config": {"quant_method": "fp8"}}, HOPPER, None),
+    ],
+    ids=["siglip", "ampere", "no gpu", "another tower", "another model", "quantized"],
+)
+def test_mlps_are_fp8_by_default_where_it_was_measured(
+    changed: dict[str, object],
+    gpu: DeviceCapability | None,
+    ratio: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if gpu is not None:
+        on_gpu(gpu, monkeypatch)
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    args = parse_for(tmp_path)
+    choose_tower_fp8(args)
+    assert args.tower_fp8_max_ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("changed", "ratio"),
+    [
+        ({"tower_fp8_max_ratio": 0.0}, 0.0),
+        ({"tower_fp8_max_ratio": 0.25}, 0.25),
+        ({"mm_processor_kwargs": {"tower_fp8_max_ratio": 0.25}}, None),
+        ({"enable_tower_connector_lora": True}, None),
+        ({"tensor_parallel_size": 2, "mm_encoder_tp_mode": "weights"}, None),
+        ({"tensor_parallel_size": 2, "mm_encoder_tp_mode": None}, 0.1),
+    ],
+)
+def test_the_operators_choice_of_fp8_stays_and_a_split_tower_has_none(
+    changed: dict[str, object], ratio: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(HOPPER, monkeypatch)
+    args = parse_for(demo_model_path())
+    for name, value in changed.items():
+        setattr(args, name, value)
+    choose_tower_fp8(args)
+    assert args.tower_fp8_max_ratio == ratio
+
+
+def test_fp8_in_the_tower_reaches_the_engine_and_is_checked() -> None:
+    args = parse("--tower-fp8-max-ratio", "0.25")
+    args.model_tag = str(demo_model_path())
+    apply_retention_options(args)
+    assert args.mm_processor_kwargs == {"tower_fp8_max_ratio": 0.25}
+    assert in_force(args).endswith("the tower's MLPs in FP8 at ratios up to 0.25")
+    with pytest.raises(SystemExit, match=r"below 1, got 1\.0"):
+        apply_retention_options(parse("--tower-fp8-max-ratio", "1"))
+
+
 def test_the_operators_choice_of_merging_stays() -> None:
     off = parse("--tower-merging-max-ratio", "0")
     among_the_engines = parse()
@@ -230,7 +302,7 @@ def test_ranks_share_out_frames_by_shared_memory_unless_the_operator_chose(
     parser.add_argument("--mm-encoder-tp-mode", default="weights")
     parser.add_argument("--enable-shm-tensor-arena", default=False)
     leave_parallelism_open(parser)
-    args = argparse.Namespace(**vars(parse()), **vars(parser.parse_args([])))
+    args = argparse.Namespace(**{**vars(parse()), **vars(parser.parse_args([]))})
     args.tensor_parallel_size, args.nnodes, args.distributed_executor_backend = 2, 1, None
     vars(args).update(changed)
     monkeypatch.setattr(defaults, "_has_shared_memory", lambda: True)
@@ -514,7 +586,7 @@ def test_serve_help_shows_our_options_with_one_default_each(
     shown = capsys.readouterr().out
     described = re.findall(r"^  (--[a-z-]+).*\n((?: {10,}.*\n)*)", shown, re.MULTILINE)
     texts = {flag: " ".join(text.split()) for flag, text in described}
-    assert len(texts) == 13
+    assert len(texts) == 14
     assert all(text.count("(default: ") == 1 for text in texts.values())
     assert texts["--min-retention-ratio"] == "a request below this is refused (default: 0.01)"
     assert "--help=all" in shown

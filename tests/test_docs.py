@@ -23,6 +23,7 @@ from scissor_vllm.settings import (
     DEFAULT_MAX_VIDEO_TOKENS,
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
+    DEFAULT_TOWER_FP8_MAX_RATIO,
     DEFAULT_TOWER_MERGING_MAX_RATIO,
     DEFAULT_TOWER_MERGING_THRESHOLD,
     DEFAULT_VIDEO_COMPRESSION,
@@ -46,6 +47,8 @@ DEFAULTS = {
     "--web-page": "off",
     "--tower-merging-max-ratio": f"{DEFAULT_TOWER_MERGING_MAX_RATIO} for LLaVA-OneVision, else 0",
     "--tower-merging-threshold": f"{DEFAULT_TOWER_MERGING_THRESHOLD:g}",
+    "--tower-fp8-max-ratio": f"{DEFAULT_TOWER_FP8_MAX_RATIO} for LLaVA-OneVision on Hopper GPUs, "
+    "else 0",
 }
 
 

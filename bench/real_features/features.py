@@ -77,6 +77,8 @@ def load_features(folder: Path) -> dict[str, dict[int, torch.Tensor]]:
     Raises:
         RuntimeError: a download failed.
     """
+    # Commands run in the folder, so their arguments must not be relative to another.
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "features.npz"
     if not path.exists():

@@ -286,7 +286,7 @@ def _settings(group: int, matching: float) -> Iterator[None]:
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(".cache/real-features"))
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("build/real-features"))
     parser.add_argument("--split", choices=("validation", "test"))
     parser.add_argument("--sequences", nargs="+")
     parser.add_argument("--method", default=DEFAULT_VIDEO_COMPRESSION)

@@ -8,7 +8,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from scissor_vllm.cpus import num_cpus
-from scissor_vllm.settings import DEFAULT_TOWER_MERGING_MAX_RATIO, TOWER_MERGING_MAX_RATIO
+from scissor_vllm.settings import (
+    DEFAULT_TOWER_FP8_MAX_RATIO,
+    DEFAULT_TOWER_MERGING_MAX_RATIO,
+    TOWER_FP8_MAX_RATIO,
+    TOWER_MERGING_MAX_RATIO,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,6 +33,10 @@ MERGES_BY_DEFAULT: dict[str, str | None] = {_LLAVA_ONEVISION: "siglip_vision_mod
 To add Qwen-VL's: ``"Qwen2_5_VLForConditionalGeneration": None`` and
 ``"Qwen3VLForConditionalGeneration": None``, see ``worker.merged_grid``.
 """
+_FP8_BY_DEFAULT: dict[str, str | None] = {_LLAVA_ONEVISION: "siglip_vision_model"}
+"""The same for a tower whose MLPs are computed in FP8."""
+_HOPPER = 9
+"""Major number of the compute capability."""
 _ARENA_BYTES = 3 << 30
 """Of shared memory, free: vLLM's arena has 2 GiB."""
 
@@ -104,15 +113,48 @@ def choose_tower_merging(args: argparse.Namespace) -> None:
         return
     if TOWER_MERGING_MAX_RATIO in (args.mm_processor_kwargs or {}):
         return
+    if _has_tower(args, MERGES_BY_DEFAULT):
+        args.tower_merging_max_ratio = DEFAULT_TOWER_MERGING_MAX_RATIO
+
+
+def choose_tower_fp8(args: argparse.Namespace) -> None:
+    """Compute the tower's MLPs in FP8 at low ratios, unless the operator chose or it does not pay.
+
+    It was measured on a Hopper GPU, with the whole tower on each rank. Call it before the way of
+    tensor parallelism is chosen: an operator's ``weights`` splits the tower.
+    """
+    if args.tower_fp8_max_ratio is not None or _changes_tower(args):
+        return
+    if TOWER_FP8_MAX_RATIO in (args.mm_processor_kwargs or {}):
+        return
+    if args.tensor_parallel_size > 1 and args.mm_encoder_tp_mode == "weights":
+        return
+    if _is_hopper() and _has_tower(args, _FP8_BY_DEFAULT):
+        args.tower_fp8_max_ratio = DEFAULT_TOWER_FP8_MAX_RATIO
+
+
+def _is_hopper() -> bool:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return False
+    capability = current_platform.get_device_capability()
+    return capability is not None and capability.major == _HOPPER
+
+
+def _has_tower(args: argparse.Namespace, towers: dict[str, str | None]) -> bool:
+    """Return whether a model is one of these architectures with that tower, as it was saved.
+
+    Args:
+        args: of the command line.
+        towers: ``model_type`` of the tower for each architecture, None for any.
+    """
     config = config_of(args)
     if config is None or getattr(config, "quantization_config", None) is not None:
-        return
+        return False
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     names = _overridden_architectures(args) or config.architectures or []
-    if any(
-        name in MERGES_BY_DEFAULT and MERGES_BY_DEFAULT[name] in (None, tower) for name in names
-    ):
-        args.tower_merging_max_ratio = DEFAULT_TOWER_MERGING_MAX_RATIO
+    return any(name in towers and towers[name] in (None, tower) for name in names)
 
 
 def _changes_tower(args: argparse.Namespace) -> bool:

@@ -24,12 +24,14 @@ from scissor_vllm.settings import (
     DEFAULT_MAX_VIDEO_TOKENS,
     DEFAULT_MIN_RETENTION_RATIO,
     DEFAULT_RETENTION_RATIO,
+    DEFAULT_TOWER_FP8_MAX_RATIO,
     DEFAULT_TOWER_MERGING_THRESHOLD,
     DEFAULT_VIDEO_COMPRESSION,
     MAX_VIDEO_TOKENS,
     MIN_RETENTION_RATIO,
     OWN_KEYS,
     TARGET_TTFT_MS,
+    TOWER_FP8_MAX_RATIO,
     TOWER_MERGING_MAX_RATIO,
     TOWER_MERGING_THRESHOLD,
     VIDEO_COMPRESSION,
@@ -37,6 +39,7 @@ from scissor_vllm.settings import (
     VIDEO_FRAME_CACHE_GB,
     CacheSizes,
     RetentionPolicy,
+    TowerFP8,
     TowerMerging,
     check_cache_gb,
     check_keys,
@@ -184,6 +187,15 @@ def _add_tower_merging_options(group: argparse._ArgumentGroup) -> None:
         "higher is faster and less exact "
         f"(default: {DEFAULT_TOWER_MERGING_THRESHOLD:g})",
     )
+    group.add_argument(
+        "--tower-fp8-max-ratio",
+        metavar="RATIO",
+        type=float,
+        default=None,
+        help="videos of this ratio and below have the MLPs of SigLIP's tower computed in FP8; "
+        "approximate, for LLaVA-OneVision only; 0 switches it off (default: "
+        f"{DEFAULT_TOWER_FP8_MAX_RATIO:g} for LLaVA-OneVision on Hopper GPUs, else 0)",
+    )
 
 
 def _gigabytes(text: str) -> float:
@@ -277,6 +289,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         VIDEO_FEATURE_CACHE_GB: args.video_feature_cache_gb,
         TOWER_MERGING_MAX_RATIO: args.tower_merging_max_ratio,
         TOWER_MERGING_THRESHOLD: args.tower_merging_threshold,
+        TOWER_FP8_MAX_RATIO: args.tower_fp8_max_ratio,
     }
     given = {key: value for key, value in settings.items() if value is not None}
     merged = {**(args.mm_processor_kwargs or {}), **given}
@@ -284,6 +297,7 @@ def apply_retention_options(args: argparse.Namespace) -> None:
         check_method(RetentionPolicy.from_mm_processor_kwargs(merged).method)
         CacheSizes.of(merged, args.mm_processor_cache_gb)
         TowerMerging.from_mm_processor_kwargs(merged)
+        TowerFP8.from_mm_processor_kwargs(merged)
         _check_model(args, merged)
     except (TypeError, ValueError) as error:
         raise refuse(str(error)) from error
@@ -322,6 +336,9 @@ def in_force(args: argparse.Namespace) -> str:
     merging = TowerMerging.from_mm_processor_kwargs(kwargs)
     if merging.max_ratio:
         line += f", merging in the tower at ratios up to {merging.max_ratio}"
+    in_fp8 = TowerFP8.from_mm_processor_kwargs(kwargs)
+    if in_fp8.max_ratio:
+        line += f", the tower's MLPs in FP8 at ratios up to {in_fp8.max_ratio}"
     if num_servers == 1 and num_cpus() >= CPUS_FOR_API_SERVERS:
         more = f"--api-server-count {API_SERVERS}"
         line += f" ({more} prepares more videos at once, with a cache in each)"

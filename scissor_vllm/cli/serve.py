@@ -13,6 +13,7 @@ from scissor_vllm.cli import NEEDS_VLLM, has_vllm
 from scissor_vllm.cli.defaults import (
     choose_api_servers,
     choose_parallelism,
+    choose_tower_fp8,
     choose_tower_merging,
     leave_parallelism_open,
 )
@@ -75,6 +76,7 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
     if args.model_tag == DEMO_MODEL:
         use_demo_model(args)
     choose_tower_merging(args)
+    choose_tower_fp8(args)
     apply_retention_options(args)
     bound_encoder_steps(args)
     apply_page_options(args)

@@ -9,12 +9,14 @@ from dataclasses import replace
 from vllm.multimodal.processing import InputProcessingContext
 
 from scissor_vllm.frontend.frame_cache import FRAMES
-from scissor_vllm.models import MERGING_TOWERS, NO_IMAGE_RUNS
+from scissor_vllm.models import FP8_MODELS, MERGING_TOWERS, NO_IMAGE_RUNS
 from scissor_vllm.settings import (
     ALLOW_COMPRESS_IMAGES,
+    TOWER_FP8_MAX_RATIO,
     TOWER_MERGING_MAX_RATIO,
     CacheSizes,
     RetentionPolicy,
+    TowerFP8,
     TowerMerging,
     without_own_keys,
 )
@@ -47,12 +49,18 @@ class RetentionProcessingInfo:
             mm_config.mm_processor_kwargs, mm_config.mm_processor_cache_gb
         )
         self.tower_merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
+        self.tower_fp8 = TowerFP8.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
         FRAMES.resize(self.cache_sizes.frames)
         super().__init__(without_retention_settings(ctx))  # type: ignore[call-arg]
         if self.tower_merging.max_ratio > 0 and self.get_patch_size() is None:
             raise ValueError(
                 f"{TOWER_MERGING_MAX_RATIO} cannot be set for this model: patches are merged in "
                 f"{MERGING_TOWERS} only; leave it out"
+            )
+        if self.tower_fp8.max_ratio > 0 and not self.has_fp8_tower():
+            raise ValueError(
+                f"{TOWER_FP8_MAX_RATIO} cannot be set for this model: MLPs are computed in FP8 in "
+                f"SigLIP's tower of {' and '.join(FP8_MODELS)} only; leave it out"
             )
         if self.retention_policy.allows_compress_images and not self.get_num_frames_of_image():
             raise ValueError(
@@ -71,6 +79,10 @@ class RetentionProcessingInfo:
     def get_patch_size(self) -> int | None:
         """Return the side of the tower's patches in pixels, None if the tower merges no patches."""
         return None
+
+    def has_fp8_tower(self) -> bool:
+        """Return whether the tower can have MLPs in FP8."""
+        return False
 
     def get_num_frames_of_image(self) -> int:
         """Return how many equal frames stand for an image of a run, 0 without such runs.

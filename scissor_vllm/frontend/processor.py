@@ -66,6 +66,7 @@ from scissor_vllm.video_fields import (
     NUM_VIDEO_TOKENS,
     PATCH_ANCHORS,
     PIXEL_NORMALIZATION,
+    TOWER_FP8,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
 )
@@ -259,15 +260,16 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         by_budget = isinstance(counts, RetainedCounts) and counts.is_budgeted
         ratio = kwargs[RETENTION_RATIO]
         if by_budget:
-            # A budget decides K, which is added below, and whether the tower merges patches.
+            # A budget decides K, which is added below, and how exact the tower is.
             merges = self.info.tower_merging.applies_to(counts.ratio)
-            ratio = "by budget, merging" if merges else "by budget"
+            in_fp8 = self.info.tower_fp8.applies_to(counts.ratio)
+            ratio = f"by budget{', merging' * merges}{', in FP8' * in_fp8}"
         of_video = {
             **plain,
             RETENTION_RATIO: ratio,
             # Servers with different methods may share a persistent cache.
             "video_compression": self.info.retention_policy.method,
-            **self._merging_settings(),
+            **self._tower_settings(),
         }
         hashes: dict[str, Any] = {}
         for modality, items in inputs.mm_data_items.items():
@@ -300,10 +302,10 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             missing[RETENTION] = counts.at([i for i, cached in enumerate(is_cached) if not cached])
         return missing
 
-    def _merging_settings(self) -> dict[str, object]:
-        """Return the settings of merging patches, on which a video's data depends."""
-        merging = self.info.tower_merging
-        return {} if merging.max_ratio == 0 else {"tower_merging": repr(merging)}
+    def _tower_settings(self) -> dict[str, object]:
+        """Return the settings of the tower, on which a video's data depends."""
+        settings = {"tower_merging": self.info.tower_merging, "tower_fp8": self.info.tower_fp8}
+        return {name: repr(setting) for name, setting in settings.items() if setting.max_ratio > 0}
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -320,6 +322,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
             FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PATCH_ANCHORS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            TOWER_FP8: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             KEEPS_EVERY_FRAME: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_IDENTITY: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
@@ -398,6 +401,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             )
         if anchors:
             processed[PATCH_ANCHORS] = anchors
+        in_fp8 = torch.ones(len(frames), dtype=torch.bool)
+        if self.info.tower_fp8.applies_to(ratio):
+            processed[TOWER_FP8] = in_fp8
         # Only compressed videos are cached.
         if ratio != 1.0 and self.info.cache_sizes.features > 0:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
@@ -408,6 +414,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                     normalization=scale,
                     frame_of=index,
                     **({"anchors": anchors[number]} if anchors else {}),
+                    **({"in_fp8": in_fp8[number]} if TOWER_FP8 in processed else {}),
                 )
                 for number, (pixels, scale, index) in enumerate(
                     zip(frames, normalizations, frame_of, strict=True)

@@ -58,6 +58,12 @@ tower's tokens need make an image's tokens its own, and no text of the model's o
 MERGING_TOWERS = "SigLIP's tower of LLaVA-OneVision and Qwen-VL's towers"
 """Towers that merge patches."""
 
+FP8_MODELS = (
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+)
+"""Architectures whose tower, if it is SigLIP's, can have MLPs in FP8."""
+
 NO_IMAGE_RUNS = (
     "its images cannot stand as frames of a video; runs of images are compressed for "
     f"{', '.join(IMAGE_RUN_MODELS)} only"

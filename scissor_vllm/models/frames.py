@@ -9,7 +9,8 @@ A video is one run of N = T*P placeholders with 1-D positions. Changes to vLLM's
 Rows have consecutive positions, as in the paper.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import regex as re
@@ -23,7 +24,12 @@ from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 from scissor_vllm.frontend.processing_info import RetentionProcessingInfo
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.patch_merging import CALL_FRAMES
-from scissor_vllm.settings import TOWER_MERGING_MAX_RATIO, TowerMerging
+from scissor_vllm.settings import (
+    TOWER_FP8_MAX_RATIO,
+    TOWER_MERGING_MAX_RATIO,
+    TowerFP8,
+    TowerMerging,
+)
 from scissor_vllm.video_fields import (
     FRAME_OF,
     NUM_ENCODED_TOKENS,
@@ -32,9 +38,11 @@ from scissor_vllm.video_fields import (
     VIDEO_FRAMES,
 )
 from scissor_vllm.vllm_compat import forget_with_encoder_cache
+from scissor_vllm.worker import fp8_mlp
 from scissor_vllm.worker.encoder_graphs import USES_BEFORE_CAPTURE, EncoderGraphs
+from scissor_vllm.worker.fp8_mlp import FP8MLP
 from scissor_vllm.worker.tower_ranks import encode_on_all_ranks, num_tower_ranks
-from scissor_vllm.worker.video_compression import VideoCompression
+from scissor_vllm.worker.video_compression import VideoCompression, adapts_tower
 from scissor_vllm.worker.video_pixels import (
     VideoPixels,
     batched_pixels,
@@ -78,6 +86,10 @@ class FramesProcessingInfo(RetentionProcessingInfo):
         """Return the side of a patch in pixels, None unless the tower is SigLIP's."""
         vision = self.get_hf_config().vision_config  # type: ignore[attr-defined]
         return int(vision.patch_size) if vision.model_type == "siglip_vision_model" else None
+
+    def has_fp8_tower(self) -> bool:
+        """Return whether the tower is SigLIP's."""
+        return self.get_patch_size() is not None
 
 
 class FramesProcessor(RetentionProcessor):
@@ -123,10 +135,16 @@ class FramesModel:
         self._is_eager = model_config.enforce_eager
         self.video_compression = VideoCompression(vllm_config, self.tokens_per_frame)
         mm_config = model_config.get_multimodal_config()
-        merging = TowerMerging.from_mm_processor_kwargs(mm_config.mm_processor_kwargs)
-        self._merges_patches = merging.max_ratio > 0 and not isinstance(
-            self.vision_tower, StageMissingLayer
-        )
+        settings, has_tower = mm_config.mm_processor_kwargs, True
+        if isinstance(self.vision_tower, StageMissingLayer):
+            has_tower = False
+        merging = TowerMerging.from_mm_processor_kwargs(settings)
+        self._merges_patches = has_tower and merging.max_ratio > 0
+        in_fp8 = TowerFP8.from_mm_processor_kwargs(settings)
+        self._has_fp8 = has_tower and in_fp8.max_ratio > 0
+        self._mlps: Sequence[FP8MLP] = ()
+        if self._has_fp8:
+            self._check_fp8(vllm_config)
         if self._merges_patches:
             from scissor_vllm.worker.merged_encoder import merges_patches
 
@@ -136,6 +154,16 @@ class FramesModel:
                     f"{type(self.vision_tower).__name__}: leave it out"
                 )
 
+    def _check_fp8(self, vllm_config: VllmConfig) -> None:
+        """Raise ValueError unless the tower's MLPs can be computed in FP8."""
+        from scissor_vllm.worker.siglip_layers import plain_layers
+
+        reason = fp8_mlp.why_not(plain_layers(self.vision_tower))
+        if adapts_tower(vllm_config):
+            reason = "requests may name an adapter of the tower"
+        if reason is not None:
+            raise ValueError(f"{TOWER_FP8_MAX_RATIO} cannot be set here: {reason}, or leave it out")
+
     @property
     def tokens_per_frame(self) -> int:
         """P."""
@@ -144,11 +172,24 @@ class FramesModel:
     def forget_encoded(self) -> None:
         """Drop cached features of old weights, see ``forget_with_encoder_cache``."""
         self.video_compression.forget_features()
+        fp8_mlp.refresh(self._mlps)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load weights as vLLM does, and drop cached features; also called while serving."""
         self.video_compression.forget_features()
-        return super().load_weights(weights)  # type: ignore[misc]
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
+        # On a CPU vLLM takes the weights away once they are loaded.
+        self._refresh_mlps()
+        return loaded
+
+    def _refresh_mlps(self) -> None:
+        """Have MLPs in FP8 of today's weights, if the operator wants them."""
+        if not self._has_fp8:
+            return
+        if self._mlps:
+            fp8_mlp.refresh(self._mlps)
+        else:
+            self._mlps = fp8_mlp.make_mlps(self.vision_tower.vision_model.encoder.layers)
 
     # A family may override these.
 
@@ -172,33 +213,48 @@ class FramesModel:
         tokens: torch.Tensor = self._video_pixels_to_features(self.vision_tower, pixels)  # type: ignore[attr-defined]
         return tokens
 
-    def _encode(self, pixels: torch.Tensor, anchors: torch.Tensor | None = None) -> torch.Tensor:
+    def _encode(
+        self, pixels: torch.Tensor, anchors: torch.Tensor | None = None, *, in_fp8: bool
+    ) -> torch.Tensor:
         """Return the same tokens up to rounding, faster on a GPU.
 
         Args:
             pixels: (t, C, H, W).
             anchors: int64 (t, P), for each patch the frame whose patch replaces it, counted from
                 the first frame here; None if the tower computes all patches.
+            in_fp8: whether MLPs round to FP8.
         """
+        encode = partial(self._encode_here, mlps=self._mlps if in_fp8 and self._mlps else None)
         if self._num_tower_ranks == 1:
-            return self._encode_here(pixels, anchors)
-        return encode_on_all_ranks(self._encode_here, pixels, anchors, self._num_tower_ranks)
+            return encode(pixels, anchors)
+        return encode_on_all_ranks(encode, pixels, anchors, self._num_tower_ranks)
 
     def _encode_here(
-        self, pixels: torch.Tensor, anchors: torch.Tensor | None = None
+        self,
+        pixels: torch.Tensor,
+        anchors: torch.Tensor | None = None,
+        *,
+        mlps: Sequence[FP8MLP] | None = None,
     ) -> torch.Tensor:
         """Return the tokens of ``_encode``, all encoded by this rank."""
         if anchors is not None:
             from scissor_vllm.worker.merged_encoder import merging_encoder
 
-            with merging_encoder(self.vision_tower, anchors, self._graphs):
+            with merging_encoder(self.vision_tower, anchors, self._graphs, mlps):
                 return self._features(pixels)
-        if not pixels.is_cuda or len(pixels) < FUSED_FRAMES:
+        if not pixels.is_cuda:
+            if mlps is None:
+                return self._features(pixels)
+            from scissor_vllm.worker.siglip_layers import encoding_with
+
+            with encoding_with(self.vision_tower, mlps):
+                return self._features(pixels)
+        if mlps is None and len(pixels) < FUSED_FRAMES:
             return self._features(pixels)
         from scissor_vllm.worker.siglip import fused_encoder
 
         graphs = self._graphs if len(pixels) <= CALL_FRAMES else None
-        with fused_encoder(self.vision_tower, graphs):
+        with fused_encoder(self.vision_tower, graphs, mlps):
             return self._features(pixels)
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
@@ -244,9 +300,12 @@ class FramesModel:
         Where patches are merged on a GPU, it captures the graph that takes the most memory, so that
         vLLM counts that memory.
         """
+        self._refresh_mlps()
         vision = self.config.vision_config
         pixels = like.new_zeros(CALL_FRAMES, 3, vision.image_size, vision.image_size)
         self._encode_here(pixels[:FUSED_FRAMES])
+        if self._mlps:
+            self._encode_here(pixels[:FUSED_FRAMES], mlps=self._mlps)
         if not self._merges_patches:
             return
         num_frames, num_uses = FUSED_FRAMES, 1
@@ -260,11 +319,11 @@ class FramesModel:
         # One frame's patches are merged, so nearly all are computed.
         anchors = (frames - (frames == 1).long()).expand(-1, num_patches)
         for _ in range(num_uses):
-            self._encode_here(pixels[:num_frames], anchors)
+            self._encode_here(pixels[:num_frames], anchors, mlps=self._mlps or None)
 
     def _rows(self, video: VideoPixels, num_retained: int, behind: torch.Tensor) -> torch.Tensor:
         """Return a video's rows and the rows that follow it."""
         is_whole = self.video_compression.keeps_all([video], [num_retained])
-        encode = self._encode_as_vllm if is_whole else self._encode
+        encode = self._encode_as_vllm if is_whole else partial(self._encode, in_fp8=video.in_fp8)
         _, compressed = self.video_compression.compressed(video, num_retained, encode)
         return torch.cat([compressed.tokens, behind])

@@ -22,13 +22,15 @@ from vllm.model_executor.models.siglip import SiglipEncoder, SiglipEncoderLayer,
 from scissor_vllm.patch_merging import CALL_FRAMES
 from scissor_vllm.vllm_compat import frames_attention
 from scissor_vllm.worker.encoder_graphs import EncoderGraphs, graph_rows
+from scissor_vllm.worker.fp8_mlp import FP8MLP
 from scissor_vllm.worker.merged_patches import MergedPatches, placed
+from scissor_vllm.worker.siglip_layers import Attend, encode, encoding_by, plain_layers
 
 _GRAPH_INPUTS = ("row_of_place", "move_of_place", "probes", "weights", "query_ends", "key_ends")
 """Fields of ``MergedPatches`` that the layers read."""
 
-Attend = Callable[[Any, torch.Tensor], torch.Tensor]
-"""A layer's attention: a function of ``SiglipAttention`` and normed tokens."""
+_Run = Callable[[torch.Tensor, Attend], torch.Tensor]
+"""Returns the layers' output for rows (M, C)."""
 
 
 def merges_patches(vision_tower: nn.Module) -> bool:
@@ -43,7 +45,10 @@ def merges_patches(vision_tower: nn.Module) -> bool:
 
 @contextmanager
 def merging_encoder(
-    vision_tower: Any, anchors: torch.Tensor, graphs: EncoderGraphs | None = None
+    vision_tower: Any,
+    anchors: torch.Tensor,
+    graphs: EncoderGraphs | None = None,
+    mlps: Sequence[FP8MLP] | None = None,
 ) -> Iterator[None]:
     """Make a vision tower skip the patches that take an anchor's values, in the context.
 
@@ -51,36 +56,30 @@ def merging_encoder(
         vision_tower: one for which :func:`merges_patches` is true.
         anchors: of the frames of the tower's call, see :meth:`MergedPatches.of`.
         graphs: run calls of few frames by these; None launches every kernel.
+        mlps: in place of the layers' own, None for those.
     """
-    # Imported here, because it imports Triton.
-    from scissor_vllm.worker.siglip import (
-        embedded_patches,
-        encode_fused,
-        encoding_by,
-        plain_layers,
-    )
-
     weight = next(vision_tower.parameters())
     device, dtype = weight.device, weight.dtype
-    layers = plain_layers(vision_tower) if device.type == "cuda" else None
-    run = (
-        partial(_encode, list(vision_tower.vision_model.encoder.layers))
-        if layers is None
-        else partial(encode_fused, layers)
-    )
     merged = MergedPatches.of(anchors, device, dtype)
     embed = None
-    if layers is not None:
+    layers = plain_layers(vision_tower) if device.type == "cuda" else None
+    if layers is None:
+        run: _Run = partial(encode, list(vision_tower.vision_model.encoder.layers), mlps)
+    else:
+        # Imported here, because it imports Triton.
+        from scissor_vllm.worker.siglip import embedded_patches, encode_fused
+
+        run = partial(encode_fused, layers, mlps)
         embeddings = vision_tower.vision_model.embeddings
         embed = partial(embedded_patches, embeddings, numbers=merged.computed)
-    if graphs is not None and layers is not None and len(anchors) <= CALL_FRAMES:
-        run = partial(_encode_by_graph, graphs, layers, merged)
+        if graphs is not None and len(anchors) <= CALL_FRAMES:
+            run = partial(_encode_by_graph, graphs, run, mlps is not None, merged)
     with encoding_by(vision_tower, embed, partial(_encode_merged, run, merged)):
         yield
 
 
 def _encode_merged(
-    run: Callable[[torch.Tensor, Attend], torch.Tensor],
+    run: _Run,
     merged: MergedPatches,
     embedded: torch.Tensor,
 ) -> torch.Tensor:
@@ -93,22 +92,21 @@ def _encode_merged(
 
 def _encode_by_graph(
     graphs: EncoderGraphs,
-    layers: list[Any],
+    run: _Run,
+    in_fp8: bool,
     merged: MergedPatches,
     hidden: torch.Tensor,
     _: Attend,
 ) -> torch.Tensor:
     """Return the output of plain layers for (M, C), with rows up to the next of the graphs'."""
-    from scissor_vllm.worker.siglip import encode_fused
-
     num_frames, num_places = merged.num_frames, merged.num_places
 
     def launch(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         held = replace(merged, **dict(zip(_GRAPH_INPUTS, inputs, strict=True)))
-        return encode_fused(layers, rows, partial(_attend, held))
+        return run(rows, partial(_attend, held))
 
     encoded = graphs.run(
-        ("merged", num_frames, num_places),
+        ("merged", in_fp8, num_frames, num_places),
         hidden,
         graph_rows(len(hidden), num_frames * num_places),
         num_frames * num_places,
@@ -116,14 +114,6 @@ def _encode_by_graph(
         launch,
     )
     return encoded[: len(hidden)]
-
-
-def _encode(layers: list[Any], hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """Return the output of any SigLIP layers for (M, C)."""
-    for layer in layers:
-        hidden = hidden + attend(layer.self_attn, layer.layer_norm1(hidden))
-        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    return hidden
 
 
 def _attend(merged: MergedPatches, attention: Any, normed: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ that can be avoided. Here
 - the residual sum and its norm become one kernel;
 - GELU becomes the epilogue of the matrix product, on float32 sums. vLLM rounds the sums first, so
   values differ by that rounding. vLLM's own code therefore encodes uncompressed videos;
+- where the operator allows it, MLPs are computed in FP8 (``fp8_mlp.py``): norm and GELU round rows
+  as they write them;
 - flash attention does not split a frame's keys, so it has no partial results to write and combine;
 - patches are embedded by a matrix product. A convolution changes the layout of pixels, and its
   output has to be transposed.
@@ -14,8 +16,8 @@ other layer (quantized, with adapters, another activation). Remove it when vLLM 
 operations.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,28 +25,26 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import triton
 from torch import nn
-from vllm.model_executor.layers.conv import Conv2dLayer
 from vllm.model_executor.layers.layernorm import LayerNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
-from vllm.model_executor.models.siglip import (
-    SiglipEncoder,
-    SiglipEncoderLayer,
-    SiglipVisionEmbeddings,
-    SiglipVisionModel,
-    SiglipVisionTransformer,
-)
+from vllm.model_executor.models.siglip import SiglipVisionEmbeddings
 
 from scissor_vllm.vllm_compat import frames_attention
+from scissor_vllm.worker import fp8_mlp
 from scissor_vllm.worker.encoder_graphs import EncoderGraphs
-from scissor_vllm.worker.siglip_kernels import add_norm, gather_patch
+from scissor_vllm.worker.fp8_mlp import FP8MLP
+from scissor_vllm.worker.siglip_kernels import add_norm, gather_patch, gelu_to_fp8
+from scissor_vllm.worker.siglip_layers import Attend, encoding_by, plain_layers
 
-_MAX_WIDTH = 1 << 14
-"""Largest width: a kernel holds a row in registers."""
 _ALIGNED_VALUES = 8
+_LEAST_REST = 16
 
 
 @contextmanager
-def fused_encoder(vision_tower: nn.Module, graphs: EncoderGraphs | None = None) -> Iterator[bool]:
+def fused_encoder(
+    vision_tower: nn.Module,
+    graphs: EncoderGraphs | None = None,
+    mlps: Sequence[FP8MLP] | None = None,
+) -> Iterator[bool]:
     """Fuse a vision tower's encoder in the context; yields whether it is fused.
 
     Towers other than SigLIP, and towers with other layers than vLLM's, stay unchanged.
@@ -52,6 +52,7 @@ def fused_encoder(vision_tower: nn.Module, graphs: EncoderGraphs | None = None) 
     Args:
         vision_tower: any.
         graphs: launch the layers by these; None launches every kernel.
+        mlps: in place of the layers' own, None for those.
     """
     layers = plain_layers(vision_tower)
     if layers is None:
@@ -59,12 +60,15 @@ def fused_encoder(vision_tower: nn.Module, graphs: EncoderGraphs | None = None) 
         return
     model: Any = vision_tower.vision_model
     embed = partial(embedded_patches, model.embeddings)
-    with encoding_by(vision_tower, embed, partial(_encode, layers, graphs)):
+    with encoding_by(vision_tower, embed, partial(_encode, layers, mlps, graphs)):
         yield True
 
 
 def _encode(
-    layers: list[Any], graphs: EncoderGraphs | None, embedded: torch.Tensor
+    layers: list[Any],
+    mlps: Sequence[FP8MLP] | None,
+    graphs: EncoderGraphs | None,
+    embedded: torch.Tensor,
 ) -> torch.Tensor:
     """Return the layers' output for (B, P, C), which is overwritten; valid until the next call."""
     shape = num_frames, num_places, _ = embedded.shape
@@ -73,15 +77,16 @@ def _encode(
         0, num_rows + num_places, num_places, dtype=torch.int32, device=embedded.device
     )
     if graphs is None:
-        return encode_fused(layers, embedded, partial(_attend_in_frames, ends))
+        return encode_fused(layers, mlps, embedded, partial(_attend_in_frames, ends))
 
     def launch(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         (held_ends,) = inputs
-        encode_fused(layers, rows.view(shape), partial(_attend_in_frames, held_ends))
+        encode_fused(layers, mlps, rows.view(shape), partial(_attend_in_frames, held_ends))
         return rows
 
     rows = embedded.flatten(0, 1)
-    encoded = graphs.run(("whole", num_frames), rows, num_rows, num_rows, [ends], launch)
+    key = ("whole", mlps is not None, num_frames)
+    encoded = graphs.run(key, rows, num_rows, num_rows, [ends], launch)
     return encoded.view(shape)
 
 
@@ -124,112 +129,35 @@ def _attend_in_frames(ends: torch.Tensor, attention: Any, normed: torch.Tensor) 
     return attended.view(normed.shape)
 
 
-def plain_layers(vision_tower: nn.Module) -> list[Any] | None:
-    """Return the layers of a SigLIP tower, None unless all are vLLM's plain layers."""
-    if not isinstance(vision_tower, SiglipVisionModel):
-        return None
-    model = vision_tower.vision_model
-    if not isinstance(model.encoder, SiglipEncoder) or not _embeds_plainly(model.embeddings):
-        return None
-    return list(model.encoder.layers) if all(map(_is_plain, model.encoder.layers)) else None
-
-
-@contextmanager
-def encoding_by(
-    vision_tower: SiglipVisionModel,
-    embed: Callable[[torch.Tensor], torch.Tensor] | None,
-    encode: Callable[[torch.Tensor], torch.Tensor],
-) -> Iterator[None]:
-    """Replace the parts of a tower by functions in the context.
-
-    Calls for the output of several layers, or for interpolated positions, stay vLLM's.
-
-    Args:
-        vision_tower: SigLIP's.
-        embed: maps pixels (T, C, H, W) to the input of ``encode``; None for vLLM's (T, P, D).
-        encode: returns the output of the last layer, (T, P, D).
-    """
-    model = vision_tower.vision_model
-
-    def forward(pixel_values: torch.Tensor, **options: Any) -> torch.Tensor:
-        with ExitStack() as parts:
-            if options.get("select_layers") is None and not options.get("interpolate_pos_encoding"):
-                parts.enter_context(
-                    _calling(model.encoder, lambda inputs_embeds, **_: encode(inputs_embeds))
-                )
-                if embed is not None:
-                    parts.enter_context(
-                        _calling(model.embeddings, lambda pixels, **_: embed(pixels))
-                    )
-            tokens: torch.Tensor = SiglipVisionTransformer.forward(model, pixel_values, **options)
-            return tokens
-
-    with _calling(model, forward):
-        yield
-
-
-@contextmanager
-def _calling(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Have a module call a function in place of its ``forward`` in the context."""
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-def _embeds_plainly(embeddings: Any) -> bool:
-    if type(embeddings) is not SiglipVisionEmbeddings:
-        return False
-    layer = embeddings.patch_embedding
-    height, width = layer.kernel_size
-    # A layer that is a matrix product takes each pixel once.
-    return type(layer) is Conv2dLayer and bool(layer.enable_linear) and height == width
-
-
-def _is_plain(layer: Any) -> bool:
-    if type(layer) is not SiglipEncoderLayer:
-        return False
-    first, activation = layer.mlp.fc1, layer.mlp.activation_fn
-    norms = (layer.layer_norm1, layer.layer_norm2)
-    return (
-        type(first) is ColumnParallelLinear
-        and type(first.quant_method) is UnquantizedLinearMethod
-        and first.bias is not None
-        and not (first.gather_output or first.skip_bias_add)
-        and type(activation) is nn.GELU
-        and activation.approximate == "tanh"
-        and all(type(norm) is LayerNorm and norm.bias is not None for norm in norms)
-        and all(norm.weight.dtype == first.weight.dtype for norm in norms)
-        and first.input_size <= _MAX_WIDTH
-    )
-
-
 def encode_fused(
-    layers: list[Any],
-    hidden: torch.Tensor,
-    attend: Callable[[Any, torch.Tensor], torch.Tensor],
+    layers: list[Any], mlps: Sequence[FP8MLP] | None, hidden: torch.Tensor, attend: Attend
 ) -> torch.Tensor:
     """Return the output of plain layers.
 
     Args:
-        layers: from :func:`plain_layers`.
+        layers: from ``plain_layers``.
+        mlps: in place of the layers' own, None for those.
         hidden: (..., C), contiguous; overwritten.
-        attend: a layer's attention, a function of its module and normed tokens.
+        attend: a layer's attention.
 
     Returns:
         like ``hidden``.
     """
     normed = layers[0].layer_norm1(hidden)
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+    for number, layer in enumerate(layers):
         attended = attend(layer.self_attn, normed)
-        normed = add_and_norm(hidden, attended, layer.layer_norm2)
-        widened = linear_gelu(normed, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
-        narrowed, _ = layer.mlp.fc2(widened)
-        if following is None:
+        if mlps is None:
+            normed = add_and_norm(hidden, attended, layer.layer_norm2)
+            widened = linear_gelu(normed, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
+            narrowed, _ = layer.mlp.fc2(widened)
+        else:
+            rows, scales = add_and_norm_to_fp8(hidden, attended, layer.layer_norm2)
+            widened = mlps[number].fc1.product(rows, scales)
+            narrowed = mlps[number].fc2.product(*gelu_of_rows(widened)).view(hidden.shape)
+        if number + 1 == len(layers):
             hidden += narrowed
         else:
-            normed = add_and_norm(hidden, narrowed, following.layer_norm1)
+            normed = add_and_norm(hidden, narrowed, layers[number + 1].layer_norm1)
     return hidden
 
 
@@ -300,18 +228,75 @@ def add_and_norm(hidden: torch.Tensor, added: torch.Tensor, norm: LayerNorm) -> 
 
     Args:
         hidden: (..., C), contiguous.
-        added: of the same shape and dtype, contiguous.
+        added: of the same shape, contiguous.
         norm: with weight and bias, over C.
 
     Returns:
         like ``hidden``, computed in float32.
     """
+    normed = torch.empty_like(hidden)
+    _add_and_norm(hidden, added, norm, normed, None)
+    return normed
+
+
+def add_and_norm_to_fp8(
+    hidden: torch.Tensor, added: torch.Tensor, norm: LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do as :func:`add_and_norm`, and return the norm's M rows as ``fp8_mlp.quantized`` would."""
+    width = hidden.shape[-1]
+    num_rows = hidden.numel() // width
+    rows = hidden.new_empty(num_rows, fp8_mlp.padded(width), dtype=fp8_mlp.DTYPE)
+    scales = hidden.new_empty(num_rows, 1, dtype=torch.float32)
+    _add_and_norm(hidden, added, norm, rows, scales)
+    return rows, scales
+
+
+def _add_and_norm(
+    hidden: torch.Tensor,
+    added: torch.Tensor,
+    norm: LayerNorm,
+    normed: torch.Tensor,
+    scales: torch.Tensor | None,
+) -> None:
+    """Fill ``normed``, and ``scales`` of its FP8 rows."""
     assert hidden.is_contiguous()
     assert added.is_contiguous()
-    normed = torch.empty_like(hidden)
     width = hidden.shape[-1]
-    block = triton.next_power_of_2(width)
+    main, rest = _blocks(width, normed.shape[-1])
     add_norm[(hidden.numel() // width,)](
-        hidden, added, normed, norm.weight, norm.bias, norm.eps, width, block, num_warps=4
+        hidden,
+        added,
+        normed,
+        normed if scales is None else scales,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        fp8_mlp.TINY,
+        width,
+        normed.shape[-1],
+        main,
+        rest,
+        scales is not None,
+        num_warps=4,
     )
-    return normed
+
+
+def gelu_of_rows(widened: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return GELU, by tanh, of rows (M, C) as ``fp8_mlp.quantized`` would; C is a padded width."""
+    num_rows, width = widened.shape
+    rows = torch.empty_like(widened, dtype=fp8_mlp.DTYPE)
+    scales = widened.new_empty(num_rows, 1, dtype=torch.float32)
+    gelu_to_fp8[(num_rows,)](
+        widened, rows, scales, fp8_mlp.TINY, width, *_blocks(width, width), num_warps=4
+    )
+    return rows, scales
+
+
+def _blocks(width: int, stored_width: int) -> tuple[int, int]:
+    """Return two powers of 2 whose sum is at least ``stored_width``.
+
+    The first is the largest that a row has. A single power of 2 would be up to twice as long as the
+    row.
+    """
+    main = 1 << (width.bit_length() - 1)
+    return main, max(_LEAST_REST, triton.next_power_of_2(stored_width - main))

@@ -15,6 +15,7 @@ from scissor_vllm.video_fields import (
     KEEPS_EVERY_FRAME,
     PATCH_ANCHORS,
     PIXEL_NORMALIZATION,
+    TOWER_FP8,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
 )
@@ -42,6 +43,8 @@ class VideoPixels:
     """``PATCH_ANCHORS``, None if the tower computes every patch."""
     keeps_every_frame: bool = False
     """``KEEPS_EVERY_FRAME``."""
+    in_fp8: bool = False
+    """``TOWER_FP8``."""
     model_device: torch.device | None = None
     """None for that of ``normalization``, or of pixels of vLLM's processor."""
 
@@ -113,7 +116,7 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
     Args:
         fields: the arguments of ``embed_multimodal``; our fields are removed. They are frames
             (B, T, H, W, C) and normalization (B, 2, C), and optionally identities (B, 4), repeats
-            (B, T) and anchors (B, T, P). Fields are lists if lengths differ.
+            (B, T), anchors (B, T, P) and ``TOWER_FP8`` (B,). Fields are lists if lengths differ.
         dtype: the model's dtype.
     """
     frames = fields.pop(VIDEO_FRAMES, None)
@@ -121,6 +124,8 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
     identities = fields.pop(VIDEO_IDENTITY, None)
     repeats = fields.pop(FRAME_OF, None)
     anchors = fields.pop(PATCH_ANCHORS, None)
+    # Videos with a field and without it come in batches of their own.
+    in_fp8 = fields.pop(TOWER_FP8, None) is not None
     if frames is None:
         return []
     keeps_every_frame = take_every_frame(fields, len(frames))
@@ -133,7 +138,16 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
     if anchors is None:
         anchors = [None] * len(frames)
     return [
-        VideoPixels(pixels, scale, dtype, name, frame_of, anchors=stand, keeps_every_frame=every)
+        VideoPixels(
+            pixels,
+            scale,
+            dtype,
+            name,
+            frame_of,
+            anchors=stand,
+            keeps_every_frame=every,
+            in_fp8=in_fp8,
+        )
         for pixels, scale, name, frame_of, stand, every in zip(
             frames, normalization, names, repeats, anchors, keeps_every_frame, strict=True
         )
