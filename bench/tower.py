@@ -1,4 +1,4 @@
-"""Prints the time of SigLIP's encoder: vLLM's, fused, and with merged patches.
+"""Prints the time of SigLIP's encoder: vLLM's, fused, with MLPs in FP8, and with merged patches.
 
     python -m bench.tower [--frames 32] [--computed-shares 0.5] [--repeats 20] [--json FILE]
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import SiglipVisionConfig
 
 from scissor_vllm.loadtest.record import environment, write_json
 from scissor_vllm.patch_merging import Grid, computed_patches, group_lengths
+from scissor_vllm.worker.fp8_mlp import FP8MLP, make_mlps
 
 SO400M = SiglipVisionConfig(
     hidden_size=1152,
@@ -144,21 +145,26 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def fused(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
+def fused(tower: Any, pixels: torch.Tensor, mlps: Sequence[FP8MLP] | None = None) -> torch.Tensor:
     """Return the tower's tokens by the fused encoder."""
     from scissor_vllm.worker.siglip import fused_encoder
 
-    with fused_encoder(tower) as is_on:
+    with fused_encoder(tower, None, mlps) as is_on:
         assert is_on, "vLLM's layers are not as siglip.py knows them"
         tokens: torch.Tensor = tower(pixels)
         return tokens
 
 
-def merged(tower: Any, anchors: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+def merged(
+    tower: Any,
+    anchors: torch.Tensor,
+    pixels: torch.Tensor,
+    mlps: Sequence[FP8MLP] | None = None,
+) -> torch.Tensor:
     """Return the tower's tokens with patches merged by anchors."""
     from scissor_vllm.worker.merged_encoder import merging_encoder
 
-    with merging_encoder(tower, anchors):
+    with merging_encoder(tower, anchors, None, mlps):
         tokens: torch.Tensor = tower(pixels)
         return tokens
 
@@ -184,9 +190,11 @@ def measure(
     shape = (num_frames, 3, SO400M.image_size, SO400M.image_size)
     pixels = torch.randn(shape, device="cuda", generator=generator).to(torch.bfloat16)
     num_places = (SO400M.image_size // SO400M.patch_size) ** 2
+    mlps = make_mlps(tower.vision_model.encoder.layers)
     cases: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "vllm": tower,
         "fused": partial(fused, tower),
+        "FP8": partial(fused, tower, mlps=mlps),
     }
     with torch.inference_mode():
         expected = torch.cat([exact(frames.float()) for frames in pixels.split(8)])
@@ -196,11 +204,13 @@ def measure(
             anchors = draw_anchors(num_frames, num_places, share)
             name = f"{float(computed_patches(anchors).float().mean()):.2f} computed"
             cases[name] = partial(merged, tower, anchors)
+            in_fp8 = f"{name}, FP8"
+            cases[in_fp8] = partial(merged, tower, anchors, mlps=mlps)
             part = slice(sum(group_lengths(num_frames)[:2]))
-            errors[name] = relative_error(
-                merged(tower, anchors[part], pixels[part]),
-                merged(exact, anchors[part], pixels[part].float()),
-            )
+            exactly = merged(exact, anchors[part], pixels[part].float())
+            for case, of_case in ((name, None), (in_fp8, mlps)):
+                found = merged(tower, anchors[part], pixels[part], of_case)
+                errors[case] = relative_error(found, exactly)
         times: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(repeats):
             for name, run in cases.items():
@@ -222,14 +232,14 @@ def main() -> None:
     exact = make_tower(SO400M, device, torch.float32)
     exact.load_state_dict({name: w.float() for name, w in tower.state_dict().items()})
     record: dict[str, Any] = {"environment": environment(), "dtype": "bfloat16", "cases": []}
-    print("frames                     time  of fused, relative error")
+    print("frames                          time  of fused, relative error")
     for num_frames in args.frames:
         case = measure(tower, exact, num_frames, args.computed_shares, args.repeats)
         fused_median = statistics.median(case["milliseconds"]["fused"])
         for name, values in case["milliseconds"].items():
             median = statistics.median(values)
             part, error = median / fused_median, case["relative_errors"][name]
-            print(f"{num_frames:6} {name:14} {median:7.2f} ms {part:5.3f} {error:.2g}")
+            print(f"{num_frames:6} {name:19} {median:7.2f} ms {part:5.3f} {error:.2g}")
         record["cases"].append(case)
     if args.json:
         write_json(args.json, record)
