@@ -1,11 +1,16 @@
-"""Runs several servers of a model in turn under the same load, and prints one table.
+"""Measures several servers of a model in turn under the same load, and prints one table.
 
     python -m bench.serving PLAN.toml MODEL [--output FILE] [--only LABEL ...] [--videos FOLDER]
+        [--together]
 
 A plan names servers and the sweeps of each, see ``bench/serving-7b.toml``. The first server is the
 baseline. Each server is started, measured by ``scissor-vllm bench``, and stopped with all of its
 processes. Cells in the result file are not measured again, so the same command resumes an aborted
 run.
+
+With ``--together`` all servers are started at once, on the GPUs that the plan names, and asked one
+after the other: a start takes minutes, in which the other GPUs would wait. The plan then bounds the
+memory of each, see ``bench/serving-7b-together.toml``.
 
 A server with ``encoder_rows``, a folder, is two of the same options behind ``bench.encoder_proxy``:
 one on the first GPU encodes only, one on the second answers.
@@ -14,20 +19,21 @@ one on the first GPU encodes only, one on the second answers.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shlex
-import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from scissor_vllm.loadtest.command import main as bench
 from scissor_vllm.loadtest.process import end_on_sigterm, free_port, running_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +62,6 @@ ENVIRONMENT = {
     "scissor-vllm": {},
 }
 PROXY = [sys.executable, "-m", "bench.encoder_proxy"]
-BENCH = [sys.executable, "-m", "scissor_vllm.cli", "bench"]
 SERVED_NAME = "measured"
 
 
@@ -72,10 +77,23 @@ class Sweep:
     concurrencies: list[str]
     camera: str | None = None
     """``--camera`` of generated clips, whose results have a separate file."""
+    num_frames: int | None = None
+    """``--num-frames`` of generated clips, likewise."""
 
     def output(self, path: Path) -> Path:
         """Return the sweep's result file, given the plan's."""
-        return path if self.camera is None else path.with_stem(f"{path.stem}-{self.camera}")
+        parts = [path.stem, self.camera, self.num_frames and f"{self.num_frames}-frames"]
+        return path.with_stem("-".join(str(part) for part in parts if part))
+
+    def arguments(self) -> list[str]:
+        """Return what ``scissor-vllm bench`` is told of it."""
+        arguments = ["--retention-ratio", *self.retention_ratios]
+        arguments += ["--max-concurrency", *self.concurrencies]
+        if self.camera is not None:
+            arguments += ["--camera", self.camera]
+        if self.num_frames is not None:
+            arguments += ["--num-frames", str(self.num_frames)]
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -121,25 +139,27 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
     servers = []
     for entry in plan["servers"]:
         where = f"{path}: server {entry.get('label', '')!r}"
-        known = {"label", "serve", "options", "sweeps", "encoder_rows"}
+        known = {"label", "serve", "options", "sweeps", "encoder_rows", "gpu"}
         _check_keys(where, entry, known, {"label", "sweeps"})
         serve = entry.get("serve", "scissor-vllm")
         if serve not in COMMANDS:
             raise PlanError(f"{where}: serve must be one of {', '.join(COMMANDS)}, got {serve!r}")
         for sweep in entry["sweeps"]:
             keys = {"retention_ratio", "max_concurrency"}
-            _check_keys(f"{where}: sweep", sweep, {*keys, "camera"}, keys)
+            _check_keys(f"{where}: sweep", sweep, {*keys, "camera", "num_frames"}, keys)
+        on_gpu = {"CUDA_VISIBLE_DEVICES": str(entry["gpu"])} if "gpu" in entry else {}
         servers.append(
             Server(
                 entry["label"],
                 COMMANDS[serve],
-                {**plan.get("environment", {}), **ENVIRONMENT[serve]},
+                {**plan.get("environment", {}), **ENVIRONMENT[serve], **on_gpu},
                 [*plan.get("serve_options", []), *entry.get("options", [])],
                 [
                     Sweep(
                         _texts(sweep["retention_ratio"]),
                         _texts(sweep["max_concurrency"]),
                         sweep.get("camera"),
+                        sweep.get("num_frames"),
                     )
                     for sweep in entry["sweeps"]
                 ],
@@ -216,6 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="these servers (default: all)")
     parser.add_argument("--videos", type=Path, help="a folder of videos (default: clips are made)")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start all servers at once (default: one after the other)",
+    )
     parser.add_argument("--start-timeout", type=float, default=900.0, metavar="SECONDS")
     args = parser.parse_args(argv)
     try:
@@ -230,28 +255,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.videos:
         bench_options += ["--videos", str(args.videos)]
     failed = False
-    for number, server in enumerate(servers):
-        log = args.output.with_name(f"{args.output.stem}-{number}.log")
-        try:
-            with serving(server, args.model, args.port, log, args.start_timeout) as base_url:
-                for sweep in server.sweeps:
-                    command = [*BENCH, *bench_options, "--append", "--label", server.label]
-                    output = sweep.output(args.output)
-                    command += ["--base-url", base_url, "--output", str(output)]
-                    if sweep.camera is not None:
-                        command += ["--camera", sweep.camera]
-                    command += ["--retention-ratio", *sweep.retention_ratios]
-                    command += ["--max-concurrency", *sweep.concurrencies]
-                    done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, check=False)
-                    failed = failed or done.returncode != 0
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            failed = True
+    for server, base_url in _running(servers, args):
+        failed = failed or base_url is None
+        for sweep in server.sweeps if base_url is not None else ():
+            argv = [*bench_options, "--append", "--label", server.label, *sweep.arguments()]
+            argv += ["--base-url", str(base_url), "--output", str(sweep.output(args.output))]
+            failed = _bench(argv) != 0 or failed
     outputs = {sweep.output(args.output) for server in servers for sweep in server.sweeps}
     for output in sorted(path for path in outputs if path.exists()):
         print(f"\n{output}")
-        subprocess.run([*BENCH, "table", str(output)], cwd=ROOT, check=False)
+        bench(["table", str(output)])
     return int(failed)
+
+
+def _bench(argv: list[str]) -> int:
+    """Measure in this process, so that vLLM is imported once; return 1 if a cell has no answer."""
+    with redirect_stdout(io.StringIO()):
+        return bench(argv)
+
+
+def _running(
+    servers: Sequence[Server], args: argparse.Namespace
+) -> Iterator[tuple[Server, str | None]]:
+    """Yield each server with its base URL, None for one that did not start, which is told.
+
+    One after the other runs, or all do until the last was measured.
+    """
+
+    def log_of(number: int) -> Path:
+        output: Path = args.output
+        return output.with_name(f"{output.stem}-{number}.log")
+
+    def enter(stack: ExitStack, number: int, port: int) -> str | None:
+        start = serving(servers[number], args.model, port, log_of(number), args.start_timeout)
+        try:
+            return stack.enter_context(start)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return None
+
+    if not args.together:
+        for number, server in enumerate(servers):
+            with ExitStack() as stack:
+                yield server, enter(stack, number, args.port)
+        return
+    with ExitStack() as all_servers, ThreadPoolExecutor(len(servers)) as threads:
+        ports = [free_port() for _ in servers]
+        urls = threads.map(enter, [all_servers] * len(servers), range(len(servers)), ports)
+        yield from zip(servers, list(urls), strict=True)
 
 
 if __name__ == "__main__":

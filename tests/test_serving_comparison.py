@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -55,10 +53,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake.write_text(FAKE.format(root=str(ROOT), **places))
     monkeypatch.setitem(serving.COMMANDS, "scissor-vllm", [sys.executable, str(fake)])
     # Each load test would import vLLM.
-    forks = SimpleNamespace(
-        run=lambda command, **_: run_preloaded(command), DEVNULL=subprocess.DEVNULL
-    )
-    monkeypatch.setattr(serving, "subprocess", forks)
+    command = [sys.executable, "-m", "scissor_vllm.cli", "bench"]
+    monkeypatch.setattr(serving, "bench", lambda argv: run_preloaded([*command, *argv]).returncode)
     (tmp_path / "videos").mkdir()
     for name in "abcd":
         (tmp_path / "videos" / f"{name}.mp4").write_bytes(
@@ -112,6 +108,25 @@ def test_every_server_is_measured_once_and_stopped_and_one_that_fails_is_told(
     }
     children = [int(line) for line in (plan.parent / "children").read_text().split()]
     assert len(children) == 3  # "first" twice.
+    assert not any(is_running(child) for child in children)
+
+
+def test_servers_run_together_on_their_gpus_and_are_all_stopped(
+    plan: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = plan.read_text().replace('label = "last"', 'label = "last"\ngpu = 1')
+    plan.write_text(text.replace("max_concurrency = [2]", "max_concurrency = [2], num_frames = 8"))
+    status, output = run(plan, "--together")
+    assert status == 1
+    assert "no such model" in capfd.readouterr().err
+    runs = {measured["label"]: measured["cells"] for measured in read_results(output).runs}
+    assert {label: len(cells) for label, cells in runs.items()} == {"first": 2, "last": 1}
+    longer = read_results(output.with_stem("result-8-frames")).runs
+    assert [(each["label"], len(each["cells"])) for each in longer] == [("last", 1)]
+    asked = (plan.parent / "asked").read_text().splitlines()
+    assert [line.split()[0] for line in asked] == ["None"] * 10 + ["1"] * 10
+    children = [int(line) for line in (plan.parent / "children").read_text().split()]
+    assert len(children) == 2
     assert not any(is_running(child) for child in children)
 
 
