@@ -1,12 +1,13 @@
 """Prints what merging inside the tower changes in DINOv2's tokens of real videos.
 
     python -m bench.real_features.merged_tower [FOLDER] [--split validation] [--num-merged 2]
-        [--json FILE]
+        [--fp8] [--json FILE]
 
 Anchors and computed patches are those of ``scissor_vllm``; the twelve blocks of DINOv2 ViT-S/14 run
 in torch in place of the tower's layers. Each frame's class token is always computed. With
 ``--num-merged 2`` the four patches of a token are computed or left out together, as in Qwen-VL's
-towers; there a token has two frames too, and layers of Qwen2.5-VL have windows. "share" is that of
+towers; there a token has two frames too, and layers of Qwen2.5-VL have windows. ``--fp8`` rounds
+MLPs as ``scissor_vllm.worker.fp8_mlp`` does, also where nothing is merged. "share" is that of
 the patches that are computed. FVU is the tokens' squared error over their variance. "added" is what
 merging adds to the FVU after compression to a tenth.
 """
@@ -36,6 +37,7 @@ from scissor_vllm.frontend import patch_anchors as frontend
 from scissor_vllm.loadtest.record import environment, write_json
 from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.settings import DEFAULT_TOWER_MERGING_THRESHOLD, DEFAULT_VIDEO_COMPRESSION
+from scissor_vllm.worker.fp8_mlp import quantized
 from scissor_vllm.worker.merged_grid import Layout, MergedTokens, Parts
 from scissor_vllm.worker.merged_patches import MergedPatches, Placement, placed
 
@@ -128,12 +130,15 @@ class Tower:
         by_token = patches.transpose(2, 3).flatten(1, 4)
         return torch.cat([embedded[:, :1], by_token], dim=1)
 
-    def encode(self, embedded: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    def encode(
+        self, embedded: torch.Tensor, anchors: torch.Tensor, *, in_fp8: bool = False
+    ) -> torch.Tensor:
         """Return patch tokens of the last block, mean-pooled 2 x 2.
 
         Args:
             embedded: (T, 1 + P, C).
             anchors: int64 (T, P), or (T, P / 4) of tokens.
+            in_fp8: whether MLPs round their input and weights.
 
         Returns:
             (T, P / 4, C).
@@ -143,6 +148,7 @@ class Tower:
         # Patches that are computed, then each frame's class token.
         patches = embedded[:, 1:].reshape(-1, width)[merged.computed]
         hidden = torch.cat([patches, embedded[:, 0]])
+        product = _rounded_product if in_fp8 else torch.addmm
         for block in self.blocks:
             normed = _norm(hidden, block["norm1"])
             queries, rest = torch.addmm(block["qkv"][1], normed, block["qkv"][0]).split(
@@ -151,8 +157,8 @@ class Tower:
             attended = _attend(queries, rest, merged)
             hidden = hidden + torch.addmm(block["out"][1], attended, block["out"][0])
             normed = _norm(hidden, block["norm2"])
-            widened = F.gelu(torch.addmm(block["fc1"][1], normed, block["fc1"][0]))
-            hidden = hidden + torch.addmm(block["fc2"][1], widened, block["fc2"][0])
+            widened = F.gelu(product(block["fc1"][1], normed, block["fc1"][0]))
+            hidden = hidden + product(block["fc2"][1], widened, block["fc2"][0])
         if merged.tokens is not None:
             rows = hidden[:-num_frames].unflatten(0, (-1, self._num_merged**2)).mean(dim=1)
             return placed(rows, merged.tokens).view(num_frames, -1, width)
@@ -165,6 +171,16 @@ class Tower:
 def _norm(hidden: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
     weight, bias = weights
     return F.layer_norm(hidden, (hidden.shape[1],), weight, bias, EPS)
+
+
+def _rounded_product(bias: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return ``torch.addmm`` of rows (M, C) and weights (C, D) in FP8."""
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        parts, scales = quantized(values)
+        return (parts.float() * scales)[:, : values.shape[1]]
+
+    return torch.addmm(bias, rounded(rows), rounded(weight.T).T)
 
 
 def _block(model: Any, number: int) -> Block:
@@ -296,11 +312,12 @@ def main() -> None:
     parser.add_argument("--group", type=int, nargs="+", default=[patch_merging.GROUP_FRAMES])
     parser.add_argument("--min-matching", type=float, nargs="+", default=[frontend.MIN_MATCHING])
     parser.add_argument("--num-merged", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--fp8", action="store_true", help="MLPs in FP8")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     features.load_features(args.folder)
     tower = Tower(args.folder, args.num_merged)
-    settings = {"method": args.method, "num_merged": args.num_merged}
+    settings = {"method": args.method, "num_merged": args.num_merged, "fp8": args.fp8}
     record: dict[str, Any] = {"environment": environment(), **settings, "cases": []}
     for sequence in features.SEQUENCES:
         if args.split not in (None, sequence.split):
@@ -330,8 +347,10 @@ def _cases(tower: Tower, sequence: features.Sequence, args: Any) -> Iterator[dic
                 anchors = unmerged if anchors is None else anchors.long()
                 key = anchors.numpy().tobytes()
                 if key not in known:
-                    merges = not torch.equal(anchors, unmerged)
-                    merged = tower.encode(embedded, anchors) if merges else exact
+                    changes = args.fp8 or not torch.equal(anchors, unmerged)
+                    merged = exact
+                    if changes:
+                        merged = tower.encode(embedded, anchors, in_fp8=args.fp8)
                     known[key] = measure(exact, merged, args.method)
                 side = math.isqrt(num_places)
                 share = float(computed_patches(anchors, (side, side)).float().mean())
