@@ -7,10 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from scissor_vllm import num_retained_tokens
 from tests.families import (
     FAMILIES,
+    LARGE_STEPS,
     VARIANTS,
     Family,
     Question,
@@ -82,6 +84,8 @@ def test_a_prefix_found_in_part_or_in_full_answers_as_none_found(family: Family)
 def test_a_prefix_that_ends_within_a_video_answers_as_none_found(family: Family) -> None:
     if not family.caches_prefixes:
         pytest.skip(NO_STATES)
+    if family.chunk == LARGE_STEPS and torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("on this CPU a block of float32 states is longer than the prompt")
     (answer,) = family.chunked[4]
     assert 64 < answer.num_cached_tokens < answer.num_prompt_tokens - NUM_BEHIND
     assert largest_difference(answer, family.whole[family.other]) < family.tolerance

@@ -134,6 +134,14 @@ def known_requests(offer: Offer) -> list[Request]:
     return requests
 
 
+def _clip(path: Path, width: int, height: int, num_frames: int) -> bytes:
+    """Return a clip, made once: on some CPUs x264 encodes equal pictures differently each time."""
+    if not path.exists():
+        numbers = range(num_frames)
+        make_clip(path, width=width, height=height, num_frames=num_frames, fps=8, shown=numbers)
+    return path.read_bytes()
+
+
 class Traffic:
     """Draws requests.
 
@@ -150,11 +158,7 @@ class Traffic:
         self._clip = video(self._data)
         sizes = ((64, 48, 2), (48, 64, 5), (320, 180, 12), (130, 70, 9), (256, 256, 33))
         self._others = [
-            video(
-                make_clip(
-                    folder / f"{number}.mp4", width=w, height=h, num_frames=n, fps=8, shown=range(n)
-                ).read_bytes()
-            )
+            video(_clip(folder / f"{number}.mp4", width=w, height=h, num_frames=n))
             for number, (w, h, n) in enumerate(sizes)
         ]
         self._kinds: list[Callable[[], Request]] = [

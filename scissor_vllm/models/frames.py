@@ -124,6 +124,8 @@ class FramesModel:
     config: Any
     multi_modal_projector: Any
     vision_tower: Any
+    _has_fp8 = False
+    _mlps: Sequence[FP8MLP] = ()
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
@@ -142,7 +144,6 @@ class FramesModel:
         self._merges_patches = has_tower and merging.max_ratio > 0
         in_fp8 = TowerFP8.from_mm_processor_kwargs(settings)
         self._has_fp8 = has_tower and in_fp8.max_ratio > 0
-        self._mlps: Sequence[FP8MLP] = ()
         if self._has_fp8:
             self._check_fp8(vllm_config)
         if self._merges_patches:
