@@ -25,14 +25,15 @@ import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from scissor_vllm.loadtest.command import INTERRUPTED
 from scissor_vllm.loadtest.command import main as bench
 from scissor_vllm.loadtest.process import end_on_sigterm, free_port, running_server
 
@@ -255,12 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.videos:
         bench_options += ["--videos", str(args.videos)]
     failed = False
-    for server, base_url in _running(servers, args):
-        failed = failed or base_url is None
-        for sweep in server.sweeps if base_url is not None else ():
-            argv = [*bench_options, "--append", "--label", server.label, *sweep.arguments()]
-            argv += ["--base-url", str(base_url), "--output", str(sweep.output(args.output))]
-            failed = _bench(argv) != 0 or failed
+    # Closed, it stops its servers whatever ends the loop.
+    with closing(_running(servers, args)) as running:
+        for server, base_url in running:
+            failed = failed or base_url is None
+            for sweep in server.sweeps if base_url is not None else ():
+                argv = [*bench_options, "--append", "--label", server.label, *sweep.arguments()]
+                argv += ["--base-url", str(base_url), "--output", str(sweep.output(args.output))]
+                failed = _bench(argv) != 0 or failed
     outputs = {sweep.output(args.output) for server in servers for sweep in server.sweeps}
     for output in sorted(path for path in outputs if path.exists()):
         print(f"\n{output}")
@@ -269,14 +272,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    """Measure in this process, so that vLLM is imported once; return 1 if a cell has no answer."""
+    """Measure in this process, so that vLLM is imported once; return 1 if a cell has no answer.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, which ``scissor-vllm bench`` tells by its status.
+    """
     with redirect_stdout(io.StringIO()):
-        return bench(argv)
+        status = bench(argv)
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    return status
 
 
 def _running(
     servers: Sequence[Server], args: argparse.Namespace
-) -> Iterator[tuple[Server, str | None]]:
+) -> Generator[tuple[Server, str | None], None, None]:
     """Yield each server with its base URL, None for one that did not start, which is told.
 
     One after the other runs, or all do until the last was measured.

@@ -291,12 +291,7 @@ class TowerMerging:
             ValueError: the ratio is not in [0, 1), or the threshold not above 0 and finite.
         """
         kwargs = kwargs or {}
-        ratio = _check_number(TOWER_MERGING_MAX_RATIO, kwargs.get(TOWER_MERGING_MAX_RATIO, 0.0))
-        if not 0 <= ratio < 1:
-            raise ValueError(
-                f"{TOWER_MERGING_MAX_RATIO} must be 0 or more and below 1, got {ratio}: 0 switches "
-                "merging off, and uncompressed videos are always encoded whole"
-            )
+        ratio = _check_tower_ratio(TOWER_MERGING_MAX_RATIO, kwargs)
         threshold = _check_number(
             TOWER_MERGING_THRESHOLD,
             kwargs.get(TOWER_MERGING_THRESHOLD, DEFAULT_TOWER_MERGING_THRESHOLD),
@@ -333,17 +328,21 @@ class TowerFP8:
             TypeError: it is not a number.
             ValueError: it is not in [0, 1).
         """
-        ratio = _check_number(TOWER_FP8_MAX_RATIO, (kwargs or {}).get(TOWER_FP8_MAX_RATIO, 0.0))
-        if not 0 <= ratio < 1:
-            raise ValueError(
-                f"{TOWER_FP8_MAX_RATIO} must be 0 or more and below 1, got {ratio}: 0 switches FP8 "
-                "off, and uncompressed videos never have it"
-            )
-        return cls(ratio)
+        return cls(_check_tower_ratio(TOWER_FP8_MAX_RATIO, kwargs or {}))
 
     def applies_to(self, retention_ratio: float) -> bool:
         """Return whether a video of this ratio has it."""
         return retention_ratio <= self.max_ratio
+
+
+def _check_tower_ratio(name: str, kwargs: Mapping[str, object]) -> float:
+    ratio = _check_number(name, kwargs.get(name, 0.0))
+    if not 0 <= ratio < 1:
+        raise ValueError(
+            f"{name} must be 0 or more and below 1, got {ratio}: 0 switches it off, and "
+            "uncompressed videos are always encoded exactly"
+        )
+    return ratio
 
 
 def _check_number(name: str, value: object) -> float:

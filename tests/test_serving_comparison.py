@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bench import serving
+from scissor_vllm.loadtest.command import INTERRUPTED
 from scissor_vllm.loadtest.results import read_results
 from tests.preloaded import run_preloaded
 
@@ -128,6 +130,21 @@ def test_servers_run_together_on_their_gpus_and_are_all_stopped(
     children = [int(line) for line in (plan.parent / "children").read_text().split()]
     assert len(children) == 2
     assert not any(is_running(child) for child in children)
+
+
+def test_ctrl_c_in_a_load_test_ends_the_comparison_and_its_server(
+    plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "bench", lambda _: INTERRUPTED)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan)
+    (child,) = (int(line) for line in (plan.parent / "children").read_text().split())
+    # It is killed by now, and ends in a moment of its own.
+    for _ in range(100):
+        if not is_running(child):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{child} still runs")
 
 
 def test_an_encoder_on_another_gpu_is_asked_before_the_server_that_answers(plan: Path) -> None:

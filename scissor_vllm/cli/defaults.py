@@ -35,8 +35,8 @@ To add Qwen-VL's: ``"Qwen2_5_VLForConditionalGeneration": None`` and
 """
 _FP8_BY_DEFAULT: dict[str, str | None] = {_LLAVA_ONEVISION: "siglip_vision_model"}
 """The same for a tower whose MLPs are computed in FP8."""
-_HOPPER = 9
-"""Major number of the compute capability."""
+_HOPPER = 90
+"""Compute capability."""
 _ARENA_BYTES = 3 << 30
 """Of shared memory, free: vLLM's arena has 2 GiB."""
 
@@ -136,10 +136,7 @@ def choose_tower_fp8(args: argparse.Namespace) -> None:
 def _is_hopper() -> bool:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda():
-        return False
-    capability = current_platform.get_device_capability()
-    return capability is not None and capability.major == _HOPPER
+    return current_platform.is_cuda() and current_platform.is_device_capability_family(_HOPPER)
 
 
 def _has_tower(args: argparse.Namespace, towers: dict[str, str | None]) -> bool:

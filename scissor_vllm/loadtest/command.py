@@ -30,6 +30,8 @@ QUESTION = "Describe what happens in this video, step by step."
 NO_CACHES = ("--mm-processor-cache-gb", "0", "--no-enable-prefix-caching")
 """Server flags that disable caches, so that every request does the full work."""
 RESULT = Path("bench-results", "result.json")
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell has it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
             "\nscissor-vllm bench: stopped; what was measured is saved, --append goes on",
             file=sys.stderr,
         )
-        return 130
+        return INTERRUPTED
 
 
 def run(argv: Sequence[str]) -> int:

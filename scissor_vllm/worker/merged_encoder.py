@@ -24,7 +24,7 @@ from scissor_vllm.vllm_compat import frames_attention
 from scissor_vllm.worker.encoder_graphs import EncoderGraphs, graph_rows
 from scissor_vllm.worker.fp8_mlp import FP8MLP
 from scissor_vllm.worker.merged_patches import MergedPatches, placed
-from scissor_vllm.worker.siglip_layers import Attend, encode, encoding_by, plain_layers
+from scissor_vllm.worker.siglip_layers import Attend, encode_by_modules, encoding_by, plain_layers
 
 _GRAPH_INPUTS = ("row_of_place", "move_of_place", "probes", "weights", "query_ends", "key_ends")
 """Fields of ``MergedPatches`` that the layers read."""
@@ -64,7 +64,8 @@ def merging_encoder(
     embed = None
     layers = plain_layers(vision_tower) if device.type == "cuda" else None
     if layers is None:
-        run: _Run = partial(encode, list(vision_tower.vision_model.encoder.layers), mlps)
+        every_layer = list(vision_tower.vision_model.encoder.layers)
+        run: _Run = partial(encode_by_modules, every_layer, mlps)
     else:
         # Imported here, because it imports Triton.
         from scissor_vllm.worker.siglip import embedded_patches, encode_fused

@@ -37,6 +37,7 @@ from scissor_vllm.worker.siglip_layers import Attend, encoding_by, plain_layers
 
 _ALIGNED_VALUES = 8
 _LEAST_REST = 16
+"""Columns of the second part of a row, also where the first has all of them."""
 
 
 @contextmanager

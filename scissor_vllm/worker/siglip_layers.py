@@ -65,7 +65,7 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def encode(
+def encode_by_modules(
     layers: Sequence[Any], mlps: Sequence[MLP] | None, hidden: torch.Tensor, attend: Attend
 ) -> torch.Tensor:
     """Return the output of any SigLIP layers, computed by their modules.
@@ -93,7 +93,7 @@ def encoding_with(vision_tower: SiglipVisionModel, mlps: Sequence[MLP]) -> Itera
         return attended
 
     layers = list(vision_tower.vision_model.encoder.layers)
-    run = partial(encode, layers, mlps)
+    run = partial(encode_by_modules, layers, mlps)
     with encoding_by(vision_tower, None, lambda embedded: run(embedded, attend)):
         yield
 
