@@ -1,17 +1,23 @@
-"""Number of CPUs for thread pools."""
+"""Number of CPUs, for thread pools and for the threads of one video."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from scissor_vllm.byte_locks import ByteLocks
 
 _MAX_THREADS, _CPUS_PER_THREAD = 4, 4
 """Most threads for one video, and CPUs for each thread. With fewer CPUs joining the parts costs
 what the threads gain."""
 
 _num_sharing = 1
+_TAKEN = ByteLocks("scissor-vllm-cpus", "processes do not see each other's threads")
+"""A byte for each CPU."""
 
 
 @cache
@@ -32,6 +38,39 @@ def share_cpus(num_processes: int) -> None:
 def num_own_cpus() -> int:
     """Return this process's share of the CPUs, at least 1."""
     return max(1, num_cpus() // _num_sharing)
+
+
+@contextmanager
+def take_cpus(wanted: int, *, spared: int = 0) -> Iterator[int]:
+    """Take CPUs for the threads of one video, and free them at the end of the context.
+
+    The videos of all processes of a user take from the same CPUs: a video alone has many, and those
+    of a burst do not start many more threads than there are CPUs. Nobody waits: where all are taken
+    a video has one thread beside the others.
+
+    Args:
+        wanted: number of CPUs at most.
+        spared: number of free CPUs that are left to others.
+
+    Yields:
+        The number of threads to start, at least 1.
+    """
+    with _TAKEN.opened() as locks:
+        if locks is None:
+            yield max(1, min(wanted, num_own_cpus() - spared))
+            return
+        num_taken = 0
+        for cpu in range(_num_cpus_at_first() - spared):
+            if num_taken == wanted:
+                break
+            num_taken += locks.try_lock(cpu)
+        yield max(1, num_taken)
+
+
+@cache
+def _num_cpus_at_first() -> int:
+    """Return :func:`num_cpus`, counted once: that takes as long as resizing two frames."""
+    return num_cpus()
 
 
 def num_cpus() -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from scissor_vllm import cpus
-from scissor_vllm.cpus import cgroup_cpu_quota, num_cpus, num_own_cpus, share_cpus
+from scissor_vllm.byte_locks import ByteLocks
+from scissor_vllm.cpus import cgroup_cpu_quota, num_cpus, num_own_cpus, share_cpus, take_cpus
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -101,3 +104,66 @@ def test_processes_share_the_cpus_and_each_has_one(monkeypatch: pytest.MonkeyPat
     for num_processes, expected in ((4, 4), (6, 2), (40, 1), (1, 16), (0, 16)):
         share_cpus(num_processes)
         assert num_own_cpus() == expected
+
+
+# ---- CPUs of one video ----
+
+OTHER_PROCESS = """
+import sys, time
+from pathlib import Path
+from scissor_vllm import cpus
+from scissor_vllm.byte_locks import ByteLocks
+cpus._TAKEN = ByteLocks(Path(sys.argv[1]), "")
+cpus._num_cpus_at_first = lambda: 8
+with cpus.take_cpus(3) as num_taken:
+    print(num_taken, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def eight_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "cpus.lock"
+    monkeypatch.setattr(cpus, "_TAKEN", ByteLocks(path, ""))
+    monkeypatch.setattr(cpus, "_num_cpus_at_first", lambda: 8)
+    return path
+
+
+@pytest.mark.usefixtures("eight_cpus")
+def test_videos_take_the_cpus_that_others_left_and_at_least_one() -> None:
+    with take_cpus(5) as first, take_cpus(5) as second, take_cpus(5) as third:
+        assert (first, second, third) == (5, 3, 1)
+    with take_cpus(20) as all_of_them:
+        assert all_of_them == 8
+
+
+@pytest.mark.usefixtures("eight_cpus")
+def test_spared_cpus_are_left_to_others() -> None:
+    with take_cpus(8, spared=2) as first, take_cpus(8, spared=2) as second:
+        assert (first, second) == (6, 1)
+        with take_cpus(4) as other:
+            assert other == 2
+
+
+def test_a_process_that_dies_gives_its_cpus_back(eight_cpus: Path) -> None:
+    command = [sys.executable, "-c", OTHER_PROCESS, str(eight_cpus)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "3\n"
+        with take_cpus(8) as left:
+            assert left == 5
+        other.kill()
+    with take_cpus(8) as left:
+        assert left == 8
+
+
+def test_without_a_place_for_the_file_a_process_has_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpus, "_TAKEN", ByteLocks(tmp_path / "missing" / "cpus.lock", "none"))
+    monkeypatch.setattr(cpus, "num_cpus", lambda: 16)
+    monkeypatch.setattr(cpus, "_num_sharing", 4)
+    for wanted, expected in ((8, 4), (2, 2), (0, 1)):
+        with take_cpus(wanted) as num_taken:
+            assert num_taken == expected
+    assert len([line for line in caplog.messages if "none: " in line]) == 1

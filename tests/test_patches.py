@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -62,6 +63,11 @@ def patches_in_the_model(changed: Any, output: Any, dtype: torch.dtype) -> torch
     )
 
 
+def give_threads(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "threads_per_video", lambda: num_threads)
+    monkeypatch.setattr(pixels, "take_cpus", lambda wanted: nullcontext(max(1, wanted)))
+
+
 @pytest.mark.parametrize("size", [(12, 200, 320), (7, 400, 120), (2, 64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_decoded", [True, False])
@@ -74,8 +80,7 @@ def test_the_tower_gets_the_same_patches_to_the_bit(
     num_threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pixels, "threads_per_video", lambda: num_threads)
-    monkeypatch.setattr(pixels, "num_own_cpus", lambda: num_threads)
+    give_threads(num_threads, monkeypatch)
     video: Any = frames(*size)
     if is_decoded:
         video = video.permute(0, 2, 3, 1).contiguous().numpy()
@@ -162,8 +167,7 @@ def test_each_frame_is_resized_once_by_one_of_a_few_threads(
         calls.append((threading.current_thread().name, len(image)))
         return resize(self, image, *args, **options)
 
-    monkeypatch.setattr(pixels, "threads_per_video", lambda: 3)
-    monkeypatch.setattr(pixels, "num_own_cpus", lambda: 3)
+    give_threads(3, monkeypatch)
     monkeypatch.setattr(TorchvisionBackend, "resize", watched)
     sending_frames(processor).video_processor([frames(14, 96, 128)], **UNSAMPLED)
     assert sorted(count for _, count in calls) == [4, 5, 5]

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend import frame_transport as pixels_module
 from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.frontend.frame_transport import get_normalization, map_in_threads
-from scissor_vllm.frontend.video.limits import SLOTS
 from scissor_vllm.normalization import normalized
 from scissor_vllm.plugin import register
 from scissor_vllm.video_fields import (
@@ -179,9 +179,15 @@ def test_read_only_frames_are_accepted(demo: Processors) -> None:
     np.testing.assert_array_equal(video, before)
 
 
-def use_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int, num_cpus: int = 8) -> None:
+def use_threads(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, num_free: int | None = None
+) -> None:
     monkeypatch.setattr(pixels_module, "threads_per_video", lambda: num_threads)
-    monkeypatch.setattr(pixels_module, "num_own_cpus", lambda: num_cpus)
+    monkeypatch.setattr(
+        pixels_module,
+        "take_cpus",
+        lambda wanted: nullcontext(max(1, min(wanted, num_free or wanted))),
+    )
 
 
 @pytest.mark.parametrize("num_frames", [3, 8, 13, 32])
@@ -212,10 +218,10 @@ def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
     pixels_module._resize_pool.cache_clear()
 
 
-def test_a_cpu_that_decodes_another_video_prepares_none(
+def test_without_free_cpus_a_video_is_prepared_in_one_thread(
     demo: Processors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_threads(monkeypatch, 3, num_cpus=2)
+    use_threads(monkeypatch, 3, num_free=1)
     num_frames: list[int] = []
     call = InputProcessingContext.call_hf_processor
 
@@ -226,16 +232,23 @@ def test_a_cpu_that_decodes_another_video_prepares_none(
         return call(self, processor, data, kwargs)
 
     monkeypatch.setattr(InputProcessingContext, "call_hf_processor", watched)
-    with SLOTS:
-        assert_same(demo.tower_pixels(frames(32, 50, 70)))
-        thread_ids = map_in_threads(lambda _: threading.get_ident(), range(4))
+    assert_same(demo.tower_pixels(frames(32, 50, 70)))
+    thread_ids = map_in_threads(lambda _: threading.get_ident(), range(4))
     assert num_frames[0] == 32
     assert set(thread_ids) == {threading.get_ident()}
-    monkeypatch.undo()
-    for num_cpus, expected in ((1, 1), (2, 1), (3, 2), (9, 3)):
-        use_threads(monkeypatch, 3, num_cpus)
-        with SLOTS:
-            assert pixels_module._num_free_threads() == expected
+
+
+def test_results_of_threads_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_threads(monkeypatch, 3)
+    met = threading.Barrier(3)
+
+    def double(number: int) -> int:
+        if number < 3:
+            met.wait(timeout=30)
+        return 2 * number
+
+    assert map_in_threads(double, range(8)) == [2 * number for number in range(8)]
+    assert map_in_threads(double, []) == []
 
 
 def test_a_video_of_which_the_processor_takes_frames_is_prepared_as_one(

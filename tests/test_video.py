@@ -38,12 +38,16 @@ from bench.numbered_clips import (
     shown_frames,
     trim_clip,
 )
+from scissor_vllm import cpus
+from scissor_vllm.byte_locks import ByteLocks
+from scissor_vllm.cpus import take_cpus
 from scissor_vllm.frontend.frame_cache import FrameCache
 from scissor_vllm.frontend.video import loader
 from scissor_vllm.frontend.video.container import VideoFile
 from scissor_vllm.frontend.video.limits import (
     MAX_DECODE_BYTES_VARIABLE,
     SLOTS,
+    DecodingSlots,
     max_decode_bytes,
 )
 from scissor_vllm.frontend.video.loader import PyAVVideoBackend, register_video_loader
@@ -358,24 +362,33 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
         threads.append(num_threads)
         return decoder(file, num_threads)
 
+    def use_cpus(num_cpus: int) -> None:
+        monkeypatch.setattr(cpus, "_num_cpus_at_first", lambda: num_cpus)
+        monkeypatch.setattr("scissor_vllm.frontend.video.decoder.num_cpus", lambda: num_cpus)
+
     monkeypatch.setattr(VideoFile, "decoder", recording)
+    monkeypatch.setattr(cpus, "_TAKEN", ByteLocks(folder / "cpus.lock", ""))
     data = make_clip(folder / "threads.mp4", num_frames=64, gop=64).read_bytes()
     load(data, num_frames=32)
     monkeypatch.setattr("scissor_vllm.frontend.video.decoder._PIXELS_WORTH_A_THREAD", 1)
-    monkeypatch.setattr("scissor_vllm.frontend.video.loader.num_cpus", lambda: 8)
+    use_cpus(8)
     load(data, num_frames=32)
-    with SLOTS:
+    with take_cpus(4):
         load(data, num_frames=32)
-    monkeypatch.setattr("scissor_vllm.frontend.video.loader.num_cpus", lambda: 64)
+        with take_cpus(4):
+            load(data, num_frames=32)
+    use_cpus(64)
     load(data, num_frames=32)
-    assert threads == [1, 8, 4, 16]
+    # A quarter of the CPUs is left to what prepares decoded videos.
+    assert threads == [1, 6, 2, 1, 16]
 
 
-@pytest.mark.parametrize(("num_cpus", "at_once"), [(1, 2), (8, 2), (16, 4)])
+@pytest.mark.parametrize(("num_cpus", "at_once"), [(1, 1), (8, 2), (16, 4)])
 def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
     clip: Path, num_cpus: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scissor_vllm.frontend.video.limits.num_own_cpus", lambda: num_cpus)
+    monkeypatch.setattr("scissor_vllm.frontend.video.limits._LONG_SECONDS", 1000)
     begun: queue.Queue[bytes] = queue.Queue()
     may_end = threading.Semaphore(0)
 
@@ -404,6 +417,37 @@ def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
         may_end.release(len(videos))
         assert [type(result.exception()) for result in results] == [ValueError, *[type(None)] * 6]
     assert SLOTS.num_decoding == 0
+
+
+def test_beside_a_video_that_takes_long_one_more_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("scissor_vllm.frontend.video.limits.num_own_cpus", lambda: 1)
+    monkeypatch.setattr("scissor_vllm.frontend.video.limits._LONG_SECONDS", 0.05)
+    slots = DecodingSlots()
+    may_end = [threading.Event() for _ in range(4)]
+    begun: queue.Queue[int] = queue.Queue()
+
+    def decode(number: int) -> None:
+        with slots.taken():
+            begun.put(number)
+            may_end[number].wait(30)
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(4):
+            pool.submit(decode, number)
+            while slots.num_decoding + slots.num_waiting <= number:
+                time.sleep(0.001)
+        assert [begun.get(timeout=30), begun.get(timeout=30)] == [0, 1]
+        time.sleep(0.1)
+        assert (slots.num_decoding, slots.num_waiting) == (2, 2)
+        # The short one ends, and the next one begins beside the long one.
+        may_end[1].set()
+        assert begun.get(timeout=30) == 2
+        for event in may_end:
+            event.set()
+        assert begun.get(timeout=30) == 3
+    assert (slots.num_decoding, slots.num_waiting) == (0, 0)
 
 
 def test_a_file_that_is_kept_is_decoded_once_for_each_setting(

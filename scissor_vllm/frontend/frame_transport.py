@@ -13,7 +13,7 @@ memory, a processor that rescales or normalizes differently, or an option that c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -25,8 +25,7 @@ from vllm.config.multimodal import MMHasherAlgorithm
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.processing import InputProcessingContext
 
-from scissor_vllm.cpus import num_own_cpus, threads_per_video
-from scissor_vllm.frontend.video.limits import SLOTS
+from scissor_vllm.cpus import take_cpus, threads_per_video
 from scissor_vllm.normalization import normalized
 
 Item = TypeVar("Item")
@@ -119,9 +118,17 @@ def in_threads(
         resize: maps frames to as many frames, (t, H, W, C), each independent of the others.
         frames: (T, ...).
     """
-    num_frames = max(_FRAMES_PER_THREAD, -(-len(frames) // _num_free_threads()))
-    if len(frames) <= num_frames:
+    most = min(threads_per_video(), len(frames) // _FRAMES_PER_THREAD)
+    with take_cpus(most) as num_threads:
+        return _in_threads(resize, frames, num_threads)
+
+
+def _in_threads(
+    resize: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor, num_threads: int
+) -> torch.Tensor:
+    if num_threads == 1:
         return resize(frames)
+    num_frames = -(-len(frames) // num_threads)
     # A new thread is outside of inference mode, which a worker uses while it profiles.
     infers = torch.is_inference_mode_enabled()
 
@@ -141,22 +148,25 @@ def in_threads(
     return resized
 
 
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Return a function's results for items, in order, computed in several threads.
 
     Args:
         function: releases the interpreter lock for most of its time.
         items: what it is called with.
     """
-    run = _resize_pool().map if _num_free_threads() > 1 else map
-    return list(run(function, items))
+    with take_cpus(min(threads_per_video(), len(items))) as num_threads:
+        if num_threads == 1:
+            return list(map(function, items))
+        results: dict[int, Result] = {}
 
+        def run_part(first: int) -> None:
+            for number in range(first, len(items), num_threads):
+                results[number] = function(items[number])
 
-def _num_free_threads() -> int:
-    """As many threads as CPUs are left by the videos that are decoded: several shorten a video's
-    time, but they take more CPU time, which the decoders need.
-    """
-    return max(1, min(threads_per_video(), num_own_cpus() - SLOTS.num_decoding))
+        for _ in _resize_pool().map(run_part, range(num_threads)):
+            pass
+    return [results[number] for number in range(len(items))]
 
 
 @cache

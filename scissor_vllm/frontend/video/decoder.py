@@ -18,6 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from scissor_vllm.cpus import num_cpus, take_cpus
 from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.frontend.video.container import Packets, VideoFile
 from scissor_vllm.frontend.video.limits import check_decode_bytes, check_pixels
@@ -31,6 +32,7 @@ _FRAMES_PER_SEEK_WORTH_THREADS = 32
 # What a thread decodes in some 50 ms: with less for each, handing frames over costs what it saves.
 _PIXELS_WORTH_A_THREAD = 64 * 640 * 360
 _MAX_DECODER_THREADS = 16
+_CPUS_PER_SPARED_ONE = 4
 # Pictures that a decoder keeps back for their order or in its threads: 16 of each.
 _MAX_HELD_PICTURES = 64
 # Types of H.264's units that hold a picture's slices, and that of a slice in one piece.
@@ -56,15 +58,19 @@ class _Run:
     wanted: list[int]
 
 
+def max_threads(file: VideoFile) -> int:
+    """Return how many threads decode a video at most."""
+    return min(num_cpus(), _threads_worth(file, file.packets.num_shown))
+
+
 def read_frames(
-    file: VideoFile, sample: Callable[[int], list[int]], max_threads: int
+    file: VideoFile, sample: Callable[[int], list[int]]
 ) -> tuple[npt.NDArray[np.uint8], list[int], int]:
     """Sampled frames, uint8 RGB (num_sampled, height, width, 3), their numbers, and the total.
 
     Args:
         file: the open video.
         sample: returns the numbers to sample of so many frames, ascending.
-        max_threads: decoder threads at most.
 
     Raises:
         RefusedVideoError: no frame can be decoded, sampled frames differ in size, or they are too
@@ -74,16 +80,17 @@ def read_frames(
     if len(file.packets.starts) > 0:
         indices = sample(num_frames)
         try:
-            return _read_runs(file, indices, max_threads), indices, num_frames
+            return _read_runs(file, indices), indices, num_frames
         except (_UnexpectedPictureError, av.FFmpegError) as error:
             logger.debug("decoding the whole video: %s", error)
     # Damage and some codecs show fewer pictures than there are packets: count, then sample anew.
     # Numbers below the first count exist, so that the second pass finds all.
-    num_threads = min(max_threads, _threads_worth(file, num_frames))
+    num_threads = _threads_worth(file, num_frames)
     while num_frames > 0:
         indices = sample(num_frames)
         try:
-            frames, num_counted = _read_all(file, indices, num_threads)
+            with take_cpus(num_threads, spared=_num_spared()) as num_taken:
+                frames, num_counted = _read_all(file, indices, num_taken)
         except _NeedsOneThreadError:
             num_threads = 1
             continue
@@ -97,15 +104,18 @@ def read_frames(
     )
 
 
-def _read_runs(file: VideoFile, indices: list[int], max_threads: int) -> npt.NDArray[np.uint8]:
+def _read_runs(file: VideoFile, indices: list[int]) -> npt.NDArray[np.uint8]:
     """Frames of these numbers, of the groups of pictures that hold them."""
     runs = _runs_of(file.packets, indices)
     num_decoded = sum(run.wanted[-1] - run.first_number + 1 for run in runs)
-    num_threads = 1
+    wanted = 1
     if num_decoded >= _FRAMES_PER_SEEK_WORTH_THREADS * len(runs):
-        num_threads = min(max_threads, _threads_worth(file, num_decoded))
+        wanted = _threads_worth(file, num_decoded)
     frames = _Frames(indices, file)
-    with file.decoder(num_threads) as decoder:
+    with (
+        take_cpus(wanted, spared=_num_spared()) as num_threads,
+        file.decoder(num_threads) as decoder,
+    ):
         for run in runs:
             for number, picture in _run_pictures(decoder, file.packets, run):
                 if picture.is_corrupt or picture.interlaced_frame:
@@ -251,6 +261,11 @@ def _threads_worth(file: VideoFile, num_decoded: int) -> int:
     """Decoder threads for so many frames, if there are CPUs for them."""
     worth = num_decoded * file.width * file.height // _PIXELS_WORTH_A_THREAD
     return max(1, min(worth, _MAX_DECODER_THREADS))
+
+
+def _num_spared() -> int:
+    """CPUs that decoders leave to what prepares decoded videos: those are the next for the GPU."""
+    return num_cpus() // _CPUS_PER_SPARED_ONE
 
 
 class _Frames:

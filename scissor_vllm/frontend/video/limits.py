@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
-import struct
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllm.multimodal.video_decoders import check_frame_pixel_limit
 
+from scissor_vllm.byte_locks import ByteLocks, OpenByteLocks
 from scissor_vllm.cpus import num_own_cpus
 from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.metrics import Reason
 
-logger = logging.getLogger(__name__)
-
 MAX_DECODE_BYTES_VARIABLE = "SCISSOR_MAX_VIDEO_DECODE_BYTES"
 DEFAULT_MAX_DECODE_BYTES = 4 * 1024**3
 
-# With two at once a short video does not wait for a long one.
-_MIN_VIDEOS_AT_ONCE, _CPUS_PER_VIDEO = 2, 4
+_CPUS_PER_VIDEO = 4
+# Beside videos that are decoded for so long another one may begin.
+_LONG_SECONDS = 0.1
 # Pictures that a decoder buffers, at most 4 bytes a pixel.
 _NUM_REFERENCE_PICTURES = 17
 
@@ -85,34 +81,52 @@ class DecodingSlots:
     """Limits how many videos are decoded at once, in order of arrival.
 
     Without a limit all videos of a burst would finish late, and preparing the first one would
-    compete with decoding the others for CPUs and the interpreter lock.
+    compete with decoding the others for CPUs and the interpreter lock. Beside videos that take
+    long one more may begin, so that a short video does not wait for their end.
     """
 
     def __init__(self) -> None:
         self._turns = threading.Condition()
         self._num_came = 0
-        self._num_done = 0
-        self.num_decoding = 0
+        self._num_begun = 0
+        self._begun: dict[int, float] = {}
+        """When each of the videos began that threads are decoding now, in order."""
+
+    @property
+    def num_decoding(self) -> int:
         """Number of videos that threads are decoding now."""
+        return len(self._begun)
 
     @property
     def num_waiting(self) -> int:
         """Number of videos that wait for a slot."""
-        return self._num_came - self._num_done - self.num_decoding
+        return self._num_came - self._num_begun
 
-    def __enter__(self) -> None:
-        at_once = max(_MIN_VIDEOS_AT_ONCE, num_own_cpus() // _CPUS_PER_VIDEO)
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for a slot, and hold it in the context."""
+        at_once = max(1, num_own_cpus() // _CPUS_PER_VIDEO)
         with self._turns:
-            before = self._num_came
+            number = self._num_came
             self._num_came += 1
-            self._turns.wait_for(lambda: before - self._num_done < at_once)
-            self.num_decoding += 1
-
-    def __exit__(self, *raised: object) -> None:
-        with self._turns:
-            self.num_decoding -= 1
-            self._num_done += 1
+            self._turns.wait_for(lambda: number == self._num_begun)
+            while self.num_decoding >= at_once:
+                may_wait = None
+                if self.num_decoding == at_once:
+                    longest = time.monotonic() - next(iter(self._begun.values()))
+                    if longest >= _LONG_SECONDS:
+                        break
+                    may_wait = _LONG_SECONDS - longest
+                self._turns.wait(may_wait)
+            self._num_begun += 1
+            self._begun[number] = time.monotonic()
             self._turns.notify_all()
+        try:
+            yield
+        finally:
+            with self._turns:
+                del self._begun[number]
+                self._turns.notify_all()
 
 
 SLOTS = DecodingSlots()
@@ -123,62 +137,36 @@ class DecodingBudget:
     """Bounds the bytes of all videos decoded at once, across all processes of a user.
 
     A video waits until the budget has room. A video that needs more than the whole budget takes all
-    of it and is decoded alone. Shares are locks on bytes of a file. The system releases them when a
-    process dies.
+    of it and is decoded alone. Without a file for the locks nothing is bounded.
     """
 
     _NUM_SHARES = 64
     _POLL_SECONDS = 0.005
 
     def __init__(self, path: Path | None = None) -> None:
-        name = f"scissor-vllm-decoding-{os.getuid()}.lock"
-        self._path = path or Path(tempfile.gettempdir(), name)
-        self._has_warned = False
+        self._shares = ByteLocks(
+            path or "scissor-vllm-decoding", "videos decoded at once are not bounded in bytes"
+        )
 
     @contextmanager
     def reserve(self, num_bytes: int) -> Iterator[None]:
         """Wait for this many bytes of the budget, and hold them in the context."""
         num_shares = -(-num_bytes * self._NUM_SHARES // max_decode_bytes())
         num_shares = max(1, min(num_shares, self._NUM_SHARES))
-        file = self._open()
-        if file is None:
+        with self._shares.opened() as shares:
+            if shares is not None:
+                self._take(shares, num_shares)
             yield
-            return
-        # Closing the file frees its locks.
-        try:
-            self._take(file, num_shares)
-            yield
-        finally:
-            os.close(file)
 
-    def _take(self, file: int, num_shares: int) -> None:
+    def _take(self, shares: OpenByteLocks, num_shares: int) -> None:
         # One process gathers shares at a time, or two videos with half of theirs would deadlock.
-        fcntl.fcntl(file, fcntl.F_OFD_SETLKW, _lock(self._NUM_SHARES))
+        shares.lock(self._NUM_SHARES)
         taken: set[int] = set()
         while True:
             for share in range(self._NUM_SHARES):
-                if len(taken) < num_shares and share not in taken:
-                    with suppress(BlockingIOError, PermissionError):
-                        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock(share))
-                        taken.add(share)
+                if len(taken) < num_shares and share not in taken and shares.try_lock(share):
+                    taken.add(share)
             if len(taken) == num_shares:
                 break
             time.sleep(self._POLL_SECONDS)
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock(self._NUM_SHARES, fcntl.F_UNLCK))
-
-    def _open(self) -> int | None:
-        """Open the lock file, None where open file description locks do not exist."""
-        if not hasattr(fcntl, "F_OFD_SETLK"):
-            return None
-        try:
-            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                logger.warning("videos decoded at once are not bounded in bytes: %s", error)
-            return None
-
-
-def _lock(share: int, kind: int = fcntl.F_WRLCK) -> bytes:
-    """A `struct flock` for one byte of a file."""
-    return struct.pack("@hhqqi", kind, os.SEEK_SET, share, 1, 0)
+        shares.unlock(self._NUM_SHARES)

@@ -33,7 +33,7 @@ from scissor_vllm.cpus import num_cpus
 from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.frontend.video.container import VideoFile, open_video
-from scissor_vllm.frontend.video.decoder import read_frames
+from scissor_vllm.frontend.video.decoder import max_threads, read_frames
 from scissor_vllm.frontend.video.limits import (
     SLOTS,
     DecodingBudget,
@@ -127,7 +127,7 @@ class PyAVVideoBackend(VideoBackend):
         target = VideoTargetMetadata(num_frames, fps, max_duration)
 
         def decode() -> tuple[DecodedFrames, dict[str, Any]]:
-            with SLOTS, CLOCK.stage("decode"), open_video(data) as file:
+            with SLOTS.taken(), CLOCK.stage("decode"), open_video(data) as file:
                 check_pixels(file.width, file.height)
                 if backend == BACKEND:
                     return cls._decode(file, target, kwargs)
@@ -157,12 +157,11 @@ class PyAVVideoBackend(VideoBackend):
             return indices
 
         num_sampled = len(sample(max(1, file.packets.num_shown)))
-        max_threads = max(1, num_cpus() // max(1, SLOTS.num_decoding))
         num_bytes = num_bytes_to_decode(
-            num_sampled, height, width, max_threads, file.packets.num_bytes
+            num_sampled, height, width, max_threads(file), file.packets.num_bytes
         )
         with BUDGET.reserve(num_bytes):
-            frames, indices, num_frames = read_frames(file, sample, max_threads)
+            frames, indices, num_frames = read_frames(file, sample)
         return frames, cls.create_hf_metadata(source_of(num_frames), indices, BACKEND)
 
     @classmethod
