@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 import weakref
 from argparse import Namespace
@@ -639,6 +640,18 @@ def test_api_servers_share_the_cpus(app: FastAPI, monkeypatch: pytest.MonkeyPatc
     for num_api_servers, expected in ((4, 4), (1, 16)):
         init(app, num_api_servers=num_api_servers)
         assert num_own_cpus() == expected
+
+
+def test_a_server_that_merges_compiles_before_its_first_video(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr("scissor_vllm.frontend.chat.compile_comparison", compiled.set)
+    init(app)
+    init(app, compresses=False)
+    assert not compiled.is_set()
+    init(app, tower_merging_max_ratio=0.1)
+    assert compiled.wait(30)
 
 
 # Another vLLM.

@@ -16,13 +16,15 @@ from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend.patch_anchors import (
     MAX_COMPUTED,
     MIN_MATCHING,
+    count_patches,
+    patch_anchors,
+)
+from scissor_vllm.frontend.patch_change import (
     MIN_STILL,
     MIN_TEXTURE,
     MIN_TEXTURED,
     NOISE_QUANTILE,
     TEXTURE_TO_NOISE,
-    count_patches,
-    patch_anchors,
 )
 from scissor_vllm.patch_merging import (
     CALL_FRAMES,

@@ -6,6 +6,7 @@ video nor one of our fields goes straight to vLLM's.
 
 import asyncio
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -27,6 +28,7 @@ from scissor_vllm.frontend.guard import CHAT_PATH
 from scissor_vllm.frontend.image_runs import check_media_connector, compress_images
 from scissor_vllm.frontend.models_route import attach_models
 from scissor_vllm.frontend.outcome import Chat, count_malformed
+from scissor_vllm.frontend.patch_anchors import compile_comparison
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request import (
@@ -38,12 +40,14 @@ from scissor_vllm.frontend.response import documented, tell_compression
 from scissor_vllm.frontend.tracing import begin_span
 from scissor_vllm.metrics import begin_requests_at_zero, count_refusal
 from scissor_vllm.models import MODELS
-from scissor_vllm.settings import RetentionPolicy, check_keys
+from scissor_vllm.settings import RetentionPolicy, TowerMerging, check_keys
 from scissor_vllm.vllm_compat import num_api_servers, wait_before_shutdown
 
-SWITCH_INTERVAL_SECONDS = 0.0005
+SWITCH_INTERVAL_SECONDS = 0.0001
 """Longest time that the event loop holds the interpreter lock while threads decode and prepare
-videos. With Python's default of 5 ms these threads wait that long after each call into C."""
+videos. With Python's default of 5 ms these threads wait that long after each call into C. Beside an
+event loop that is always busy, a thread decodes 11 videos a second with 0.1 ms, 6 with 0.5 ms and 1
+with 5 ms, and the loop does a sixth less than with 0.5 ms."""
 
 WEB_PAGE = "web_page"
 """Name of the server's argument that switches the web page on."""
@@ -132,6 +136,8 @@ def init_state(engine_client: Any, state: State) -> None:
         state.online_renderer.renderer.mm_processor, RetentionProcessor
     )
     check_keys(kwargs, state.compresses_video, MODELS)
+    if state.compresses_video and TowerMerging.from_mm_processor_kwargs(kwargs).max_ratio > 0:
+        threading.Thread(target=compile_comparison, name="compile-comparison", daemon=True).start()
     if state.retention_policy.allows_compress_images:
         check_media_connector()
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
