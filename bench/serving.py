@@ -80,6 +80,8 @@ class Sweep:
     """``--camera`` of generated clips, whose results have a separate file."""
     num_frames: int | None = None
     """``--num-frames`` of generated clips, likewise."""
+    extra_body: dict[str, Any] | None = None
+    """``--extra-body``."""
 
     def output(self, path: Path) -> Path:
         """Return the sweep's result file, given the plan's."""
@@ -94,7 +96,13 @@ class Sweep:
             arguments += ["--camera", self.camera]
         if self.num_frames is not None:
             arguments += ["--num-frames", str(self.num_frames)]
+        if self.extra_body is not None:
+            arguments += ["--extra-body", json.dumps(self.extra_body)]
         return arguments
+
+
+_OF_A_SWEEP = {"camera", "num_frames", "extra_body"}
+"""What a plan may say of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
             raise PlanError(f"{where}: serve must be one of {', '.join(COMMANDS)}, got {serve!r}")
         for sweep in entry["sweeps"]:
             keys = {"retention_ratio", "max_concurrency"}
-            _check_keys(f"{where}: sweep", sweep, {*keys, "camera", "num_frames"}, keys)
+            _check_keys(f"{where}: sweep", sweep, keys | _OF_A_SWEEP, keys)
         on_gpu = {"CUDA_VISIBLE_DEVICES": str(entry["gpu"])} if "gpu" in entry else {}
         servers.append(
             Server(
@@ -159,8 +167,7 @@ def read_plan(path: Path) -> tuple[list[Server], list[str]]:
                     Sweep(
                         _texts(sweep["retention_ratio"]),
                         _texts(sweep["max_concurrency"]),
-                        sweep.get("camera"),
-                        sweep.get("num_frames"),
+                        **{key: sweep[key] for key in _OF_A_SWEEP & sweep.keys()},
                     )
                     for sweep in entry["sweeps"]
                 ],

@@ -259,6 +259,32 @@ def test_an_objective_of_another_form_is_a_usage_error(
     assert f"got {pair!r}" in capsys.readouterr().err
 
 
+def test_fields_of_the_body_are_sent_with_each_request_and_recorded(
+    bench: Callable[..., Any],
+) -> None:
+    fields = {"media_io_kwargs": {"video": {"num_frames": 128}}, "top_k": 5}
+    with fake_server() as fake:
+        _, content = bench(
+            *(fake.base_url, "--retention-ratio", "0.5", "--num-prompts", "2"),
+            *("--extra-body", json.dumps(fields)),
+        )
+    assert len(fake.bodies) >= 2
+    for body in fake.bodies:
+        assert body.items() >= {**fields, "retention_ratio": 0.5}.items()
+    assert content["runs"][0]["settings"]["extra_body"] == fields
+
+
+@pytest.mark.parametrize(("text", "problem"), [("{", "must be JSON"), ("[1]", "a JSON object")])
+def test_a_body_that_is_no_json_object_is_a_usage_error(
+    text: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--extra-body", text])
+    message = capsys.readouterr().err
+    assert problem in message
+    assert f"got {text}" in message
+
+
 def test_latencies_throughput_and_seconds_of_video_are_those_of_the_answers(
     bench: Callable[..., Any],
 ) -> None:

@@ -117,7 +117,8 @@ def test_servers_run_together_on_their_gpus_and_are_all_stopped(
     plan: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = plan.read_text().replace('label = "last"', 'label = "last"\ngpu = 1')
-    plan.write_text(text.replace("max_concurrency = [2]", "max_concurrency = [2], num_frames = 8"))
+    more = "num_frames = 8, extra_body = { top_k = 3 }"
+    plan.write_text(text.replace("max_concurrency = [2]", f"max_concurrency = [2], {more}"))
     status, output = run(plan, "--together")
     assert status == 1
     assert "no such model" in capfd.readouterr().err
@@ -125,6 +126,7 @@ def test_servers_run_together_on_their_gpus_and_are_all_stopped(
     assert {label: len(cells) for label, cells in runs.items()} == {"first": 2, "last": 1}
     longer = read_results(output.with_stem("result-8-frames")).runs
     assert [(each["label"], len(each["cells"])) for each in longer] == [("last", 1)]
+    assert longer[0]["settings"]["extra_body"] == {"top_k": 3}
     asked = (plan.parent / "asked").read_text().splitlines()
     assert [line.split()[0] for line in asked] == ["None"] * 10 + ["1"] * 10
     children = [int(line) for line in (plan.parent / "children").read_text().split()]

@@ -38,6 +38,8 @@ class ChatSettings:
     output_len: int
     ignore_eos: bool
     seed: int
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Fields of every request's body."""
 
 
 @dataclass
@@ -110,7 +112,7 @@ def _samples(requests: Sequence[VideoRequest], settings: ChatSettings) -> dict[s
             prompt_len=0,
             expected_output_len=settings.output_len,
             chat_messages=request.messages(settings.question),
-            request_overrides=request.body(),
+            request_overrides={**settings.extra_body, **request.body()},
             request_id=f"bench-{run}-{number}",
         )
         for number, request in enumerate(requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import math
 import shlex
 import sys
@@ -89,6 +90,7 @@ def run(argv: Sequence[str]) -> int:
                 output_len=args.output_len,
                 ignore_eos=args.ignore_eos,
                 seed=args.seed,
+                extra_body=args.extra_body,
             ),
             load,
             metrics_url=metrics_url,
@@ -147,6 +149,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "videos": folder or _clip_shape(args).as_dict(),
         "goodput_milliseconds": args.goodput,
+        **({"extra_body": args.extra_body} if args.extra_body else {}),
     }
 
 
@@ -273,6 +276,16 @@ def _rate(text: str) -> float | None:
     return None if math.isinf(rate) else rate
 
 
+def _body(text: str) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON ({error}), got {text}") from error
+    if not isinstance(body, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return body
+
+
 def _ratios(text: str) -> tuple[float | str, ...]:
     try:
         return parse_ratios(text)
@@ -360,6 +373,14 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--question", default=QUESTION, help="(default: %(default)r)")
     load.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    load.add_argument(
+        "--extra-body",
+        type=_body,
+        default={},
+        metavar="JSON",
+        help="fields of every request's body, as `vllm bench serve --extra-body` takes them, for "
+        """example '{"media_io_kwargs": {"video": {"num_frames": 128}}}' (default: none)""",
+    )
     _add_goodput(load, "(default: none)", {})
 
 
