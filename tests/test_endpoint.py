@@ -646,7 +646,7 @@ def test_a_server_that_merges_compiles_before_its_first_video(
     app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = threading.Event()
-    monkeypatch.setattr("scissor_vllm.frontend.chat.compile_comparison", compiled.set)
+    monkeypatch.setattr("scissor_vllm.frontend.chat.compiled_comparison", compiled.set)
     init(app)
     init(app, compresses=False)
     assert not compiled.is_set()

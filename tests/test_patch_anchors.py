@@ -16,6 +16,7 @@ from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.frontend.patch_anchors import (
     MAX_COMPUTED,
     MIN_MATCHING,
+    compiled_comparison,
     count_patches,
     patch_anchors,
 )
@@ -166,6 +167,36 @@ def test_a_camera_counts_as_still_by_the_definition(monkeypatch: pytest.MonkeyPa
         assert np.array_equal(anchors.numpy(), oracle(frames)), seed
         num_still += int((anchors[1] == 0).any())
     assert 4 < num_still < 20
+
+
+def test_without_a_folder_for_compiled_code_the_loops_are_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from scissor_vllm.frontend import patch_change
+
+    def without_folder(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: (function, options)
+
+    monkeypatch.setattr(patch_change, "njit", without_folder)
+    assert patch_change._compiled(len) == (len, {"nogil": True})
+
+
+def test_code_that_cannot_be_written_to_disk_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scissor_vllm.frontend import patch_change
+
+    compiled = patch_change.group_anchors
+    failures = [OSError(28, "No space left on device"), OSError(30, "Read-only file system")]
+
+    def group_anchors(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return compiled(*args)
+
+    monkeypatch.setattr(patch_change, "group_anchors", group_anchors)
+    assert compiled_comparison.__wrapped__() is group_anchors
+    assert not failures
 
 
 @pytest.mark.parametrize(

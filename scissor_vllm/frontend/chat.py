@@ -28,7 +28,7 @@ from scissor_vllm.frontend.guard import CHAT_PATH
 from scissor_vllm.frontend.image_runs import check_media_connector, compress_images
 from scissor_vllm.frontend.models_route import attach_models
 from scissor_vllm.frontend.outcome import Chat, count_malformed
-from scissor_vllm.frontend.patch_anchors import compile_comparison
+from scissor_vllm.frontend.patch_anchors import compiled_comparison
 from scissor_vllm.frontend.processor import RetentionProcessor
 from scissor_vllm.frontend.refusal import RefusedRequestError
 from scissor_vllm.frontend.request import (
@@ -137,7 +137,7 @@ def init_state(engine_client: Any, state: State) -> None:
     )
     check_keys(kwargs, state.compresses_video, MODELS)
     if state.compresses_video and TowerMerging.from_mm_processor_kwargs(kwargs).max_ratio > 0:
-        threading.Thread(target=compile_comparison, name="compile-comparison", daemon=True).start()
+        threading.Thread(target=compiled_comparison, name="compile-comparison", daemon=True).start()
     if state.retention_policy.allows_compress_images:
         check_media_connector()
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint

@@ -15,7 +15,9 @@ out together. One of them that differs is enough. Such a token is a place; elsew
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -36,6 +38,8 @@ MAX_COMPUTED = 0.9
 """Largest share of computed patches at which merging saves more than gathering costs."""
 
 _POOL = 2
+_MAX_COMPILED = 10
+"""Functions that are compiled together, at most."""
 
 
 def patch_anchors(
@@ -58,9 +62,7 @@ def patch_anchors(
     Returns:
         int16 (T, P), ascending along T.
     """
-    # Numba takes a fifth of a second to be imported, and only videos that may merge need it.
-    from scissor_vllm.frontend.patch_change import group_anchors
-
+    group_anchors = compiled_comparison()
     side = patch_size * num_merged
     grid = frames.shape[1] // side, frames.shape[2] // side
     steps = frames.numpy().reshape(-1, num_frames, *frames.shape[1:])
@@ -80,9 +82,22 @@ def patch_anchors(
     return result if share <= MAX_COMPUTED else None
 
 
-def compile_comparison() -> None:
-    """Compile what :func:`patch_anchors` runs, which takes seconds the first time on a machine."""
-    patch_anchors(torch.zeros(2, 2, 2, 3, dtype=torch.uint8), 2, 0.0)
+@cache
+def compiled_comparison() -> Callable[..., NDArray[np.int16]]:
+    """Return the compiled loops of :func:`patch_anchors`.
+
+    Compiling takes seconds the first time on a machine. Later processes read the code from disk.
+    """
+    # Numba takes a fifth of a second to be imported, and only videos that may merge need it.
+    from scissor_vllm.frontend.patch_change import group_anchors
+
+    frames, threshold = np.zeros((2, 1, 2, 6), np.uint8), np.float32(0)
+    for _ in range(_MAX_COMPILED):
+        # A function whose code cannot be written to disk is compiled all the same.
+        with suppress(OSError):
+            group_anchors(frames, 1, 1, 1, 1, threshold, MIN_MATCHING)
+            break
+    return group_anchors
 
 
 def _pooled(steps: NDArray[np.uint8], patch_size: int) -> tuple[NDArray[np.uint8], int]:
