@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -778,6 +779,18 @@ def test_another_file_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture
     path.write_text('{"runs": []}')
     assert main(["table", str(path)]) == 1
     assert "is no result file of the load test" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_of_a_table_ends_the_command_quietly(
+    measured: Path,
+) -> None:
+    command = [sys.executable, "-m", "scissor_vllm.cli", "bench", "table", str(measured)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as table:
+        assert table.stdout is not None
+        assert table.stderr is not None
+        table.stdout.close()
+        assert table.stderr.read() == b""
+    assert table.returncode == 128 + signal.SIGPIPE
 
 
 # The clips

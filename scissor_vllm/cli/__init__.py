@@ -1,5 +1,7 @@
 """The command ``scissor-vllm``. Standard library only: each command imports what it needs."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -18,12 +20,22 @@ NEEDS_VLLM = (
     "without a GPU"
 )
 
+_BROKEN_PIPE = 128 + signal.SIGPIPE
+"""The exit status of a shell's command that this ended."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in COMMANDS:
-        return _command(name)(rest)
+        try:
+            status = _command(name)(rest)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read the output, such as head, has seen enough. Python flushes once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _BROKEN_PIPE
+        return status
     if name in ("-h", "--help"):
         print(_usage())
         return 0

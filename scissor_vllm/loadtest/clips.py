@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import mimetypes
 import os
+import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +140,24 @@ def make_clips(folder: Path, num_clips: int, shape: ClipShape) -> list[Clip]:
                 "name their folder with --videos"
             ) from error
         folder.mkdir(parents=True, exist_ok=True)
-        progress = tqdm(total=len(missing), desc="making clips", unit="clip")
-        with (
-            progress,
-            ThreadPoolExecutor(num_cpus()) as pool,
-        ):
-            made = [pool.submit(_make_clip, path, number, shape) for number, path in missing]
-            for future in as_completed(made):
-                future.result()
-                progress.update()
+        # Drawing holds the interpreter lock. A fork would copy threads' locks.
+        pool = ProcessPoolExecutor(
+            min(num_cpus(), len(missing)), get_context("spawn"), initializer=_leave_interrupts
+        )
+        try:
+            with tqdm(total=len(missing), desc="making clips", unit="clip") as progress:
+                made = [pool.submit(_make_clip, path, number, shape) for number, path in missing]
+                for future in as_completed(made):
+                    future.result()
+                    progress.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [Clip(path, shape.num_frames / shape.fps) for path in paths]
+
+
+def _leave_interrupts() -> None:
+    """Leave Ctrl-C to the process that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _make_clip(path: Path, number: int, shape: ClipShape) -> None:
