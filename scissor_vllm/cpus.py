@@ -20,12 +20,8 @@ _TAKEN = ByteLocks("scissor-vllm-cpus", "processes do not see each other's threa
 """A byte for each CPU."""
 
 
-@cache
 def threads_per_video() -> int:
-    """Return how many threads share the frames of one video.
-
-    The CPUs are counted once: reading a container's quota takes longer than a small copy.
-    """
+    """Return how many threads share the frames of one video."""
     return max(1, min(_MAX_THREADS, num_cpus() // _CPUS_PER_THREAD))
 
 
@@ -33,6 +29,11 @@ def share_cpus(num_processes: int) -> None:
     """Tell how many processes share the CPUs, this one among them."""
     global _num_sharing
     _num_sharing = max(1, num_processes)
+
+
+def is_alone() -> bool:
+    """Return whether no other process shares the CPUs."""
+    return _num_sharing == 1
 
 
 def num_own_cpus() -> int:
@@ -60,7 +61,7 @@ def take_cpus(wanted: int, *, spared: int = 0) -> Iterator[int]:
             yield max(1, min(wanted, num_own_cpus() - spared))
             return
         num_taken = 0
-        for cpu in range(_num_cpus_at_first() - spared):
+        for cpu in range(num_cpus() - spared):
             if num_taken == wanted:
                 break
             num_taken += locks.try_lock(cpu)
@@ -68,13 +69,11 @@ def take_cpus(wanted: int, *, spared: int = 0) -> Iterator[int]:
 
 
 @cache
-def _num_cpus_at_first() -> int:
-    """Return :func:`num_cpus`, counted once: that takes as long as resizing two frames."""
-    return num_cpus()
-
-
 def num_cpus() -> int:
-    """Return how many CPUs this process may use, by its affinity and its container's quota."""
+    """Return how many CPUs this process may use, by its affinity and its container's quota.
+
+    They are counted once: reading the quota takes as long as resizing two frames.
+    """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     available = available or os.cpu_count() or 1
     quota = cgroup_cpu_quota()

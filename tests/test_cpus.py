@@ -86,7 +86,7 @@ def test_no_more_cpus_than_the_quota_and_at_least_one(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(cpus, "cgroup_cpu_quota", lambda: quota)
-    assert num_cpus() == expected
+    assert num_cpus.__wrapped__() == expected
 
 
 def test_a_video_has_a_thread_for_four_cpus_and_at_most_four(
@@ -94,7 +94,7 @@ def test_a_video_has_a_thread_for_four_cpus_and_at_most_four(
 ) -> None:
     for available, expected in ((1, 1), (4, 1), (8, 2), (16, 4), (64, 4)):
         monkeypatch.setattr(cpus, "num_cpus", lambda available=available: available)
-        assert cpus.threads_per_video.__wrapped__() == expected
+        assert cpus.threads_per_video() == expected
 
 
 def test_processes_share_the_cpus_and_each_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ from pathlib import Path
 from scissor_vllm import cpus
 from scissor_vllm.byte_locks import ByteLocks
 cpus._TAKEN = ByteLocks(Path(sys.argv[1]), "")
-cpus._num_cpus_at_first = lambda: 8
+cpus.num_cpus = lambda: 8
 with cpus.take_cpus(3) as num_taken:
     print(num_taken, flush=True)
     time.sleep(60)
@@ -125,7 +125,7 @@ with cpus.take_cpus(3) as num_taken:
 def eight_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cpus.lock"
     monkeypatch.setattr(cpus, "_TAKEN", ByteLocks(path, ""))
-    monkeypatch.setattr(cpus, "_num_cpus_at_first", lambda: 8)
+    monkeypatch.setattr(cpus, "num_cpus", lambda: 8)
     return path
 
 

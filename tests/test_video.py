@@ -363,7 +363,7 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
         return decoder(file, num_threads)
 
     def use_cpus(num_cpus: int) -> None:
-        monkeypatch.setattr(cpus, "_num_cpus_at_first", lambda: num_cpus)
+        monkeypatch.setattr(cpus, "num_cpus", lambda: num_cpus)
         monkeypatch.setattr("scissor_vllm.frontend.video.decoder.num_cpus", lambda: num_cpus)
 
     monkeypatch.setattr(VideoFile, "decoder", recording)
@@ -383,11 +383,15 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     assert threads == [1, 6, 2, 1, 16]
 
 
-@pytest.mark.parametrize(("num_cpus", "at_once"), [(1, 1), (8, 2), (16, 4)])
+@pytest.mark.parametrize(
+    ("num_cpus", "num_servers", "at_once"),
+    [(1, 1, 2), (8, 1, 2), (16, 1, 4), (16, 4, 1), (32, 2, 4)],
+)
 def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
-    clip: Path, num_cpus: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+    clip: Path, num_cpus: int, num_servers: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scissor_vllm.frontend.video.limits.num_own_cpus", lambda: num_cpus)
+    monkeypatch.setattr(cpus, "num_cpus", lambda: num_cpus)
+    monkeypatch.setattr(cpus, "_num_sharing", num_servers)
     monkeypatch.setattr("scissor_vllm.frontend.video.limits._LONG_SECONDS", 1000)
     begun: queue.Queue[bytes] = queue.Queue()
     may_end = threading.Semaphore(0)
@@ -422,7 +426,8 @@ def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
 def test_beside_a_video_that_takes_long_one_more_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("scissor_vllm.frontend.video.limits.num_own_cpus", lambda: 1)
+    monkeypatch.setattr(cpus, "num_cpus", lambda: 4)
+    monkeypatch.setattr(cpus, "_num_sharing", 4)
     monkeypatch.setattr("scissor_vllm.frontend.video.limits._LONG_SECONDS", 0.05)
     slots = DecodingSlots()
     may_end = [threading.Event() for _ in range(4)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm.multimodal.video_decoders import check_frame_pixel_limit
 
 from scissor_vllm.byte_locks import ByteLocks, OpenByteLocks
-from scissor_vllm.cpus import num_own_cpus
+from scissor_vllm.cpus import is_alone, num_own_cpus
 from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.metrics import Reason
 
@@ -105,7 +105,8 @@ class DecodingSlots:
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Wait for a slot, and hold it in the context."""
-        at_once = max(1, num_own_cpus() // _CPUS_PER_VIDEO)
+        # Where several servers decode, a single one need not: its first video is ready sooner.
+        at_once = max(2 if is_alone() else 1, num_own_cpus() // _CPUS_PER_VIDEO)
         with self._turns:
             number = self._num_came
             self._num_came += 1
