@@ -6,7 +6,6 @@ video nor one of our fields goes straight to vLLM's.
 
 import asyncio
 import sys
-import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -137,7 +136,8 @@ def init_state(engine_client: Any, state: State) -> None:
     )
     check_keys(kwargs, state.compresses_video, MODELS)
     if state.compresses_video and TowerMerging.from_mm_processor_kwargs(kwargs).max_ratio > 0:
-        threading.Thread(target=compiled_comparison, name="compile-comparison", daemon=True).start()
+        # Here, because the first video would wait for it.
+        compiled_comparison()
     if state.retention_policy.allows_compress_images:
         check_media_connector()
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
