@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scissor_vllm import cpus
-from scissor_vllm.byte_locks import ByteLocks
+from scissor_vllm.byte_locks import ByteLocks, OpenByteLocks
 from scissor_vllm.cpus import cgroup_cpu_quota, num_cpus, num_own_cpus, share_cpus, take_cpus
 
 
@@ -112,7 +113,7 @@ OTHER_PROCESS = """
 import sys, time
 from pathlib import Path
 from scissor_vllm import cpus
-from scissor_vllm.byte_locks import ByteLocks
+from scissor_vllm.byte_locks import ByteLocks, OpenByteLocks
 cpus._TAKEN = ByteLocks(Path(sys.argv[1]), "")
 cpus.num_cpus = lambda: 8
 with cpus.take_cpus(3) as num_taken:
@@ -155,6 +156,18 @@ def test_a_process_that_dies_gives_its_cpus_back(eight_cpus: Path) -> None:
         other.kill()
     with take_cpus(8) as left:
         assert left == 8
+
+
+@pytest.mark.usefixtures("eight_cpus")
+def test_on_a_file_system_without_locks_a_video_has_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: OpenByteLocks, number: int) -> bool:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(OpenByteLocks, "try_lock", fail)
+    with take_cpus(4) as num_taken:
+        assert num_taken == 1
 
 
 def test_without_a_place_for_the_file_a_process_has_its_share(
