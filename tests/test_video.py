@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -43,7 +44,7 @@ from scissor_vllm.byte_locks import ByteLocks
 from scissor_vllm.cpus import take_cpus
 from scissor_vllm.frontend.frame_cache import FrameCache
 from scissor_vllm.frontend.video import loader
-from scissor_vllm.frontend.video.container import VideoFile
+from scissor_vllm.frontend.video.container import VideoFile, _index_of
 from scissor_vllm.frontend.video.limits import (
     MAX_DECODE_BYTES_VARIABLE,
     SLOTS,
@@ -421,6 +422,19 @@ def test_few_videos_are_decoded_at_once_in_the_order_in_which_they_came(
         may_end.release(len(videos))
         assert [type(result.exception()) for result in results] == [ValueError, *[type(None)] * 6]
     assert SLOTS.num_decoding == 0
+
+
+def test_packets_of_which_none_is_shown_name_no_picture() -> None:
+    """Damage can hide every packet of a file, in order and with key frames."""
+
+    def packet(time: int, is_discard: bool) -> Any:
+        flags = {"is_discard": is_discard, "is_corrupt": False, "is_keyframe": time % 4 == 0}
+        return SimpleNamespace(pts=time, **flags)
+
+    index = _index_of([packet(time, is_discard=time < 4) for time in range(8)])
+    assert index is not None
+    assert [list(part) for part in index] == [[4, 5, 6, 7], [0, 4], [0, 0]]
+    assert _index_of([packet(time, is_discard=True) for time in range(8)]) is None
 
 
 def test_beside_a_video_that_takes_long_one_more_is_decoded(

@@ -213,7 +213,9 @@ def _read_packets(container: Any, stream: Any, num_file_bytes: int) -> Packets:
 def _index_of(
     packets: list[Any],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
-    """`shown_times`, `starts` and `first_numbers`; None if packets do not tell the order.
+    """`shown_times`, `starts` and `first_numbers`.
+
+    None if packets do not tell the order, or none of them is shown.
 
     The last packet of a truncated file is marked corrupt: only decoding tells whether it is shown.
     """
@@ -221,6 +223,8 @@ def _index_of(
         return None
     times = np.array([packet.pts for packet in packets], dtype=np.int64)
     is_shown = np.array([not packet.is_discard for packet in packets])
+    if not is_shown.any():
+        return None
     keys = np.flatnonzero([packet.is_keyframe for packet in packets])
     shown_times = np.sort(times[is_shown])
     if np.any(np.diff(shown_times) == 0):
