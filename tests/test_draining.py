@@ -106,8 +106,12 @@ def assert_drains(server: Server, clip: Path) -> None:
         assert status_and_retry(server, "/health") == (503, "5")
         assert status_and_retry(server, "/v1/chat/completions", chat) == (503, "5")
         assert not all(future.done() for future in running)
-        with pytest.raises(openai.InternalServerError, match="send it again"):
-            server.ask("Hello")
+        try:
+            with pytest.raises(openai.InternalServerError, match="send it again"):
+                server.ask("Hello")
+        except openai.APIConnectionError:
+            # The answers have ended meanwhile, and the server after them.
+            assert all(future.done() for future in running)
         whole = (NUM_TOKENS, "length")
         assert [future.result() for future in running] == [whole] * len(running)
         for future in late:
