@@ -23,9 +23,9 @@ AUTO = "auto"
 """In place of a ratio: the server chooses it."""
 AUTO_STEPS = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Ratios that the server chooses from, beside the operator's bounds."""
-Chooser = Callable[[Sequence[int | None], float], float]
-"""Returns the ratio of a request that leaves it to the server, by N of its videos and the least
-ratio that its videos allow, 0 for any."""
+Chooser = Callable[[Sequence[int | None], float, float], float]
+"""Returns the ratio of a request that leaves it to the server, by N of its videos and the lowest
+and highest ratio that its videos allow, 0 and 1 for any."""
 RETENTION = "retention"
 """Our key in vLLM's ``media_io_kwargs``: a mapping with the ones here, of one HTTP request. In the
 options of a request's processor: its :class:`RetainedCounts`."""
@@ -191,6 +191,15 @@ _RATIO_STEP = Decimal("0.0001")
 def least_ratio(num_tokens: int, num_retained: int) -> float:
     """Return the lowest ratio of four decimals at which K of N tokens is at least this many."""
     steps = math.floor(Fraction(num_retained - 1, num_tokens) / Fraction(_RATIO_STEP)) + 1
+    return min(1.0, float(steps * _RATIO_STEP))
+
+
+def highest_ratio(num_tokens: int, num_retained: int) -> float:
+    """Return the highest ratio of four decimals at which K of N tokens is at most this many.
+
+    0 if there is none.
+    """
+    steps = math.floor(Fraction(num_retained, num_tokens) / Fraction(_RATIO_STEP))
     return min(1.0, float(steps * _RATIO_STEP))
 
 
@@ -360,6 +369,9 @@ class RetentionReport:
     """Those of them that it computes."""
     num_images: int = 0
     """Images that are compressed as frames of these videos."""
+    max_engine_tokens: int | None = None
+    """Most tokens of a video that the engine takes, after compression; None where that is not
+    known."""
 
     def add(self, ratio: float, num_tokens: int, num_retained: int) -> None:
         """Record one video."""

@@ -248,6 +248,17 @@ def _is_on_event_loop() -> bool:
     return True
 
 
+def max_engine_tokens(engine_client: Any) -> int | None:
+    """Return the most tokens of an image or a video that the engine takes, None if not known.
+
+    vLLM checks them where the engine's client takes a prompt. A stream has begun by then, so its
+    client gets 200 and an error in the stream. It can go when vLLM checks before.
+    """
+    input_processor = getattr(engine_client, "input_processor", None)
+    # vLLM has 0 for a model without media.
+    return getattr(input_processor, "mm_encoder_cache_size", None) or None
+
+
 def pending_prompts(engine_client: Any) -> tuple[int, int]:
     """Return how many of an API server's prompts have no first token yet, and their tokens.
 

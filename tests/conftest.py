@@ -191,6 +191,8 @@ def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PAGE_KEY = "x"
 """The key of ``page_server``, which the tests' client sends."""
+PAGE_STEP_TOKENS = 3072
+"""Of one step of ``page_server``, so also of a video: fewer than an uncompressed one may have."""
 
 
 @pytest.fixture
@@ -198,7 +200,7 @@ def page_server(servers: OneServer, collector: Collector, metrics_folder: Path) 
     """A server with all that an operator may add.
 
     It has the page, a key, a minimum ratio, two API-server processes, a metrics directory that the
-    operator named, and tracing.
+    operator named, tracing, and a short step.
     """
     return observed_server(servers, collector, metrics_folder)
 
@@ -209,6 +211,7 @@ def observed_server(servers: OneServer, collector: Collector, metrics_folder: Pa
         *(*SCISSOR, "demo", "--web-page", f"--api-key={PAGE_KEY}", "--min-retention-ratio=0.02"),
         *("--auto-retention-ratio=0.05:1.0", "--target-ttft-ms=1", "--allow-compress-images"),
         *("--api-server-count=2", f"--otlp-traces-endpoint={collector.url}"),
+        f"--max-num-batched-tokens={PAGE_STEP_TOKENS}",
         environment={
             "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",

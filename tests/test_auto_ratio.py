@@ -412,6 +412,18 @@ def test_where_no_ratio_to_choose_from_is_enough_the_highest_is_chosen() -> None
     assert engine.auto.choose([1000], 0.01, 0.4) == 0.3
 
 
+def test_a_video_gets_no_higher_ratio_than_the_engine_takes() -> None:
+    idle = Engine()
+    idle.answer(1000, 0.01, times=5)
+    assert [idle.auto.choose([1000], 0.01, 0.0, most) for most in (1.0, 0.99, 0.5, 0.3)] == [
+        *(1.0, 0.75, 0.5, 0.25)
+    ]
+    assert idle.auto.preview([1000], 0.01, 0.0, 0.3) == 0.25
+    # What the videos need at least goes before, and so do the operator's bounds: it is refused.
+    assert idle.auto.choose([1000], 0.01, 0.4, 0.3) == 0.5
+    assert idle.auto.choose([1000], 0.01, 0.0, 0.01) == idle.auto.steps[-1]
+
+
 def test_what_is_counted_is_the_ratio_that_the_videos_get(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[float] = []
     monkeypatch.setattr(auto_ratio, "count_auto_choice", counted.append)
@@ -422,9 +434,9 @@ def test_what_is_counted_is_the_ratio_that_the_videos_get(monkeypatch: pytest.Mo
     choose, look = (chooser(state, is_counted=is_counted) for is_counted in (True, False))
     assert choose is not None
     assert look is not None
-    chosen = [choose([1000], least) for least in (0.0, 0.2)]
+    chosen = [choose([1000], least, 1.0) for least in (0.0, 0.2)]
     assert chosen == counted == [0.1, 0.25]
-    assert look([1000], 0.2) == 0.25
+    assert look([1000], 0.2, 1.0) == 0.25
     assert len(counted) == 2
 
 

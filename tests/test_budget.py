@@ -17,7 +17,14 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.plugin import register
-from scissor_vllm.retention import RETENTION, RETENTION_REPORT, RetentionReport, count_retained
+from scissor_vllm.retention import (
+    RETENTION,
+    RETENTION_REPORT,
+    RetentionReport,
+    count_retained,
+    highest_ratio,
+    num_retained_tokens,
+)
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS
 from tests.families import build_qwen2_5_vl, build_qwen3_vl
 
@@ -179,8 +186,8 @@ def test_a_ratio_that_is_left_to_the_server_is_asked_once_with_the_videos_tokens
 ) -> None:
     asked: list[list[int]] = []
 
-    def choose(num_tokens: list[int], least: float) -> float:
-        assert least == 0.0
+    def choose(num_tokens: list[int], least: float, most: float) -> float:
+        assert (least, most) == (0.0, 1.0)
         asked.append(list(num_tokens))
         return 0.5
 
@@ -194,3 +201,81 @@ def test_a_ratio_that_is_left_to_the_server_is_asked_once_with_the_videos_tokens
     assert [kept for _, kept in counts] == list(count_retained(asked[0], 0.5).num_retained)
     with pytest.raises(VLLMValidationError, match="chosen by an API server for chats"):
         processor.run((4,), retention_ratio="auto")
+
+
+# ---- What the engine takes of a video ----
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_a_video_of_more_tokens_than_the_engine_takes_is_refused_with_a_ratio_that_fits(
+    has_cache: bool,
+) -> None:
+    register()
+    processor = Processor(demo_model_path(), has_cache)
+    ((num_tokens, _),), *_ = processor.run((12,))
+    most = num_tokens // 3
+
+    def run(ratio: float, **more: Any) -> int:
+        report = RetentionReport(max_engine_tokens=most)
+        over_http = {RETENTION_REPORT: report, "retention_ratio": ratio, **more}
+        ((_, kept),), *_ = processor.run((12,), over_http)
+        return kept
+
+    with pytest.raises(VLLMValidationError) as refused:
+        run(1.0)
+    assert str(refused.value).startswith(
+        f"a video may have {most} tokens after compression on this server, got one that has "
+        f"{num_tokens + 1}: ask for a retention_ratio of 0.3"
+    )
+    fitting = float(str(refused.value).split("retention_ratio of ")[1].split(" or less, send")[0])
+    # The demo's model adds one token.
+    assert run(fitting) == most - 1
+    with pytest.raises(VLLMValidationError, match=f"ask for a retention_ratio of {fitting} or"):
+        run(round(fitting + 0.0001, 4))
+    assert run(1.0, max_retained_video_tokens=most - 1) == most - 1
+    with pytest.raises(VLLMValidationError, match=f"got one that has {most + 1}: ask for a"):
+        run(1.0, max_retained_video_tokens=most)
+
+
+def test_where_no_allowed_ratio_fits_none_is_named(model: Path) -> None:
+    processor = Processor(model, False, min_retention_ratio=0.5)
+    for max_engine_tokens in (1, 20):
+        report = RetentionReport(max_engine_tokens=max_engine_tokens)
+        with pytest.raises(VLLMValidationError, match=r"has \d+: send fewer frames, or have"):
+            processor.run((64,), {RETENTION_REPORT: report, "retention_ratio": 1.0})
+
+
+def test_the_server_chooses_among_the_ratios_that_the_engine_takes() -> None:
+    register()
+    processor = Processor(demo_model_path(), False)
+    bounds = {"auto_bounds": (0.1, 1.0), "target_ttft_ms": 1000}
+    for name, value in bounds.items():
+        object.__setattr__(processor.processor.info.retention_policy, name, value)
+    ((num_tokens, _),), _, _, _ = processor.run((12,))
+    room = num_tokens // 3
+    num_fixed = processor.processor.info.get_num_fixed_tokens()
+    report = RetentionReport(max_engine_tokens=room + num_fixed)
+    highest: list[float] = []
+
+    def choose(num_tokens: list[int], least: float, most: float) -> float:
+        highest.append(most)
+        return most
+
+    over_http = {RETENTION_REPORT: report, "retention_ratio": "auto", "auto": choose}
+    ((_, kept),), *_ = processor.run((12,), over_http)
+    assert highest == [highest_ratio(num_tokens, room)]
+    assert 0.99 * room - 1 <= kept <= room
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_retained", "ratio"),
+    [(3872, 2047, 0.5286), (10, 10, 1.0), (10, 11, 1.0), (3, 1, 0.3333), (100000, 1, 0.0)],
+)
+def test_the_highest_ratio_of_four_decimals_keeps_no_more(
+    num_tokens: int, num_retained: int, ratio: float
+) -> None:
+    assert highest_ratio(num_tokens, num_retained) == ratio
+    if ratio:
+        assert num_retained_tokens(num_tokens, ratio) <= num_retained
+    if ratio < 1:
+        assert num_retained_tokens(num_tokens, round(ratio + 0.0001, 4)) > num_retained

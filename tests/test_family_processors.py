@@ -26,6 +26,7 @@ from scissor_vllm import num_retained_tokens
 from scissor_vllm.frontend.frame_cache import FRAMES
 from scissor_vllm.models import IMAGE_RUN_MODELS, MODELS
 from scissor_vllm.plugin import register
+from scissor_vllm.retention import RETENTION, RETENTION_REPORT, RetentionReport
 from scissor_vllm.video_fields import NUM_RETAINED, NUM_VIDEO_TOKENS, VIDEO_TEXT
 from tests.families import (
     FAMILIES,
@@ -80,6 +81,21 @@ class Processors:
         """Return ours for media."""
         data = Question(media).data()
         return self.run(self.ours, data, media, retention_ratio=ratio, **options)
+
+    def ask_with_room(self, max_engine_tokens: int, *media: Media, ratio: float) -> Any:
+        """Return ours, as for a request that goes to an engine that takes so many tokens."""
+        question = Question(media)
+        tokens = self.ours.info.get_tokenizer().encode(
+            question.prompt(marks_of(self.family.folder))
+        )
+        report = RetentionReport(max_engine_tokens=max_engine_tokens)
+        inputs = ProcessorInputs(
+            tokens,
+            self.ours.info.parse_mm_data(question.data()),
+            hf_processor_mm_kwargs={"retention_ratio": ratio},
+            media_io_kwargs={RETENTION: {RETENTION_REPORT: report}},
+        )
+        return self.ours.apply(inputs, TimingContext(enabled=False))
 
     def ask_stock(self, *media: Media, **options: object) -> Any:
         """Return stock's for media."""
@@ -291,6 +307,20 @@ def test_gemma_that_attends_both_ways_within_a_frame_is_refused_below_one(
         VLLMValidationError, match=rf"must be at least {num_tokens} or absent, got 5: this checkp"
     ):
         both_ways.ask(TALL, ratio=1.0, max_retained_video_tokens=5)
+    with pytest.raises(VLLMValidationError, match=r"got one that has \d+: send fewer frames, or"):
+        both_ways.ask_with_room(num_tokens - 1, TALL, ratio=1.0)
+
+
+def test_what_the_engine_counts_of_a_video_is_what_is_compared(processors: Processors) -> None:
+    """Text that stands within a video is counted too."""
+    for ratio in (1.0, 0.5):
+        made = processors.ask(SHORT, ratio=ratio)
+        (place,) = made["mm_placeholders"]["video"]
+        num_embeds = place.get_num_embeds()
+        room = processors.ask_with_room(num_embeds, SHORT, ratio=ratio)
+        assert room["prompt_token_ids"] == made["prompt_token_ids"]
+        with pytest.raises(VLLMValidationError, match=f"got one that has {num_embeds}: "):
+            processors.ask_with_room(num_embeds - 1, SHORT, ratio=ratio)
 
 
 def test_text_within_a_video_goes_to_the_worker_with_a_compressed_video_alone(

@@ -318,7 +318,8 @@ def test_a_ratio_that_the_server_chooses_keeps_a_token_of_each_image(demo: Front
     (video,) = loaded(demo.compress(images(6))).values()
     asked: list[float] = []
 
-    def choose(num_tokens: list[int], least: float) -> float:
+    def choose(num_tokens: list[int], least: float, most: float) -> float:
+        assert most == 1.0
         asked.append(least)
         return ratio
 

@@ -195,7 +195,13 @@ class AutoRatio:
         between = max(1, len(self.steps) - 2)
         self._shares = [low + (high - low) * i / between for i in range(len(self.steps) - 1)]
 
-    def choose(self, num_tokens: Sequence[int | None], elapsed: float, least: float = 0.0) -> float:
+    def choose(
+        self,
+        num_tokens: Sequence[int | None],
+        elapsed: float,
+        least: float = 0.0,
+        most: float = 1.0,
+    ) -> float:
         """Return the ratio of a request, which goes to the engine next.
 
         Args:
@@ -203,6 +209,7 @@ class AutoRatio:
             elapsed: seconds since it arrived.
             least: that its videos allow. Where no ratio to choose from is enough, the highest is
                 returned.
+            most: likewise, and of these the lowest.
         """
         with self._lock:
             now = self._clock()
@@ -218,17 +225,21 @@ class AutoRatio:
                 self._typical.observe(elapsed, sum(known) or self._typical.num_tokens)
             self._rate.observe(now, load.num_arrived)
             self._move(now)
-            ratio = self._highest_in_time(known, elapsed, load, least)
+            ratio = self._highest_in_time(known, elapsed, load, least, most)
             self._prepared.append((now, ratio * sum(known)))
             return ratio
 
     def preview(
-        self, num_tokens: Sequence[int | None], elapsed: float, least: float = 0.0
+        self,
+        num_tokens: Sequence[int | None],
+        elapsed: float,
+        least: float = 0.0,
+        most: float = 1.0,
     ) -> float:
         """Return what a request would get now that does not go to the engine."""
         with self._lock:
             known = [tokens for tokens in num_tokens if tokens is not None]
-            return self._highest_in_time(known, elapsed, self._load_of_all(), least)
+            return self._highest_in_time(known, elapsed, self._load_of_all(), least, most)
 
     def record_first_tokens(
         self, num_prompts: int, num_tokens: int, longest: float = math.inf
@@ -289,7 +300,7 @@ class AutoRatio:
         return max(0.0, self._shares[level] * left)
 
     def _highest_in_time(
-        self, num_tokens: Sequence[int], elapsed: float, load: Load, least: float
+        self, num_tokens: Sequence[int], elapsed: float, load: Load, least: float, most: float
     ) -> float:
         """Return the highest ratio from the level on that the backlog leaves to a request.
 
@@ -300,7 +311,7 @@ class AutoRatio:
             load.num_pending_tokens + load.num_prepared_tokens,
         )
         lowest = max(0, sum(step >= least for step in self.steps) - 1)
-        index = min(self._level, lowest)
+        index = min(max(self._level, sum(step > most for step in self.steps)), lowest)
         while index < lowest and wait > self._most_wait(index):
             index += 1
         for ratio in self.steps[index : lowest + 1]:
@@ -345,11 +356,11 @@ def chooser(state: State, *, is_counted: bool) -> Chooser | None:
         return None
     arrival = time.monotonic()
 
-    def choose(num_tokens: Sequence[int | None], least: float) -> float:
+    def choose(num_tokens: Sequence[int | None], least: float, most: float) -> float:
         elapsed = time.monotonic() - arrival
         if not is_counted:
-            return auto.preview(num_tokens, elapsed, least)
-        ratio = auto.choose(num_tokens, elapsed, least)
+            return auto.preview(num_tokens, elapsed, least, most)
+        ratio = auto.choose(num_tokens, elapsed, least, most)
         count_auto_choice(ratio)
         return ratio
 

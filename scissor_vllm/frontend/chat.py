@@ -40,7 +40,7 @@ from scissor_vllm.frontend.tracing import begin_span
 from scissor_vllm.metrics import begin_requests_at_zero, count_refusal
 from scissor_vllm.models import MODELS
 from scissor_vllm.settings import RetentionPolicy, TowerMerging, check_keys
-from scissor_vllm.vllm_compat import num_api_servers, wait_before_shutdown
+from scissor_vllm.vllm_compat import max_engine_tokens, num_api_servers, wait_before_shutdown
 
 SWITCH_INTERVAL_SECONDS = 0.0001
 """Longest time that the event loop holds the interpreter lock while threads decode and prepare
@@ -142,6 +142,7 @@ def init_state(engine_client: Any, state: State) -> None:
         check_media_connector()
     state.traces_endpoint = state.vllm_config.observability_config.otlp_traces_endpoint
     state.auto_ratio = begin_auto(engine_client, state)
+    state.max_engine_tokens = max_engine_tokens(engine_client)
     if engine_client is not None and hasattr(state, IN_FLIGHT):
         wait_before_shutdown(engine_client, state.in_flight, ENGINE_FAILED.set)
     begin_requests_at_zero(state.retention_policy.method)
@@ -167,7 +168,7 @@ async def _answer_video(
 ) -> Response | None:
     """Answer a chat with a video, or with images that become one, and count its outcome."""
     state = raw_request.app.state
-    report = request.begin_report(chooser(state, is_counted=True))
+    report = request.begin_report(chooser(state, is_counted=True), state.max_engine_tokens)
     raw_request, span = begin_span(raw_request, state.traces_endpoint)
     chat = Chat(state.retention_policy.method, request.valid_ratio, report, span)
     with chat.ended_by_errors():

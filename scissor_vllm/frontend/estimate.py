@@ -107,7 +107,7 @@ async def estimate(request: EstimateRequest, raw_request: Request) -> Response:
         )
     if request.compresses_images:
         await compress_images(request, state)
-    report = request.begin_report(chooser(state, is_counted=False))
+    report = request.begin_report(chooser(state, is_counted=False), state.max_engine_tokens)
     assert isinstance(report, EstimateReport)
     counted = await tokenize_router.tokenization(raw_request).create_tokenize(request, raw_request)
     if isinstance(counted, ErrorResponse):

@@ -55,6 +55,7 @@ from scissor_vllm.retention import (
     RetainedCounts,
     RetentionReport,
     count_retained,
+    highest_ratio,
     least_ratio,
 )
 from scissor_vllm.settings import OWN_KEYS, without_own_keys
@@ -113,7 +114,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             request.report.look(videos)
         try:
             self._set_counts(request, videos, settings)
-            return super().apply(request, timing_ctx)
+            result = super().apply(request, timing_ctx)
         except (ArithmeticError, AssertionError, IndexError, TypeError) as error:
             # Video processors trust the metadata of a client's file.
             reason = why_unreadable(videos)
@@ -122,6 +123,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             raise RefusedRequestError(
                 reason, parameter="video_url", reason=Reason.UNREADABLE_VIDEO
             ) from error
+        self._check_room(request, result)
+        return result
 
     def _set_counts(
         self, request: _Request, videos: VideoProcessorItems, settings: RequestSettings
@@ -133,8 +136,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             # A budget is divided by lengths, and the length of a cached video is unknown.
             request.budget = None
         num_images = num_images_of(videos)
+        room = self._room(request.report)
         counts = self._count_retained(
-            options, num_tokens, settings.ratio, request.budget, num_images
+            options, num_tokens, settings.ratio, request.budget, num_images, room
         )
         if request.report is not None:
             request.report.num_images = sum(num_images)
@@ -151,8 +155,17 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         ratio: float | Chooser,
         budget: int | None,
         num_images: list[int],
+        room: int | None,
     ) -> RetainedCounts:
         """Return K of each video by N.
+
+        Args:
+            options: of the request, for the processor.
+            num_tokens: N of each video, None where it is not known.
+            ratio: of the request, or what chooses it.
+            budget: of the request, None for no limit.
+            num_images: of each video that is a run of images, 0 for any other.
+            room: most tokens that a video may keep, for a ratio that is chosen; None for no limit.
 
         Raises:
             RefusedRequestError: the ratio or the budget is too small for them, or a video too long
@@ -165,7 +178,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 for count, length in zip(num_tokens, num_images, strict=True)
                 if count is not None and length > 0
             ]
-            ratio = ratio(num_tokens, max(least, default=0.0))
+            most = [highest_ratio(count, room) for count in num_tokens if count and room]
+            ratio = ratio(num_tokens, max(least, default=0.0), min(most, default=1.0))
         try:
             counts = count_retained(num_tokens, ratio, budget, policy.min_ratio, num_images)
         except RatioTooSmallError as error:
@@ -188,6 +202,50 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                     str(error), parameter="video_url", reason=Reason.VIDEO_TOO_LONG
                 ) from error
         return counts
+
+    def _room(self, report: RetentionReport | None) -> int | None:
+        """Return the most tokens that a video may keep, nearly; None for no limit."""
+        if report is None or report.max_engine_tokens is None:
+            return None
+        return max(0, report.max_engine_tokens - self.info.get_num_fixed_tokens())
+
+    def _why_not_compressed(self, options: Mapping[str, object]) -> str | None:
+        """Return why a request's videos cannot be compressed, None if they can."""
+        return None
+
+    def _check_room(self, request: _Request, result: Any) -> None:
+        """Raise RefusedRequestError if a video has more tokens than the engine takes.
+
+        Args:
+            request: with K of each video.
+            result: of ``apply``; among a video's placeholders is its text.
+        """
+        most = None if request.report is None else request.report.max_engine_tokens
+        options = request.hf_processor_mm_kwargs
+        counts = options[RETENTION]
+        assert isinstance(counts, RetainedCounts)
+        places = result["mm_placeholders"].get("video", ())
+        for place, count, num_retained in zip(
+            places, counts.num_tokens, counts.num_retained, strict=True
+        ):
+            num_taken = place.get_num_embeds()
+            if most is None or num_taken <= most:
+                continue
+            lower = ""
+            if count is not None and num_retained is not None:
+                # Below 1.0 a video's text counts too.
+                num_others = place.length - num_retained
+                highest = highest_ratio(count, max(0, most - num_others))
+                is_allowed = highest > 0 and self.info.retention_policy.min_ratio <= highest
+                if is_allowed and self._why_not_compressed(options) is None:
+                    lower = f"ask for a {RETENTION_RATIO} of {highest} or less, "
+            raise RefusedRequestError(
+                f"a video may have {most} tokens after compression on this server, got one that "
+                f"has {num_taken}: {lower}send fewer frames, or have the operator raise "
+                "--max-num-batched-tokens",
+                parameter="video_url",
+                reason=Reason.VIDEO_TOO_LONG,
+            )
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """Return vLLM's result, and fill the request's report.

@@ -165,14 +165,19 @@ class RetentionRequest(BaseModel):
         """The ratio if it is in (0, 1], even if this server refuses it; else None."""
         return ratio_or_none(self.retention_ratio)
 
-    def begin_report(self, choose: Chooser | None = None) -> RetentionReport:
+    def begin_report(
+        self, choose: Chooser | None = None, max_engine_tokens: int | None = None
+    ) -> RetentionReport:
         """Return a report that the processor fills; it is complete once the prompt is rendered.
 
         Args:
             choose: chooses the ratio if the request leaves it to the server; None if this server
                 offers no choice.
+            max_engine_tokens: refuse a video that keeps more; None for a request that does not go
+                to the engine.
         """
         self._report = self._new_report()
+        self._report.max_engine_tokens = max_engine_tokens
         self._choose = choose
         return self._report
 

@@ -73,10 +73,6 @@ class FrameRunsProcessor(RetentionProcessor):
         """Return the token id of a video's placeholders."""
         return int(self.info.get_hf_config().video_token_id)
 
-    def _why_not_compressed(self, options: Mapping[str, object]) -> str | None:
-        """Return why a request's videos cannot be compressed, None if they can."""
-        return None
-
     def _count_retained(
         self,
         options: Mapping[str, object],
@@ -84,10 +80,11 @@ class FrameRunsProcessor(RetentionProcessor):
         ratio: float | Chooser,
         budget: int | None,
         num_images: list[int],
+        room: int | None,
     ) -> RetainedCounts:
         reason = self._why_not_compressed(options)
         if reason is None:
-            return super()._count_retained(options, num_tokens, ratio, budget, num_images)
+            return super()._count_retained(options, num_tokens, ratio, budget, num_images, room)
         # A ratio that the server chooses becomes 1.0.
         if isinstance(ratio, float) and ratio != 1.0:
             raise RefusedRequestError(
@@ -98,7 +95,7 @@ class FrameRunsProcessor(RetentionProcessor):
         known = [count for count in num_tokens if count is not None]
         is_known = len(known) == len(num_tokens)
         if budget is None or (is_known and sum(known) <= budget):
-            return super()._count_retained(options, num_tokens, 1.0, None, num_images)
+            return super()._count_retained(options, num_tokens, 1.0, None, num_images, room)
         rule = f"at least {sum(known)} or absent" if is_known else "absent"
         raise RefusedRequestError(
             f"{MAX_RETAINED_VIDEO_TOKENS} must be {rule}, got {budget}: {reason}",

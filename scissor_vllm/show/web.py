@@ -175,7 +175,7 @@ async def make_picture(request: PictureRequest, state: State) -> Picture:
         raise VLLMValidationError(
             "a picture is of a video: leave compress_images out", parameter="compress_images"
         )
-    report = request.begin_report(chooser(state, is_counted=False))
+    report = request.begin_report(chooser(state, is_counted=False), state.max_engine_tokens)
     assert isinstance(report, VideoReport)
     item = await _prepared_video(request, state)
     ((frames, metadata),) = report.videos
