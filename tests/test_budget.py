@@ -248,23 +248,30 @@ def test_where_no_allowed_ratio_fits_none_is_named(model: Path) -> None:
 def test_the_server_chooses_among_the_ratios_that_the_engine_takes() -> None:
     register()
     processor = Processor(demo_model_path(), False)
-    bounds = {"auto_bounds": (0.1, 1.0), "target_ttft_ms": 1000}
-    for name, value in bounds.items():
-        object.__setattr__(processor.processor.info.retention_policy, name, value)
-    ((num_tokens, _),), _, _, _ = processor.run((12,))
-    room = num_tokens // 3
-    num_fixed = processor.processor.info.get_num_fixed_tokens()
-    report = RetentionReport(max_engine_tokens=room + num_fixed)
+    info = processor.processor.info
+    for name, value in {"auto_bounds": (0.1, 1.0), "target_ttft_ms": 1000}.items():
+        object.__setattr__(info.retention_policy, name, value)
     highest: list[float] = []
 
     def choose(num_tokens: list[int], least: float, most: float) -> float:
         highest.append(most)
         return most
 
-    over_http = {RETENTION_REPORT: report, "retention_ratio": "auto", "auto": choose}
-    ((_, kept),), *_ = processor.run((12,), over_http)
-    assert highest == [highest_ratio(num_tokens, room)]
-    assert 0.99 * room - 1 <= kept <= room
+    def run(num_frames: tuple[int, ...], most: int | None) -> tuple[list[int], int]:
+        report = RetentionReport(max_engine_tokens=most)
+        over_http = {RETENTION_REPORT: report, "retention_ratio": "auto", "auto": choose}
+        counts, _, _, length = processor.run(num_frames, over_http)
+        return [kept for _, kept in counts], length
+
+    whole, length = run((12, 4), None)
+    # The longest video decides. The demo's model adds a token to each.
+    kept, _ = run((12, 4), whole[0] // 3)
+    assert kept[0] == whole[0] // 3 - 1
+    info.ctx.model_config.max_model_len = length
+    # One more for the answer.
+    kept, shorter = run((12, 4), 10 * whole[0])
+    assert length - 3 <= shorter < length
+    assert highest[0] == 1.0 > highest[2] > highest[1]
 
 
 @pytest.mark.parametrize(

@@ -119,16 +119,6 @@ def in_threads(
         frames: (T, ...).
     """
     most = min(threads_per_video(), len(frames) // _FRAMES_PER_THREAD)
-    with take_cpus(most) as num_threads:
-        return _in_threads(resize, frames, num_threads)
-
-
-def _in_threads(
-    resize: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor, num_threads: int
-) -> torch.Tensor:
-    if num_threads == 1:
-        return resize(frames)
-    num_frames = -(-len(frames) // num_threads)
     # A new thread is outside of inference mode, which a worker uses while it profiles.
     infers = torch.is_inference_mode_enabled()
 
@@ -136,15 +126,19 @@ def _in_threads(
         with torch.inference_mode(infers):
             return resize(part)
 
-    def copy_part(into: torch.Tensor, part: torch.Tensor) -> None:
+    def copy_part(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+        into, part = pair
         with torch.inference_mode(infers):
             into.copy_(part)
 
-    pool = _resize_pool()
-    parts = list(pool.map(resize_part, frames.split(num_frames)))
-    resized = torch.empty(len(frames), *parts[0].shape[1:], dtype=parts[0].dtype)
-    for _ in pool.map(copy_part, resized.split(num_frames), parts):
-        pass
+    with take_cpus(most) as num_threads:
+        if num_threads == 1:
+            return resize(frames)
+        num_frames = -(-len(frames) // num_threads)
+        parts = _map(resize_part, frames.split(num_frames), num_threads)
+        resized = torch.empty(len(frames), *parts[0].shape[1:], dtype=parts[0].dtype)
+        pairs = list(zip(resized.split(num_frames), parts, strict=True))
+        _map(copy_part, pairs, num_threads)
     return resized
 
 
@@ -156,16 +150,23 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) ->
         items: what it is called with.
     """
     with take_cpus(min(threads_per_video(), len(items))) as num_threads:
-        if num_threads == 1:
-            return list(map(function, items))
-        results: dict[int, Result] = {}
+        return _map(function, items, num_threads)
 
-        def run_part(first: int) -> None:
-            for number in range(first, len(items), num_threads):
-                results[number] = function(items[number])
 
-        for _ in _resize_pool().map(run_part, range(num_threads)):
-            pass
+def _map(
+    function: Callable[[Item], Result], items: Sequence[Item], num_threads: int
+) -> list[Result]:
+    """Return a function's results for items, in order, computed in so many threads."""
+    if num_threads == 1:
+        return list(map(function, items))
+    results: dict[int, Result] = {}
+
+    def run_part(first: int) -> None:
+        for number in range(first, len(items), num_threads):
+            results[number] = function(items[number])
+
+    for _ in _resize_pool().map(run_part, range(num_threads)):
+        pass
     return [results[number] for number in range(len(items))]
 
 

@@ -136,9 +136,13 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             # A budget is divided by lengths, and the length of a cached video is unknown.
             request.budget = None
         num_images = num_images_of(videos)
-        room = self._room(request.report)
         counts = self._count_retained(
-            options, num_tokens, settings.ratio, request.budget, num_images, room
+            options,
+            num_tokens,
+            settings.ratio,
+            request.budget,
+            num_images,
+            self._highest_ratio(request, num_tokens),
         )
         if request.report is not None:
             request.report.num_images = sum(num_images)
@@ -155,7 +159,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         ratio: float | Chooser,
         budget: int | None,
         num_images: list[int],
-        room: int | None,
+        highest: float,
     ) -> RetainedCounts:
         """Return K of each video by N.
 
@@ -165,7 +169,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             ratio: of the request, or what chooses it.
             budget: of the request, None for no limit.
             num_images: of each video that is a run of images, 0 for any other.
-            room: most tokens that a video may keep, for a ratio that is chosen; None for no limit.
+            highest: ratio that may be chosen.
 
         Raises:
             RefusedRequestError: the ratio or the budget is too small for them, or a video too long
@@ -178,8 +182,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 for count, length in zip(num_tokens, num_images, strict=True)
                 if count is not None and length > 0
             ]
-            most = [highest_ratio(count, room) for count in num_tokens if count and room]
-            ratio = ratio(num_tokens, max(least, default=0.0), min(most, default=1.0))
+            ratio = ratio(num_tokens, max(least, default=0.0), highest)
         try:
             counts = count_retained(num_tokens, ratio, budget, policy.min_ratio, num_images)
         except RatioTooSmallError as error:
@@ -203,11 +206,24 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 ) from error
         return counts
 
-    def _room(self, report: RetentionReport | None) -> int | None:
-        """Return the most tokens that a video may keep, nearly; None for no limit."""
-        if report is None or report.max_engine_tokens is None:
-            return None
-        return max(0, report.max_engine_tokens - self.info.get_num_fixed_tokens())
+    def _highest_ratio(self, request: _Request, num_tokens: list[int | None]) -> float:
+        """Return the highest ratio that the engine takes, 0 for none.
+
+        Each video must fit into a step, and all into the prompt. Text within videos and images are
+        not counted.
+        """
+        known = [count for count in num_tokens if count]
+        num_fixed = self.info.get_num_fixed_tokens()
+        most = request.report.max_engine_tokens if request.report is not None else None
+        if most is None or not known:
+            return 1.0
+        # At least one token is answered.
+        left = self.info.ctx.model_config.max_model_len - len(request.prompt) - 1
+        together = left - num_fixed * len(known)
+        return min(
+            highest_ratio(max(known), max(0, most - num_fixed)),
+            highest_ratio(sum(known), max(0, together)),
+        )
 
     def _why_not_compressed(self, options: Mapping[str, object]) -> str | None:
         """Return why a request's videos cannot be compressed, None if they can."""

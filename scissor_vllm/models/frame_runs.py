@@ -80,11 +80,11 @@ class FrameRunsProcessor(RetentionProcessor):
         ratio: float | Chooser,
         budget: int | None,
         num_images: list[int],
-        room: int | None,
+        highest: float,
     ) -> RetainedCounts:
         reason = self._why_not_compressed(options)
         if reason is None:
-            return super()._count_retained(options, num_tokens, ratio, budget, num_images, room)
+            return super()._count_retained(options, num_tokens, ratio, budget, num_images, highest)
         # A ratio that the server chooses becomes 1.0.
         if isinstance(ratio, float) and ratio != 1.0:
             raise RefusedRequestError(
@@ -95,7 +95,7 @@ class FrameRunsProcessor(RetentionProcessor):
         known = [count for count in num_tokens if count is not None]
         is_known = len(known) == len(num_tokens)
         if budget is None or (is_known and sum(known) <= budget):
-            return super()._count_retained(options, num_tokens, 1.0, None, num_images, room)
+            return super()._count_retained(options, num_tokens, 1.0, None, num_images, highest)
         rule = f"at least {sum(known)} or absent" if is_known else "absent"
         raise RefusedRequestError(
             f"{MAX_RETAINED_VIDEO_TOKENS} must be {rule}, got {budget}: {reason}",
