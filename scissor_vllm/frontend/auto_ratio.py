@@ -209,7 +209,8 @@ class AutoRatio:
             elapsed: seconds since it arrived.
             least: that its videos allow. Where no ratio to choose from is enough, the highest is
                 returned.
-            most: likewise, and of these the lowest.
+            most: that its videos allow, unless ``least`` is more. Where all ratios to choose from
+                are higher, the lowest is returned.
         """
         with self._lock:
             now = self._clock()

@@ -214,9 +214,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
         """
         known = [count for count in num_tokens if count]
         num_fixed = self.info.get_num_fixed_tokens()
-        most = request.report.max_engine_tokens if request.report is not None else None
-        if most is None or not known:
+        if request.report is None or request.report.max_engine_tokens is None or not known:
             return 1.0
+        most = request.report.max_engine_tokens
         # At least one token is answered.
         left = self.info.ctx.model_config.max_model_len - len(request.prompt) - 1
         together = left - num_fixed * len(known)
@@ -236,7 +236,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             request: with K of each video.
             result: of ``apply``; among a video's placeholders is its text.
         """
-        most = None if request.report is None else request.report.max_engine_tokens
+        if request.report is None or request.report.max_engine_tokens is None:
+            return
+        most = request.report.max_engine_tokens
         options = request.hf_processor_mm_kwargs
         counts = options[RETENTION]
         assert isinstance(counts, RetainedCounts)
@@ -245,7 +247,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             places, counts.num_tokens, counts.num_retained, strict=True
         ):
             num_taken = place.get_num_embeds()
-            if most is None or num_taken <= most:
+            if num_taken <= most:
                 continue
             lower = ""
             if count is not None and num_retained is not None:
