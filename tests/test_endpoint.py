@@ -424,7 +424,8 @@ def test_auto_has_the_processor_ask_the_server(app: FastAPI, client: TestClient)
         handler = init(app, engine, retention_ratio=default, **AUTO)
         assert ask(client, VIDEO, **fields).status_code == 200
         kwargs = handler.requests[0].build_chat_params(None, "auto").media_io_kwargs
-        assert kwargs["retention"]["auto"]([100], 0.0) == 0.8
+        assert kwargs["retention"]["auto"]([100], 0.0, 1.0) == 0.8
+        assert kwargs["retention"]["auto"]([100], 0.0, 0.4) == 0.35
     (_, first_tokens) = engine.logger_manager.stat_loggers
     waiting = [Namespace(prompt_len=1000, is_prefilling=True) for _ in range(500)]
     done = Namespace(prompt_len=10**9, is_prefilling=False)
@@ -433,7 +434,20 @@ def test_auto_has_the_processor_ask_the_server(app: FastAPI, client: TestClient)
     for _ in range(5):
         first_tokens.record(None, stats)
         time.sleep(0.01)
-    assert kwargs["retention"]["auto"]([100], 0.0) == 0.1
+    assert kwargs["retention"]["auto"]([100], 0.0, 1.0) == 0.1
+
+
+@pytest.mark.parametrize(("size", "expected"), [(4096, 4096), (0, None), (None, None)])
+def test_the_processor_is_told_what_the_engine_takes(
+    app: FastAPI, client: TestClient, size: int | None, expected: int | None
+) -> None:
+    engine: Any = Namespace()
+    if size is not None:
+        engine.input_processor = Namespace(mm_encoder_cache_size=size)
+    handler = init(app, engine)
+    assert ask(client, VIDEO).status_code == 200
+    kwargs = handler.requests[0].build_chat_params(None, "auto").media_io_kwargs
+    assert kwargs["retention"]["retention_report"].max_engine_tokens == expected
 
 
 def test_auto_without_the_engines_statistics_ends_the_start(app: FastAPI) -> None:
