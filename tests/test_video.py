@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import queue
 import struct
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +45,7 @@ from scissor_vllm import cpus
 from scissor_vllm.byte_locks import ByteLocks
 from scissor_vllm.cpus import take_cpus
 from scissor_vllm.frontend.frame_cache import FrameCache
+from scissor_vllm.frontend.refusal import RefusedVideoError
 from scissor_vllm.frontend.video import loader
 from scissor_vllm.frontend.video.container import VideoFile, _index_of
 from scissor_vllm.frontend.video.limits import (
@@ -52,6 +55,7 @@ from scissor_vllm.frontend.video.limits import (
     max_decode_bytes,
 )
 from scissor_vllm.frontend.video.loader import PyAVVideoBackend, register_video_loader
+from scissor_vllm.frontend.video.picture import PictureConverter
 
 
 @pytest.fixture(autouse=True)
@@ -382,6 +386,55 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     load(data, num_frames=32)
     # A quarter of the CPUs is left to what prepares decoded videos.
     assert threads == [1, 6, 2, 1, 16]
+
+
+MATRICES = ("YCgCo", "bt2020c", "smpte2085", "chroma-derived-nc", "chroma-derived-c", "ICtCp")
+
+
+@pytest.mark.parametrize(
+    "colors", [*(f"colormatrix={name}" for name in MATRICES), "transfer=log316", "transfer=log100"]
+)
+def test_colors_that_ffmpeg_does_not_convert_are_shown_as_unnamed_ones(colors: str) -> None:
+    named, unnamed = (
+        load(colored(options), num_frames=-1)[0] for options in (colors, "colormatrix=undef")
+    )
+    assert len(named) == 6
+    assert np.array_equal(named, unnamed)
+    # OpenCV would hand out memory that it has not written.
+    with pytest.raises(RefusedVideoError, match="'opencv' must name colors that FFmpeg converts"):
+        load(colored(colors), num_frames=-1, backend="opencv")
+    known = load(colored("colormatrix=bt709"), num_frames=-1, backend="opencv")[0]
+    assert (
+        np.abs(known.astype(int) - load(colored("colormatrix=bt709"), num_frames=-1)[0]).max() < 9
+    )
+
+
+def colored(options: str) -> bytes:
+    """A clip of bright colors whose header says this of them."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8, options={"x264-params": options})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(6):
+            pixels = np.zeros((64, 96, 3), np.uint8)
+            pixels[:, :48, number % 3] = 230
+            pixels[:, 48:, (number + 1) % 3] = 120
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def test_pictures_that_cannot_be_converted_are_refused(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PictureConverter, picture: Any, turns: Any) -> Any:
+        raise av.error.OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(PictureConverter, "_converted", fail)
+    with pytest.raises(RefusedVideoError, match=r"convertible to RGB, got .* encode it anew"):
+        load(clip.read_bytes(), num_frames=2)
 
 
 @pytest.mark.parametrize(

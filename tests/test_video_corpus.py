@@ -321,6 +321,8 @@ num_files = int(sys.argv[1])
 
 def damaged(data):
     for _ in range(rng.choice([1, 1, 2, 4])):
+        if not data:
+            break
         start, kind = rng.randrange(len(data)), rng.randrange(6)
         end = start + rng.choice([1, 4, 100, 5000])
         if kind == 0:

@@ -80,11 +80,18 @@ class VideoFile:
             decoder = _prepared(_best_stream(container, self._data), num_threads=1)
             if decoder.field_order > _PROGRESSIVE:
                 return True
-            for packet in self.packets.packets:
+        picture = self.first_picture()
+        return picture is not None and bool(picture.interlaced_frame)
+
+    def first_picture(self) -> Any | None:
+        """The first decoded picture, None if there is none."""
+        with _open(self._data) as container:
+            decoder = _prepared(_best_stream(container, self._data), num_threads=1)
+            for packet in [*self.packets.packets, None]:
                 with suppress(av.FFmpegError):
                     for picture in decoder.decode(packet):
-                        return bool(picture.interlaced_frame)
-        return False
+                        return picture
+        return None
 
     @contextmanager
     def decoder(self, num_threads: int) -> Iterator[Any]:

@@ -225,7 +225,14 @@ def _read_all(
         for picture in _pictures(decoder, file.packets.packets, on_error):
             if picture.is_corrupt and num_threads > 1:
                 raise _NeedsOneThreadError
-            frames.offer(number, picture)
+            try:
+                frames.offer(number, picture)
+            except av.FFmpegError as error:
+                raise RefusedVideoError(
+                    f"a video's frames must be convertible to RGB, got {picture.width}x"
+                    f"{picture.height} {picture.format.name} that is not ({error}): encode it "
+                    "anew, as H.264 yuv420p"
+                ) from error
             number += 1
     return frames.pixels(), number
 

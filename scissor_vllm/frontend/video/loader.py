@@ -42,6 +42,7 @@ from scissor_vllm.frontend.video.limits import (
     max_decode_bytes,
     num_bytes_to_decode,
 )
+from scissor_vllm.frontend.video.picture import is_converted_as_named
 from scissor_vllm.metrics import CLOCK
 from scissor_vllm.settings import FORMER_VIDEO_LOADER, VIDEO_LOADER
 
@@ -176,15 +177,24 @@ class PyAVVideoBackend(VideoBackend):
     ) -> tuple[DecodedFrames, dict[str, Any]]:
         """Decode by a decoder of vLLM that the operator named.
 
-        OpenCV hands out memory that it has not written where FFmpeg refuses to convert an
-        interlaced picture: files that are interlaced from their start are refused. One that
-        becomes interlaced later is not noticed.
+        OpenCV hands out memory that it has not written where FFmpeg refuses to convert a picture,
+        an interlaced one or one of colors that it does not know: files that are so from their
+        start are refused. One that becomes so later is not noticed.
         """
         if backend == "opencv" and file.is_interlaced():
             raise RefusedVideoError(
                 "a video for the backend 'opencv' must not be interlaced, got one that is: leave "
                 "out the backend, or encode the video progressively"
             )
+        if backend == "opencv":
+            picture = file.first_picture()
+            if picture is not None and not is_converted_as_named(picture, file.time_base):
+                raise RefusedVideoError(
+                    "a video for the backend 'opencv' must name colors that FFmpeg converts, got "
+                    f"matrix {int(picture.colorspace)} and transfer function "
+                    f"{int(picture.color_trc)}: leave out the backend, or encode the video as "
+                    "BT.709"
+                )
         try:
             return super().load_bytes(
                 data,

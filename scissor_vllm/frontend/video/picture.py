@@ -7,12 +7,17 @@ from fractions import Fraction
 from math import atan2, degrees, hypot
 from typing import Any
 
+import av
 import av.filter
 import numpy as np
 import numpy.typing as npt
 from av.sidedata.sidedata import Type as SideDataType
 
 _TURNS_TOLERANCE = 1.0
+# What a picture says of its colors, in the order in which it is left out: the first two do not
+# change RGB here. Their value for what is not known.
+_NAMES_OF_COLORS = ("color_trc", "color_primaries", "colorspace")
+_UNSPECIFIED = 2
 
 
 class PictureConverter:
@@ -24,20 +29,49 @@ class PictureConverter:
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
         self._made_for: tuple[object, ...] | None = None
+        self.num_unnamed = 0
+        """How many of ``_NAMES_OF_COLORS`` are left out."""
         self._graph: Any = None
 
     def __call__(self, picture: Any) -> npt.NDArray[np.uint8]:
-        """RGB (height, width, 3), valid until the next call."""
+        """RGB (height, width, 3), valid until the next call.
+
+        Raises:
+            av.FFmpegError: the picture cannot be converted.
+        """
         turns = upright_filters(_display_matrix(picture))
         made_for = (picture.width, picture.height, picture.format.name, turns)
         if made_for != self._made_for:
             self._graph = self._make_graph(picture, turns)
-            self._made_for = made_for
-        self._graph.vpush(picture)
-        rgb = self._graph.vpull()
+            self._made_for, self.num_unnamed = made_for, 0
+        rgb = self._converted(picture, turns)
         plane = rgb.planes[0]
         rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
         return rows[: rgb.height, : rgb.width * 3].reshape(rgb.height, rgb.width, 3)
+
+    def _converted(self, picture: Any, turns: tuple[tuple[str, str], ...]) -> Any:
+        """The picture in RGB.
+
+        FFmpeg's scaler refuses matrices and transfer functions that it does not know, such as
+        YCgCo's or the constant luminance of BT.2020. Such a picture is converted as one that names
+        none, as by FFmpeg before version 8.
+
+        Raises:
+            av.FFmpegError: it cannot be converted.
+        """
+        while True:
+            for name in _NAMES_OF_COLORS[: self.num_unnamed]:
+                setattr(picture, name, _UNSPECIFIED)
+            try:
+                self._graph.vpush(picture)
+                return self._graph.vpull()
+            except av.FFmpegError:
+                if self.num_unnamed == len(_NAMES_OF_COLORS):
+                    self._made_for = None
+                    raise
+                self.num_unnamed += 1
+                # One that failed stays failed.
+                self._graph = self._make_graph(picture, turns)
 
     def _make_graph(self, picture: Any, turns: tuple[tuple[str, str], ...]) -> Any:
         graph = av.filter.Graph()
@@ -52,6 +86,16 @@ class PictureConverter:
         nodes += [graph.add("scale", "flags=bicubic"), graph.add("format", "rgb24")]
         graph.link_nodes(*nodes, graph.add("buffersink")).configure()
         return graph
+
+
+def is_converted_as_named(picture: Any, time_base: Fraction) -> bool:
+    """Whether FFmpeg's scaler knows the colors that a picture names."""
+    converter = PictureConverter(time_base)
+    try:
+        converter(picture)
+    except av.FFmpegError:
+        return False
+    return converter.num_unnamed == 0
 
 
 def upright_filters(matrix: tuple[int, ...] | None) -> tuple[tuple[str, str], ...]:
