@@ -40,7 +40,8 @@ class PictureConverter:
             av.FFmpegError: the picture cannot be converted.
         """
         turns = upright_filters(_display_matrix(picture))
-        made_for = (picture.width, picture.height, picture.format.name, turns)
+        colors = (int(picture.colorspace), int(picture.color_trc), int(picture.color_primaries))
+        made_for = (picture.width, picture.height, picture.format.name, colors, turns)
         if made_for != self._made_for:
             self._graph = self._make_graph(picture, turns)
             self._made_for, self.num_unnamed = made_for, 0
