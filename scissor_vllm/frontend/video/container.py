@@ -74,24 +74,19 @@ class VideoFile:
         self.fps = _frame_rate(stream, self.packets)
         self.time_base = stream.time_base
 
-    def is_interlaced(self) -> bool:
-        """Whether the stream's header or its first picture says so."""
-        with _open(self._data) as container:
-            decoder = _prepared(_best_stream(container, self._data), num_threads=1)
-            if decoder.field_order > _PROGRESSIVE:
-                return True
-        picture = self.first_picture()
-        return picture is not None and bool(picture.interlaced_frame)
+    def first_picture(self) -> tuple[Any | None, bool]:
+        """The first decoded picture, None if there is none, and whether the video is interlaced.
 
-    def first_picture(self) -> Any | None:
-        """The first decoded picture, None if there is none."""
+        It is if the stream's header or this picture says so.
+        """
         with _open(self._data) as container:
             decoder = _prepared(_best_stream(container, self._data), num_threads=1)
+            is_interlaced = decoder.field_order > _PROGRESSIVE
             for packet in [*self.packets.packets, None]:
                 with suppress(av.FFmpegError):
                     for picture in decoder.decode(packet):
-                        return picture
-        return None
+                        return picture, is_interlaced or bool(picture.interlaced_frame)
+        return None, is_interlaced
 
     @contextmanager
     def decoder(self, num_threads: int) -> Iterator[Any]:

@@ -181,20 +181,8 @@ class PyAVVideoBackend(VideoBackend):
         an interlaced one or one of colors that it does not know: files that are so from their
         start are refused. One that becomes so later is not noticed.
         """
-        if backend == "opencv" and file.is_interlaced():
-            raise RefusedVideoError(
-                "a video for the backend 'opencv' must not be interlaced, got one that is: leave "
-                "out the backend, or encode the video progressively"
-            )
         if backend == "opencv":
-            picture = file.first_picture()
-            if picture is not None and not is_converted_as_named(picture, file.time_base):
-                raise RefusedVideoError(
-                    "a video for the backend 'opencv' must name colors that FFmpeg converts, got "
-                    f"matrix {int(picture.colorspace)} and transfer function "
-                    f"{int(picture.color_trc)}: leave out the backend, or encode the video as "
-                    "BT.709"
-                )
+            _check_for_opencv(file)
         try:
             return super().load_bytes(
                 data,
@@ -302,6 +290,25 @@ def _sampled(
         f"{source.total_frames_num} frames of {source.original_fps:g} per second: {problem}; "
         f"raise num_frames or max_frames, or send a longer video"
     )
+
+
+def _check_for_opencv(file: VideoFile) -> None:
+    """Raise RefusedVideoError if OpenCV would hand out memory that it has not written."""
+    picture, is_interlaced = file.first_picture()
+    if is_interlaced:
+        raise RefusedVideoError(
+            "a video for the backend 'opencv' must not be interlaced, got one that is: leave "
+            "out the backend, or encode the video progressively"
+        )
+    if picture is None:
+        return
+    check_pixels(picture.width, picture.height)
+    colors = f"matrix {int(picture.colorspace)} and transfer function {int(picture.color_trc)}"
+    if not is_converted_as_named(picture, file.time_base):
+        raise RefusedVideoError(
+            "a video for the backend 'opencv' must name colors that FFmpeg converts, got "
+            f"{colors}: leave out the backend, or encode the video as BT.709"
+        )
 
 
 def _check_number(name: str, value: object, *types: type) -> None:

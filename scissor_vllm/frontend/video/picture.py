@@ -90,7 +90,7 @@ class PictureConverter:
 
 
 def is_converted_as_named(picture: Any, time_base: Fraction) -> bool:
-    """Whether FFmpeg's scaler knows the colors that a picture names."""
+    """Whether FFmpeg's scaler knows the colors that a picture names; it may lose their names."""
     converter = PictureConverter(time_base)
     try:
         converter(picture)
