@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import queue
@@ -21,6 +22,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image, ImageOps
 from vllm.multimodal.media import VideoMediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.video import (
@@ -386,6 +388,64 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     load(data, num_frames=32)
     # A quarter of the CPUs is left to what prepares decoded videos.
     assert threads == [1, 6, 2, 1, 16]
+
+
+def with_exif(path: Path, orientation: int) -> bytes:
+    """The motion JPEG of a file, each picture with EXIF data, as cameras write it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    with av.open(path) as source, av.open(out, "w", format="mov") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size == 0:
+                continue
+            data = bytes(packet)
+            segment = exif.tobytes()
+            marker = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big")
+            # After the two bytes with which a picture starts.
+            new = av.Packet(data[:2] + marker + segment + data[2:])
+            new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+            new.duration, new.is_keyframe, new.stream = packet.duration, True, stream
+            target.mux(new)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_motion_jpeg_with_exif_is_shown_upright(folder: Path, orientation: int) -> None:
+    path = folder / "plain.mov"
+    if not path.exists():
+        make_clip(path, codec="mjpeg", pix_fmt="yuvj420p", num_frames=6)
+    plain, _ = load(path.read_bytes(), num_frames=3)
+    frames, metadata = load(with_exif(path, orientation), num_frames=3)
+
+    def upright(frame: npt.NDArray[np.uint8]) -> Image.Image:
+        image = Image.fromarray(frame)
+        image.getexif()[0x0112] = orientation
+        return ImageOps.exif_transpose(image)
+
+    assert metadata["total_num_frames"] == 6
+    expected = np.stack([np.asarray(upright(frame)) for frame in plain])
+    assert frames.shape == expected.shape
+    # Pictures are turned before their colors are converted.
+    assert np.abs(frames.astype(int) - expected).mean() < 1
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "mpeg4_without_times.avi"])
+def test_a_decoded_video_leaves_no_picture_behind(folder: Path, name: str) -> None:
+    path = folder / f"left_{name}"
+    make_clip(path, **CLIPS[name])
+
+    def num_pictures() -> int:
+        return sum(type(value) is av.VideoFrame for value in gc.get_objects())
+
+    before = num_pictures()
+    gc.disable()
+    try:
+        load(path.read_bytes(), num_frames=8)
+        assert num_pictures() == before
+    finally:
+        gc.enable()
 
 
 # By x264's names, and their numbers in H.264.

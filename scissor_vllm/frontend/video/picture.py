@@ -11,6 +11,7 @@ import av
 import av.filter
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 
 _TURNS_TOLERANCE = 1.0
@@ -18,6 +19,20 @@ _TURNS_TOLERANCE = 1.0
 # change RGB here. Their value for what is not known.
 _NAMES_OF_COLORS = ("color_trc", "color_primaries", "colorspace")
 _UNSPECIFIED = 2
+
+
+def _unnamed_type(cls: Any, value: int) -> Any:
+    """A type of side data that PyAV has no name for.
+
+    FFmpeg 8 attaches types that PyAV 18 does not know, such as the EXIF data of motion JPEG, and
+    PyAV then refuses to list any of a picture's. May go when PyAV lists them.
+    """
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"TYPE_{value}", value
+    return member
+
+
+SideDataType._missing_ = classmethod(_unnamed_type)  # type: ignore[method-assign, assignment]
 
 
 class PictureConverter:
@@ -127,5 +142,7 @@ def upright_filters(matrix: tuple[int, ...] | None) -> tuple[tuple[str, str], ..
 
 
 def _display_matrix(picture: Any) -> tuple[int, ...] | None:
-    data = picture.side_data.get(SideDataType.DISPLAYMATRIX)
+    # A picture's own ``side_data`` and the picture refer to each other: until the next garbage
+    # collection it would hold its memory.
+    data = SideDataContainer(picture).get(SideDataType.DISPLAYMATRIX)  # type: ignore[call-arg]
     return None if data is None else struct.unpack("=9i", bytes(data)[:36])
