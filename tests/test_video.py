@@ -390,6 +390,59 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     assert threads == [1, 6, 2, 1, 16]
 
 
+def make_resized(suffix: str, codec: str, sizes: list[tuple[int, int]]) -> bytes:
+    """Twelve pictures of each size in one stream, numbered one after the other."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=suffix) as container:
+        stream: Any = container.add_stream(codec, rate=8)
+        stream.width, stream.height = sizes[0]
+        stream.pix_fmt = "yuv420p"
+        container.start_encoding()
+        for part, (width, height) in enumerate(sizes):
+            encoder: Any = av.CodecContext.create(codec, "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+            encoder.time_base, encoder.framerate = Fraction(1, 8), Fraction(8)
+            packets = []
+            for number in range(12 * part, 12 * part + 12):
+                frame = av.VideoFrame.from_ndarray(draw_frame(number, width, height), "rgb24")
+                frame = frame.reformat(format="yuv420p")
+                frame.pts, frame.time_base = number, Fraction(1, 8)
+                packets += encoder.encode(frame)
+            for packet in [*packets, *encoder.encode(None)]:
+                packet.stream, packet.time_base = stream, Fraction(1, 8)
+                container.mux(packet)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("num_frames", [8, -1])
+@pytest.mark.parametrize(
+    ("suffix", "codec", "sizes"),
+    [
+        # As browsers record a call or a window, and as a stream of adapted quality is saved.
+        ("webm", "libvpx", [(320, 192), (160, 96), (640, 384)]),
+        ("webm", "libvpx-vp9", [(160, 96), (320, 180)]),
+        ("mpegts", "libx264", [(320, 192), (640, 384), (320, 192)]),
+    ],
+)
+def test_pictures_of_other_sizes_get_that_of_the_first(
+    suffix: str, codec: str, sizes: list[tuple[int, int]], num_frames: int
+) -> None:
+    if not has_codec(codec):
+        pytest.skip(f"PyAV has no encoder for {codec}")
+    data = make_resized(suffix, codec, sizes)
+    frames, metadata = load(data, num_frames=num_frames)
+    width, height = sizes[0]
+    assert frames.shape == (8 if num_frames > 0 else 12 * len(sizes), height, width, 3)
+    assert [read_number(frame) for frame in frames] == metadata["frames_indices"]
+    with av.open(io.BytesIO(data)) as container:
+        resized = [
+            picture.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+            for picture in container.decode(video=0)
+        ]
+    expected = np.stack(resized)[metadata["frames_indices"]]
+    assert np.abs(frames.astype(int) - expected).mean() < COLOUR_TOLERANCE
+
+
 def with_exif(path: Path, orientation: int) -> bytes:
     """The motion JPEG of a file, each picture with EXIF data, as cameras write it."""
     exif = Image.Exif()

@@ -73,8 +73,7 @@ def read_frames(
         sample: returns the numbers to sample of so many frames, ascending.
 
     Raises:
-        RefusedVideoError: no frame can be decoded, sampled frames differ in size, or they are too
-            large.
+        RefusedVideoError: no frame can be decoded, or sampled frames are too large.
     """
     num_frames = file.packets.num_shown
     if len(file.packets.starts) > 0:
@@ -299,11 +298,6 @@ class _Frames:
         if self._pixels is None:
             check_decode_bytes(self._num_places, height, width)
             self._pixels = np.empty((self._num_places, height, width, 3), dtype=np.uint8)
-        if self._pixels.shape[1:3] != (height, width):
-            raise RefusedVideoError(
-                f"all frames of a video must have one size, got {width}x{height} after "
-                f"{self._pixels.shape[2]}x{self._pixels.shape[1]}: encode it anew"
-            )
         for place in places:
             # Numpy lets other threads run while it copies to one place, not to some of many.
             self._pixels[place] = rgb

@@ -39,6 +39,7 @@ class PictureConverter:
     """Converts the pictures of one video, by the filters that the ffmpeg command uses.
 
     FFmpeg's scaler refuses some pictures without these filters, interlaced ones for example.
+    Pictures of another size, as of a call or of a window that was resized, get that of the first.
     """
 
     def __init__(self, time_base: Fraction) -> None:
@@ -47,6 +48,7 @@ class PictureConverter:
         self.num_unnamed = 0
         """How many of ``_NAMES_OF_COLORS`` are left out."""
         self._graph: Any = None
+        self._size: tuple[int, int] | None = None
 
     def __call__(self, picture: Any) -> npt.NDArray[np.uint8]:
         """RGB (height, width, 3), valid until the next call.
@@ -61,6 +63,7 @@ class PictureConverter:
             self._graph = self._make_graph(picture, turns)
             self._made_for, self.num_unnamed = made_for, 0
         rgb = self._converted(picture, turns)
+        self._size = (rgb.width, rgb.height)
         plane = rgb.planes[0]
         rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
         return rows[: rgb.height, : rgb.width * 3].reshape(rgb.height, rgb.width, 3)
@@ -99,7 +102,11 @@ class PictureConverter:
             time_base=self._time_base,
         )
         nodes = [source, *(graph.add(name, options) for name, options in turns)]
-        nodes += [graph.add("scale", "flags=bicubic"), graph.add("format", "rgb24")]
+        width, height = self._size or ("iw", "ih")
+        nodes += [
+            graph.add("scale", f"{width}:{height}:flags=bicubic"),
+            graph.add("format", "rgb24"),
+        ]
         graph.link_nodes(*nodes, graph.add("buffersink")).configure()
         return graph
 
