@@ -90,10 +90,10 @@ def test_no_more_cpus_than_the_quota_and_at_least_one(
     assert num_cpus.__wrapped__() == expected
 
 
-def test_a_video_has_a_thread_for_four_cpus_and_at_most_four(
+def test_a_video_has_a_thread_for_two_cpus_and_at_most_eight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for available, expected in ((1, 1), (4, 1), (8, 2), (16, 4), (64, 4)):
+    for available, expected in ((1, 1), (2, 1), (4, 2), (8, 4), (16, 8), (64, 8)):
         monkeypatch.setattr(cpus, "num_cpus", lambda available=available: available)
         assert cpus.threads_per_video() == expected
 

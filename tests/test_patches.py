@@ -68,7 +68,7 @@ def give_threads(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels, "take_cpus", lambda wanted: nullcontext(max(1, wanted)))
 
 
-@pytest.mark.parametrize("size", [(12, 200, 320), (7, 400, 120), (2, 64, 64)])
+@pytest.mark.parametrize("size", [(24, 200, 320), (17, 400, 120), (2, 64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_decoded", [True, False])
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -169,6 +169,6 @@ def test_each_frame_is_resized_once_by_one_of_a_few_threads(
 
     give_threads(3, monkeypatch)
     monkeypatch.setattr(TorchvisionBackend, "resize", watched)
-    sending_frames(processor).video_processor([frames(14, 96, 128)], **UNSAMPLED)
-    assert sorted(count for _, count in calls) == [4, 5, 5]
+    sending_frames(processor).video_processor([frames(26, 96, 128)], **UNSAMPLED)
+    assert sorted(count for _, count in calls) == [8, 9, 9]
     assert all(name.startswith("resize") for name, _ in calls)

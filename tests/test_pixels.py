@@ -190,7 +190,7 @@ def use_threads(
     )
 
 
-@pytest.mark.parametrize("num_frames", [3, 8, 13, 32])
+@pytest.mark.parametrize("num_frames", [3, 16, 29, 64])
 def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
     demo: Processors, num_frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,8 +208,8 @@ def test_frames_that_are_resized_in_threads_are_stocks_in_their_order(
     video = frames(num_frames, 50, 70)
     (item,) = demo.run(demo.ours, {"video": [video]})["video"]
     assert sum(count for _, count in calls) == num_frames
-    assert len(calls) == {3: 1, 8: 2, 13: 3, 32: 3}[num_frames]
-    assert all(name.startswith("resize") for name, _ in calls) == (num_frames > 4)
+    assert len(calls) == {3: 1, 16: 2, 29: 3, 64: 3}[num_frames]
+    assert all(name.startswith("resize") for name, _ in calls) == (num_frames > 8)
     monkeypatch.undo()
     _, expected = demo.tower_pixels(video)
     fields = {name: elem.data[None] for name, elem in item.items()}
@@ -255,7 +255,7 @@ def test_a_video_of_which_the_processor_takes_frames_is_prepared_as_one(
     demo: Processors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_threads(monkeypatch, 3)
-    video = frames(12, 50, 70)
+    video = frames(24, 50, 70)
     for options in ({"do_sample_frames": False}, {"num_frames": 5}):
         monkeypatch.setattr(pixels_module, "in_threads", None)
         assert_same(demo.tower_pixels(video, **options))

@@ -48,7 +48,7 @@ from scissor_vllm.byte_locks import ByteLocks
 from scissor_vllm.cpus import take_cpus
 from scissor_vllm.frontend.frame_cache import FrameCache
 from scissor_vllm.frontend.refusal import RefusedVideoError
-from scissor_vllm.frontend.video import loader
+from scissor_vllm.frontend.video import decoder, loader
 from scissor_vllm.frontend.video.container import VideoFile, _index_of
 from scissor_vllm.frontend.video.limits import (
     MAX_DECODE_BYTES_VARIABLE,
@@ -363,22 +363,28 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[int] = []
-    decoder = VideoFile.decoder
+    open_decoder = VideoFile.decoder
 
     def recording(file: VideoFile, num_threads: int) -> Any:
         threads.append(num_threads)
-        return decoder(file, num_threads)
+        return open_decoder(file, num_threads)
 
     def use_cpus(num_cpus: int) -> None:
         monkeypatch.setattr(cpus, "num_cpus", lambda: num_cpus)
-        monkeypatch.setattr("scissor_vllm.frontend.video.decoder.num_cpus", lambda: num_cpus)
+        monkeypatch.setattr(decoder, "num_cpus", lambda: num_cpus)
 
     monkeypatch.setattr(VideoFile, "decoder", recording)
     monkeypatch.setattr(cpus, "_TAKEN", ByteLocks(folder / "cpus.lock", ""))
-    data = make_clip(folder / "threads.mp4", num_frames=64, gop=64).read_bytes()
+    width, height = 160, 96
+    clip = make_clip(folder / "threads.mp4", num_frames=64, gop=64, width=width, height=height)
+    data = clip.read_bytes()
     load(data, num_frames=32)
-    monkeypatch.setattr("scissor_vllm.frontend.video.decoder._PIXELS_WORTH_A_THREAD", 1)
     use_cpus(8)
+    for num_worth in (2, 3):
+        pixels_worth_a_thread = 64 * width * height // num_worth
+        monkeypatch.setattr(decoder, "_PIXELS_WORTH_A_THREAD", pixels_worth_a_thread)
+        load(data, num_frames=32)
+    monkeypatch.setattr(decoder, "_PIXELS_WORTH_A_THREAD", 1)
     load(data, num_frames=32)
     with take_cpus(4):
         load(data, num_frames=32)
@@ -386,8 +392,8 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
             load(data, num_frames=32)
     use_cpus(64)
     load(data, num_frames=32)
-    # A quarter of the CPUs is left to what prepares decoded videos.
-    assert threads == [1, 6, 2, 1, 16]
+    # Two threads gain nothing. A quarter of the CPUs is left to what prepares decoded videos.
+    assert threads == [1, 1, 3, 6, 2, 1, 16]
 
 
 def make_resized(suffix: str, codec: str, sizes: list[tuple[int, int]]) -> bytes:

@@ -52,7 +52,7 @@ _OPTIONS_BEFORE_NORMALIZATION = {
 
 _SAMPLING_OPTIONS = {"do_sample_frames", "fps", "num_frames"}
 
-_FRAMES_PER_THREAD = 4
+_FRAMES_PER_THREAD = 8
 """Fewest frames for a thread."""
 
 _INTEGER_RESIZE = ("AVX2", "AVX512")

@@ -29,9 +29,10 @@ logger = logging.getLogger(__name__)
 # Threads begin without a frame after each seek and wait for the last one before the next. Where a
 # seek is for fewer frames than this, they take a fifth more CPU time.
 _FRAMES_PER_SEEK_WORTH_THREADS = 32
-# What a thread decodes in some 50 ms: with less for each, handing frames over costs what it saves.
-_PIXELS_WORTH_A_THREAD = 64 * 640 * 360
-_MAX_DECODER_THREADS = 16
+# What a thread decodes in some 25 ms: with less for each, handing frames over costs what it saves.
+# So it does with two threads, unless each decodes far more.
+_PIXELS_WORTH_A_THREAD = 32 * 640 * 360
+_FEWEST_THREADS, _MAX_DECODER_THREADS = 3, 16
 _CPUS_PER_SPARED_ONE = 4
 # Pictures that a decoder keeps back for their order or in its threads: 16 of each.
 _MAX_HELD_PICTURES = 64
@@ -266,7 +267,7 @@ def _pictures(
 def _threads_worth(file: VideoFile, num_decoded: int) -> int:
     """Decoder threads for so many frames, if there are CPUs for them."""
     worth = num_decoded * file.width * file.height // _PIXELS_WORTH_A_THREAD
-    return max(1, min(worth, _MAX_DECODER_THREADS))
+    return min(worth, _MAX_DECODER_THREADS) if worth >= _FEWEST_THREADS else 1
 
 
 def _num_spared() -> int:
