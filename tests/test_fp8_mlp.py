@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from scissor_vllm.demo.model import demo_model_path
 from scissor_vllm.plugin import register
@@ -99,6 +100,19 @@ def test_an_mlp_is_that_of_rounded_rows_and_near_the_exact_one() -> None:
     errors = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert 1e-3 < errors.mean() < 0.05
     assert errors.max() < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mlps_that_are_made_while_weights_are_loaded_are_the_same(dtype: torch.dtype) -> None:
+    mlp = made_up().to(dtype)
+    [expected] = make_mlps([_layer(mlp)])
+    with set_default_torch_dtype(dtype):
+        [found] = make_mlps([_layer(mlp)])
+    for ours, others in ((found.fc1, expected.fc1), (found.fc2, expected.fc2)):
+        assert ours.scales.dtype == torch.float32
+        assert torch.equal(ours.scales, others.scales)
+        assert torch.equal(ours.weight.float(), others.weight.float())
+        assert torch.equal(ours.bias, others.bias)
 
 
 def _layer(mlp: MLP) -> Any:
@@ -340,7 +354,8 @@ def test_on_a_gpu_products_are_those_of_the_reference() -> None:
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(729, 1152, device=device, generator=generator)
     for layer, pads in ((layers[0].mlp.fc1, True), (layers[0].mlp.fc2, False)):
-        on_gpu, on_cpu = FP8Linear(layer, pads), FP8Linear(layer.cpu(), pads)
+        with set_default_torch_dtype(torch.bfloat16):
+            on_gpu, on_cpu = FP8Linear(layer, pads), FP8Linear(layer.cpu(), pads)
         on_cpu.refresh()
         layer.cuda()
         on_gpu.refresh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -38,6 +39,23 @@ def test_an_index_gets_authors_links_classifiers_and_the_extras() -> None:
     first_command = re.search(r"^```sh\n(.*)", readme, re.M)
     assert first_command is not None
     assert first_command[1] == install[0]
+
+
+OF_DEFAULT_DTYPE = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}
+"""Functions of torch whose tensors have the default dtype, unless they are told one."""
+
+
+def test_no_tensor_takes_the_default_dtype_which_is_the_models_while_vllm_loads_weights() -> None:
+    without = []
+    for path in sorted((ROOT / "scissor_vllm").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            is_torchs = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+            names = {keyword.arg for keyword in call.keywords}
+            if is_torchs and call.func.attr in OF_DEFAULT_DTYPE and "dtype" not in names:
+                without.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert without == []
 
 
 def test_every_extra_that_a_message_names_exists() -> None:

@@ -216,7 +216,8 @@ def get_normalization(video_processor: Any) -> torch.Tensor | None:
     mean, std = video_processor.image_mean, video_processor.image_std
     try:
         scaled = [
-            torch.tensor(tuple(channel_values)) * (1.0 / factor) for channel_values in (mean, std)
+            torch.tensor(tuple(channel_values), dtype=torch.float32) * (1.0 / factor)
+            for channel_values in (mean, std)
         ]
         normalization = torch.stack(
             [channel_values.expand(_NUM_CHANNELS) for channel_values in scaled]

@@ -56,8 +56,8 @@ class EncoderGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rows = torch.empty(0, 0, device=device)
-        self._output = torch.empty(0, 0, device=device)
+        # No run's width is 0, so the first run replaces them.
+        self._rows = self._output = torch.empty(0, 0, dtype=torch.uint8, device=device)
         self._kinds: dict[Key, _Kind] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream(device)

@@ -63,7 +63,8 @@ class FP8Linear:
         device = layer.weight.device
         shape = (num_rows, padded(num_inputs))
         self.weight = torch.zeros(shape, dtype=DTYPE, device=device)
-        self.scales = torch.ones(1, num_rows, device=device)
+        # Torch's default dtype is the model's while vLLM loads weights.
+        self.scales = torch.ones(1, num_rows, dtype=torch.float32, device=device)
         self.bias = torch.zeros(num_rows, dtype=OUTPUT_DTYPE, device=device)
 
     def refresh(self) -> None:
