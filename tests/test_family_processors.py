@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing import InputProcessingContext, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from scissor_vllm import num_retained_tokens
 from scissor_vllm.frontend.frame_cache import FRAMES
+from scissor_vllm.frontend.patch_transport import sends_frames
 from scissor_vllm.models import IMAGE_RUN_MODELS, MODELS
 from scissor_vllm.plugin import register
 from scissor_vllm.retention import RETENTION, RETENTION_REPORT, RetentionReport
@@ -321,6 +322,25 @@ def test_what_the_engine_counts_of_a_video_is_what_is_compared(processors: Proce
         assert room["prompt_token_ids"] == made["prompt_token_ids"]
         with pytest.raises(VLLMValidationError, match=f"got one that has {num_embeds}: "):
             processors.ask_with_room(num_embeds - 1, SHORT, ratio=ratio)
+
+
+def test_a_videos_placeholders_are_not_tokenized(
+    processors: Processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes an eighth of the time for preparing a video, and vLLM drops the tokens."""
+    if not sends_frames(processors.ours.info.get_hf_processor()):
+        pytest.skip("its Hugging Face processor is as vLLM loads it")
+    lengths: list[int] = []
+    call = InputProcessingContext.call_hf_processor
+
+    def recording(self: Any, *args: Any, **options: Any) -> Any:
+        output = call(self, *args, **options)
+        lengths.extend(map(len, output.get("input_ids", ())))
+        return output
+
+    monkeypatch.setattr(InputProcessingContext, "call_hf_processor", recording)
+    (item,) = processors.ask(SHORT, ratio=0.5)["mm_kwargs"]["video"]
+    assert max(lengths, default=0) < int(item[NUM_VIDEO_TOKENS].data)
 
 
 def test_text_within_a_video_goes_to_the_worker_with_a_compressed_video_alone(

@@ -5,6 +5,9 @@ normalizes the patches on the device (``--mm-device-do-normalize``, on by defaul
 processor only resizes. Frames travel in the tensor of the patches, and the model cuts them on its
 device. This saves three quarters of the processor's CPU time (``bench/qwen_processor.py``). The
 tower's input is bitwise equal because the operations are the same.
+
+The processor also writes a text with thousands of placeholders for each video, and tokenizes it.
+vLLM drops these ids and writes a prompt's placeholders itself, so here a video keeps its one token.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from transformers.processing_utils import ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from scissor_vllm.frontend.frame_transport import get_normalization, in_threads, rgb_view
@@ -44,12 +48,14 @@ def sending_frames(hf_processor: Any, vllm_normalizes: bool = False) -> Any:
     video_processor.vllm_normalizes = vllm_normalizes
     video_processor.pixel_normalization = None if vllm_normalizes else get_normalization(original)
     changed.video_processor = video_processor
+    if _writes_placeholders(hf_processor.__class__):
+        changed.__class__ = _leaving_video_tokens(hf_processor.__class__)
     return changed
 
 
 def sends_frames(hf_processor: Any) -> bool:
     """Return whether a processor was made by :func:`sending_frames`."""
-    return isinstance(hf_processor.video_processor, _VideoFrames)
+    return isinstance(getattr(hf_processor, "video_processor", None), _VideoFrames)
 
 
 class _VideoFrames:
@@ -113,6 +119,29 @@ class _VideoFrames:
         grid = num_frames // temporal_patch_size, height // patch_size, width // patch_size
         frames = videos.permute(0, 1, 3, 4, 2)
         return frames.reshape(num_videos, grid[0] * grid[1] * grid[2], -1), *grid
+
+
+def _writes_placeholders(processor: Any) -> bool:
+    """Return whether a class of Hugging Face's has its own text for a video."""
+    return (
+        issubclass(processor, ProcessorMixin)
+        and processor.replace_video_token is not ProcessorMixin.replace_video_token
+    )
+
+
+@cache
+def _leaving_video_tokens(processor: type) -> type:
+    return type(processor.__name__, (_LeavesVideoTokens, processor), {})
+
+
+class _LeavesVideoTokens:
+    """Mixin of a Hugging Face processor, placed before it."""
+
+    video_token: str
+
+    def replace_video_token(self, *args: Any, **options: Any) -> str:
+        """Return the text that stands for a video: the token that it has in the prompt."""
+        return self.video_token
 
 
 class _InThreads(BaseVideoProcessor):
