@@ -650,8 +650,12 @@ def check_hanging_service(folder: Path, check: str, was_healthy: bool, how: str)
     }
     if was_healthy:
         (folder / "health-failures").write_text("0")
-    # The scripts keep their count in /tmp: in this container's own.
-    script = f'mount --bind "{folder}" /tmp || exit 9\n{CONTAINER}'
+    # The scripts keep their count in /tmp: in this container's own, which holds what runs here too.
+    mounts = [
+        f'mkdir -p "{folder / path}" && mount --bind "/tmp/{path}" "{folder / path}" || exit 9'
+        for path in _paths_in_tmp(ROOT, Path(sys.prefix), Path(sys.base_prefix))
+    ]
+    script = "\n".join([*mounts, f'mount --rbind "{folder}" /tmp || exit 9', CONTAINER])
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHON": sys.executable,
@@ -672,6 +676,11 @@ def check_hanging_service(folder: Path, check: str, was_healthy: bool, how: str)
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:-1]
+
+
+def _paths_in_tmp(*paths: Path) -> list[Path]:
+    """Return which of these are in /tmp, from there."""
+    return [path.relative_to("/tmp") for path in paths if path.is_relative_to("/tmp")]
 
 
 @pytest.mark.parametrize("check", ["healthcheck.py", "healthcheck.sh"])
