@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -744,6 +745,36 @@ def test_broken_frames_have_no_number(clip: Path, frame_recovery: bool) -> None:
     assert metadata["total_num_frames"] == len(every) < 48
     assert metadata["frames_indices"] == list(range(len(every)))
     assert np.abs(frames.astype(int) - np.stack(every)).max() <= 1
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("mpeg4", "avi"), ("png", "mov")])
+@pytest.mark.parametrize("broken", [5, 36])
+def test_with_many_threads_a_broken_frame_takes_no_other_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, codec: str, suffix: str, broken: int
+) -> None:
+    """Of those that FFmpeg's threads keep back at the end, all behind it would be missing."""
+    pix_fmt = "rgb24" if codec == "png" else "yuv420p"
+    path = folder / f"{codec}-{broken}.{suffix}"
+    data = bytearray(
+        make_clip(path, codec=codec, num_frames=40, gop=1, pix_fmt=pix_fmt).read_bytes()
+    )
+    with av.open(str(path)) as container:
+        packet = list(container.demux(video=0))[broken]
+    assert packet.pos is not None
+    data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    threads: list[int] = []
+    open_decoder = VideoFile.decoder
+
+    def recording(file: VideoFile, num_threads: int) -> Any:
+        threads.append(num_threads)
+        return open_decoder(file, num_threads)
+
+    monkeypatch.setattr(VideoFile, "decoder", recording)
+    monkeypatch.setattr(decoder, "_PIXELS_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(decoder, "take_cpus", lambda wanted, spared: nullcontext(min(wanted, 12)))
+    frames, _ = load(bytes(data))
+    assert threads[0] == 12
+    assert [read_number(frame) for frame in frames] == [n for n in range(40) if n != broken]
 
 
 def test_if_every_frame_is_broken_it_is_a_value_error(clip: Path) -> None:

@@ -215,7 +215,7 @@ def _read_all(
 ) -> tuple[npt.NDArray[np.uint8], int]:
     """Frames of these numbers as far as there are, and how many pictures the file shows."""
     frames = _Frames(indices, file)
-    number = 0
+    number, begin = 0, None
 
     def on_error(error: Exception) -> None:
         if num_threads > 1:
@@ -223,6 +223,8 @@ def _read_all(
 
     with file.decoder(num_threads) as decoder:
         for picture in _pictures(decoder, file.packets.packets, on_error):
+            if number == 0:
+                begin = picture.pts
             if picture.is_corrupt and num_threads > 1:
                 raise _NeedsOneThreadError
             try:
@@ -234,7 +236,19 @@ def _read_all(
                     "anew, as H.264 yuv420p"
                 ) from error
             number += 1
+    # FFmpeg does not tell of each picture that its threads lose. What comes before the first one is
+    # not lost: a recording may begin in the middle of a group of pictures.
+    if num_threads > 1 and number < _num_shown_from(begin, file.packets.packets):
+        raise _NeedsOneThreadError
     return frames.pixels(), number
+
+
+def _num_shown_from(begin: int | None, packets: list[Any]) -> int:
+    """Number of packets that are shown at this time or later, of all if it is not known."""
+    return sum(
+        not packet.is_discard and (begin is None or packet.pts is None or packet.pts >= begin)
+        for packet in packets
+    )
 
 
 def _raise(error: Exception) -> None:
