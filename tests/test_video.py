@@ -360,21 +360,27 @@ def test_loads_at_once_do_not_disturb_each_other(folder: Path) -> None:
             assert [read_number(frame) for frame in frames] == metadata["frames_indices"]
 
 
-def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[int] = []
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many threads each decoder of the test was opened with."""
+    numbers: list[int] = []
     open_decoder = VideoFile.decoder
 
     def recording(file: VideoFile, num_threads: int) -> Any:
-        threads.append(num_threads)
+        numbers.append(num_threads)
         return open_decoder(file, num_threads)
 
+    monkeypatch.setattr(VideoFile, "decoder", recording)
+    return numbers
+
+
+def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, threads: list[int]
+) -> None:
     def use_cpus(num_cpus: int) -> None:
         monkeypatch.setattr(cpus, "num_cpus", lambda: num_cpus)
         monkeypatch.setattr(decoder, "num_cpus", lambda: num_cpus)
 
-    monkeypatch.setattr(VideoFile, "decoder", recording)
     monkeypatch.setattr(cpus, "_TAKEN", ByteLocks(folder / "cpus.lock", ""))
     width, height = 160, 96
     clip = make_clip(folder / "threads.mp4", num_frames=64, gop=64, width=width, height=height)
@@ -393,7 +399,7 @@ def test_a_video_has_the_threads_that_it_is_worth_and_its_share_of_the_cpus(
             load(data, num_frames=32)
     use_cpus(64)
     load(data, num_frames=32)
-    # Two threads gain nothing. A quarter of the CPUs is left to what prepares decoded videos.
+    # A video worth two threads has one. A quarter of the CPUs is left to what prepares videos.
     assert threads == [1, 1, 3, 6, 2, 1, 16]
 
 
@@ -750,7 +756,12 @@ def test_broken_frames_have_no_number(clip: Path, frame_recovery: bool) -> None:
 @pytest.mark.parametrize(("codec", "suffix"), [("mpeg4", "avi"), ("png", "mov")])
 @pytest.mark.parametrize("broken", [5, 36])
 def test_with_many_threads_a_broken_frame_takes_no_other_with_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, codec: str, suffix: str, broken: int
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: list[int],
+    codec: str,
+    suffix: str,
+    broken: int,
 ) -> None:
     """Of those that FFmpeg's threads keep back at the end, all behind it would be missing."""
     pix_fmt = "rgb24" if codec == "png" else "yuv420p"
@@ -762,14 +773,6 @@ def test_with_many_threads_a_broken_frame_takes_no_other_with_it(
         packet = list(container.demux(video=0))[broken]
     assert packet.pos is not None
     data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-    threads: list[int] = []
-    open_decoder = VideoFile.decoder
-
-    def recording(file: VideoFile, num_threads: int) -> Any:
-        threads.append(num_threads)
-        return open_decoder(file, num_threads)
-
-    monkeypatch.setattr(VideoFile, "decoder", recording)
     monkeypatch.setattr(decoder, "_PIXELS_WORTH_A_THREAD", 1)
     monkeypatch.setattr(decoder, "take_cpus", lambda wanted, spared: nullcontext(min(wanted, 12)))
     frames, _ = load(bytes(data))

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # seek is for fewer frames than this, they take a fifth more CPU time.
 _FRAMES_PER_SEEK_WORTH_THREADS = 32
 # What a thread decodes in some 25 ms: with less for each, handing frames over costs what it saves.
-# So it does with two threads, unless each decodes far more.
+# A video that is worth two threads is ready no sooner with them than with one.
 _PIXELS_WORTH_A_THREAD = 32 * 640 * 360
 _FEWEST_THREADS, _MAX_DECODER_THREADS = 3, 16
 _CPUS_PER_SPARED_ONE = 4
