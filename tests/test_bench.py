@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from bench import compress
+from bench import compress, worker_transfer
 from bench.model_shapes.weights import save_weights
 from scissor_vllm.demo.model import demo_model_path
 
@@ -79,6 +80,16 @@ def test_front_end_measures_stock_and_ours_and_sends_fewer_bytes(tmp_path: Path)
     # bfloat16 against uint8.
     num_bytes = measured["num_bytes"]
     assert num_bytes["ours"] / num_bytes["stock"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+def test_worker_transfer_sends_a_steps_videos_both_ways(tmp_path: Path) -> None:
+    small = ("--num-videos", "2", "--num-steps", "2", "--rounds", "1")
+    measured = run("worker_transfer", tmp_path / "result.json", *small)
+    for row, shape in zip(measured["rows"], worker_transfer.SHAPES.values(), strict=True):
+        assert row["megabytes"] == pytest.approx(2 * math.prod(shape) / 1e6)
+        assert row["milliseconds"].keys() == worker_transfer.WAYS.keys()
+        assert min(row["milliseconds"].values()) > 0
 
 
 def test_shapes_are_those_of_the_published_model(tmp_path: Path) -> None:
