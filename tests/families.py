@@ -153,6 +153,10 @@ class Answer:
         return self.steps[0]
 
 
+SAME = 1e-4
+"""Most that log probabilities of equal answers differ by, which are rounded otherwise."""
+
+
 def largest_difference(left: Answer, right: Answer) -> float:
     """Return how far apart two answers' log probabilities are, infinity for other tokens."""
     if left.tokens != right.tokens or left.num_prompt_tokens != right.num_prompt_tokens:
@@ -222,6 +226,40 @@ def observe(
     result = run_plan(plan, stock=stock)
     answers = [[_answer(fields) for fields in answers] for answers in result["answers"]]
     return Observed(answers, result["counters"])
+
+
+def changed_by(
+    setting: Mapping[str, object], model: Path, videos: Sequence[Media]
+) -> list[tuple[Media, float]]:
+    """Return at which videos and ratios a setting changes an engine's answers.
+
+    The engine with the setting is asked about each alone, then about all at once in two orders: an
+    answer that depends on the others fails, and so does another number of prompt tokens. The later
+    times of a video may be answered from its cached features.
+
+    Args:
+        setting: of ``mm_processor_kwargs``.
+        model: folder of a checkpoint.
+        videos: each is asked about at four ratios.
+    """
+    asked = [(video, ratio) for video in videos for ratio in (1.0, 0.5, 0.25, 0.1)]
+    alone = [[Question((video,), ratio)] for video, ratio in asked]
+    together = [question for (question,) in alone]
+    options: dict[str, Any] = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+    plain = ask(model, alone, **options)
+    *first, batch, again = ask(
+        model, [*alone, together, together[::-1]], mm_processor_kwargs=dict(setting), **options
+    )
+    changed = []
+    for pair, (expected,), (answer,), *others in zip(
+        asked, plain, first, batch, again[::-1], strict=True
+    ):
+        assert answer.num_prompt_tokens == expected.num_prompt_tokens, pair
+        if largest_difference(expected, answer) > SAME:
+            changed.append(pair)
+        for other in others:
+            assert largest_difference(answer, other) < SAME, pair
+    return changed
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from scissor_vllm.retention import MAX_RETAINED_VIDEO_TOKENS
 from scissor_vllm.settings import TowerFP8
 from scissor_vllm.video_fields import NUM_RETAINED, TOWER_FP8, VIDEO_IDENTITY
 from scissor_vllm.worker.fp8_mlp import FP8MLP, LARGEST, make_mlps, quantized, refresh
-from tests.families import Media, Question, ask, build_llava_next_video, build_llava_onevision
-from tests.families import largest_difference as difference
+from tests.families import Media, build_llava_next_video, build_llava_onevision, changed_by
 from tests.interpreter import run_interpreted
 from tests.test_pixels import Processors
 
@@ -287,28 +286,9 @@ def test_a_ratio_out_of_range_is_named(value: object, error: type[Exception], me
 @pytest.mark.usefixtures("engines")
 def test_an_engine_rounds_up_to_its_ratio_and_nothing_else_changes(tmp_path: Path) -> None:
     build_llava_onevision(tmp_path)
-    ratios = (1.0, 0.5, 0.25, 0.1)
-    still, moving = Media(320, 320, 12, 5, shift=0), Media(320, 320, 12, 6, shift=9)
-    alone = [[Question((media,), ratio)] for media in (still, moving) for ratio in ratios]
-    together = [question for (question,) in alone]
-    options: dict[str, Any] = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
-    plain = [answers[0] for answers in ask(tmp_path, alone, **options)]
-    *first, batch, again = ask(
-        tmp_path,
-        [*alone, together, together[::-1]],
-        mm_processor_kwargs={"tower_fp8_max_ratio": 0.25},
-        **options,
-    )
-    in_fp8 = [answers[0] for answers in first]
-    changed = []
-    for question, expected, actual in zip(together, plain, in_fp8, strict=True):
-        assert expected.num_prompt_tokens == actual.num_prompt_tokens, question
-        if difference(expected, actual) > 1e-4:
-            changed.append((question.media[0], question.ratio))
-    assert changed == [(media, ratio) for media in (still, moving) for ratio in (0.25, 0.1)]
-    for answers in (batch, again[::-1]):
-        for expected, actual in zip(in_fp8, answers, strict=True):
-            assert difference(expected, actual) < 1e-4
+    videos = (Media(320, 320, 12, 5, shift=0), Media(320, 320, 12, 6, shift=9))
+    changed = changed_by({"tower_fp8_max_ratio": 0.25}, tmp_path, videos)
+    assert changed == [(video, ratio) for video in videos for ratio in (0.25, 0.1)]
 
 
 # On a GPU.
