@@ -44,9 +44,9 @@ _ARENA_BYTES = 3 << 30
 def choose_api_servers(args: argparse.Namespace) -> None:
     """Start several API servers where they answer as one does, unless the operator chose a number.
 
-    One prepares about 7 videos a second of 32 frames beside the others. Several have a processor
-    cache each, so a video that is named by its ``uuid`` alone would be found by one of them: they
-    are started where the operator switched that cache off. Engines of data parallelism on this host
+    Of two, each prepared 6 to 8 videos a second of 32 frames. Several have a processor cache each,
+    so a video that is named by its ``uuid`` alone would be found by one of them: they are started
+    where the operator switched that cache off. Engines of data parallelism on this host
     get as many each. vLLM refuses several beside some options.
     """
     num_engines = args.data_parallel_size
