@@ -1,16 +1,15 @@
-"""Qwen2.5-VL beside transformers, fed the same rows and positions."""
+"""Qwen2.5-VL: transformers fed our rows and positions (see ``test_transformers``), embeddings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from scissor_vllm import num_retained_tokens
-from tests.families import FPS, WIDE, Family, Media, Question, ask, largest_difference
+from tests.families import FPS, Family, Media, Question, ask, largest_difference
 from tests.serving import compress_as_served
 from tests.test_positions import nearest_member
 
@@ -82,33 +81,6 @@ def logprobs_by_transformers(
             inputs_embeds=embeddings, position_ids=positions[:, None, kept]
         ).last_hidden_state
         return torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
-
-
-def test_transformers_fed_the_same_rows_and_positions_agrees(
-    families: dict[str, Family],
-) -> None:
-    family = families["qwen2_5_vl"]
-    folder, model = family.folder, family.model
-    for question in family.single:
-        expected = logprobs_by_transformers(model, folder, question)
-        for token, logprob in family.whole[question].first.items():
-            assert logprob == pytest.approx(float(expected[token]), abs=1e-2), question
-
-
-def test_other_positions_would_be_seen(
-    families: dict[str, Family],
-) -> None:
-    family = families["qwen2_5_vl"]
-    folder, model = family.folder, family.model
-
-    def first_member(tokens: torch.Tensor, compressed: Any, row: int) -> int | None:
-        members = (compressed.assignment == row).nonzero().flatten().tolist()
-        return members[0] if members else None
-
-    question = Question((WIDE,), 0.1)
-    other = logprobs_by_transformers(model, folder, question, first_member)
-    answer = family.whole[question].first
-    assert max(abs(value - float(other[token])) for token, value in answer.items()) > 2e-2
 
 
 def test_precomputed_embeddings_of_videos_of_unlike_shapes_answer_as_the_videos(
