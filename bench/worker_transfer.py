@@ -25,8 +25,6 @@ from scissor_vllm.loadtest.record import environment, write_json
 SHAPES = {"LLaVA-OneVision": (32, 384, 384, 3), "Qwen3-VL": (25920, 1536)}
 """What a video of 32 frames of 640 x 360 is when it reaches the worker, uint8."""
 WAYS = {"pickled": False, "shared memory": True}
-_CHUNK_BYTES = 16 << 20
-"""vLLM's default of ``VLLM_MQ_MAX_CHUNK_BYTES_MB``."""
 _NUM_WARMUPS, _NUM_DISTINCT = 3, 3
 
 
@@ -47,9 +45,11 @@ def _work(handle: Any, results: Connection) -> None:
 
 def transfer_seconds(steps: list[list[torch.Tensor]], *, has_arena: bool) -> list[float]:
     """Return the time of each step, to a process that receives them as a worker of vLLM does."""
+    from vllm import envs
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    queue = MessageQueue(1, 1, max_chunk_bytes=_CHUNK_BYTES, enable_shm_tensor_arena=has_arena)
+    most = envs.VLLM_MQ_MAX_CHUNK_BYTES_MB << 20
+    queue = MessageQueue(1, 1, max_chunk_bytes=most, enable_shm_tensor_arena=has_arena)
     context = multiprocessing.get_context("spawn")
     results, results_there = context.Pipe(duplex=False)
     process = context.Process(

@@ -154,7 +154,7 @@ class Answer:
 
 
 SAME = 1e-4
-"""Most that log probabilities of equal answers differ by, which are rounded otherwise."""
+"""Rounding changes the log probabilities of an answer by less."""
 
 
 def largest_difference(left: Answer, right: Answer) -> float:
@@ -163,6 +163,11 @@ def largest_difference(left: Answer, right: Answer) -> float:
         return float("inf")
     pairs = zip(left.logprobs, right.logprobs, strict=True)
     return max(abs(one - other) for one, other in pairs)
+
+
+def first_step_difference(answer: Answer, logprobs: torch.Tensor) -> float:
+    """Return how far the likeliest tokens of an answer's first step are from what is expected."""
+    return max(abs(value - float(logprobs[token])) for token, value in answer.first.items())
 
 
 def largest_difference_to_a_tie(left: Answer, right: Answer) -> float:

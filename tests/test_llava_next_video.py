@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video beside transformers, fed the same rows at the same positions."""
+"""LLaVA-NeXT-Video: transformers fed our rows (see ``test_transformers``), weights, pictures."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from scissor_vllm.show.encoder import Encoder
 from tests.families import (
     TALL,
     WIDE,
-    Answer,
     Family,
     Media,
     Question,
     ask,
+    first_step_difference,
     largest_difference,
 )
 from tests.serving import compress_as_served
@@ -58,23 +58,11 @@ def logprobs_by_transformers(family: Family, question: Question) -> torch.Tensor
         return torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
 
 
-def difference(answer: Answer, logprobs: torch.Tensor) -> float:
-    """Return how far the likeliest tokens of an answer's first step are from what is expected."""
-    return max(abs(value - float(logprobs[token])) for token, value in answer.first.items())
-
-
-def test_transformers_fed_the_same_rows_agrees(families: dict[str, Family]) -> None:
-    family = families["llava_next_video"]
-    for question in family.single:
-        expected = logprobs_by_transformers(family, question)
-        assert difference(family.whole[question], expected) < 1e-2, question
-
-
 def test_the_ratio_is_seen_in_an_answer(families: dict[str, Family]) -> None:
     family = families["llava_next_video"]
     answer = family.whole[Question((WIDE,), 0.1)]
     other = logprobs_by_transformers(family, Question((WIDE,), 0.5))
-    assert difference(answer, other) > 2e-2
+    assert first_step_difference(answer, other) > 2e-2
 
 
 def test_weights_named_as_transformers_saves_them_give_the_same_answers(

@@ -46,8 +46,8 @@ def choose_api_servers(args: argparse.Namespace) -> None:
 
     Of two, each prepared 6 to 8 videos a second of 32 frames. Several have a processor cache each,
     so a video that is named by its ``uuid`` alone would be found by one of them: they are started
-    where the operator switched that cache off. Engines of data parallelism on this host
-    get as many each. vLLM refuses several beside some options.
+    where the operator switched that cache off. Engines of data parallelism on this host get as many
+    each. vLLM refuses several beside some options.
     """
     num_engines = args.data_parallel_size
     balances_elsewhere = num_engines > 1 and (
