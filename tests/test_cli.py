@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from bench.model_shapes import qwen_vl
 from scissor_vllm.cli import defaults, main, options
 from scissor_vllm.cli.defaults import (
     choose_api_servers,
+    choose_executor,
     choose_parallelism,
     choose_tower_fp8,
     choose_tower_merging,
@@ -340,18 +342,78 @@ def test_several_api_servers_start_where_they_answer_as_one(
     num_servers: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    args = parse()
-    args.mm_processor_cache_gb, args.headless, args.grpc = 0, False, False
-    args.enable_fault_tolerance = args.enable_elastic_ep = False
-    args.fault_tolerance_config, args.data_parallel_size = None, 1
-    args.data_parallel_external_lb = args.data_parallel_hybrid_lb = False
-    args.data_parallel_multi_port_external_lb = False
-    args.data_parallel_rank = args.data_parallel_start_rank = args.data_parallel_size_local = None
+    args = with_vllms_defaults(parse())
+    args.mm_processor_cache_gb = 0
     vars(args).update(changed)
     monkeypatch.setattr(defaults, "num_cpus", lambda: num_cpus)
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     choose_api_servers(args)
     assert args.api_server_count == num_servers
+
+
+@pytest.mark.parametrize(
+    ("changed", "backend"),
+    [
+        ({}, "uni"),
+        ({"data_parallel_size_local": 2}, "uni"),
+        ({"data_parallel_size": 1}, None),
+        ({"tensor_parallel_size": 2}, None),
+        ({"pipeline_parallel_size": 2}, None),
+        ({"prefill_context_parallel_size": 2}, None),
+        ({"distributed_executor_backend": "mp"}, "mp"),
+        ({"data_parallel_backend": "ray"}, None),
+        ({"data_parallel_rank": 0}, None),
+        ({"data_parallel_external_lb": True}, None),
+        ({"enable_elastic_ep": True}, None),
+        ({"nnodes": 2}, None),
+    ],
+)
+def test_engines_of_data_parallelism_have_no_worker_process(
+    changed: dict[str, object],
+    backend: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    text_model: Path,
+) -> None:
+    args = with_vllms_defaults(parse_for(text_model))
+    args.data_parallel_size = 2
+    vars(args).update(changed)
+    monkeypatch.setattr(defaults, "_is_cuda", lambda: True)
+    choose_executor(args)
+    assert args.distributed_executor_backend == backend
+
+
+@pytest.mark.parametrize(
+    ("config", "is_cuda"),
+    [
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, True),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, True),
+        ({"model_type": "qwen3_vl_moe"}, True),
+        ({"model_type": "qwen2"}, False),
+        (None, True),
+    ],
+)
+def test_vllm_chooses_the_executor_of_experts_of_unknown_models_and_of_cpus(
+    config: dict[str, object] | None, is_cuda: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    args = with_vllms_defaults(parse_for(tmp_path))
+    args.data_parallel_size = 2
+    monkeypatch.setattr(defaults, "_is_cuda", lambda: is_cuda)
+    choose_executor(args)
+    assert args.distributed_executor_backend is None
+
+
+@cache
+def vllms_defaults() -> argparse.Namespace:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+
+
+def with_vllms_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(vllms_defaults()), **vars(args)})
 
 
 def parse_for(model: Path, *argv: str) -> argparse.Namespace:

@@ -39,6 +39,8 @@ _HOPPER = 90
 """Compute capability."""
 _ARENA_BYTES = 3 << 30
 """Of shared memory, free: vLLM's arena has 2 GiB."""
+_EXPERT_COUNTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+"""Fields of a language model's config, one of which a mixture of experts has."""
 
 
 def choose_api_servers(args: argparse.Namespace) -> None:
@@ -50,28 +52,73 @@ def choose_api_servers(args: argparse.Namespace) -> None:
     each. vLLM refuses several beside some options.
     """
     num_engines = args.data_parallel_size
-    balances_elsewhere = num_engines > 1 and (
-        args.data_parallel_external_lb
-        or args.data_parallel_hybrid_lb
-        or args.data_parallel_multi_port_external_lb
-        or args.data_parallel_rank is not None
-        or args.data_parallel_start_rank is not None
-        or args.data_parallel_size_local not in (None, num_engines)
-    )
     is_for_vllm = (
         args.api_server_count is not None
         or args.mm_processor_cache_gb > 0
         or num_cpus() < CPUS_FOR_API_SERVERS * num_engines
         or args.headless
         or args.grpc
-        or args.enable_fault_tolerance
-        or isinstance(args.fault_tolerance_config, dict)
-        or args.enable_elastic_ep
-        or balances_elsewhere
+        or _replaces_engines(args)
+        or (num_engines > 1 and _balances_elsewhere(args))
         or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true")
     )
     if not is_for_vllm:
         args.api_server_count = API_SERVERS * num_engines
+
+
+def _replaces_engines(args: argparse.Namespace) -> bool:
+    """Return whether vLLM starts and stops engines while it serves."""
+    return bool(
+        args.enable_fault_tolerance
+        or isinstance(args.fault_tolerance_config, dict)
+        or args.enable_elastic_ep
+    )
+
+
+def _balances_elsewhere(args: argparse.Namespace) -> bool:
+    """Return whether this command starts a part of the engines of data parallelism."""
+    return bool(
+        args.data_parallel_external_lb
+        or args.data_parallel_hybrid_lb
+        or args.data_parallel_multi_port_external_lb
+        or args.data_parallel_rank is not None
+        or args.data_parallel_start_rank is not None
+        or args.data_parallel_size_local not in (None, args.data_parallel_size)
+    )
+
+
+def choose_executor(args: argparse.Namespace) -> None:
+    """Run each engine's worker in the engine's process with data parallelism on one GPU each.
+
+    vLLM does so for one engine. For several it starts a process for each worker, and pickles each
+    step's videos to it. vLLM's choice stays for experts that engines share, and wherever engines
+    do not all start here, once.
+    """
+    ranks = (
+        args.tensor_parallel_size,
+        args.pipeline_parallel_size,
+        args.prefill_context_parallel_size,
+    )
+    is_for_vllm = (
+        args.distributed_executor_backend is not None
+        or args.data_parallel_size == 1
+        or any(size > 1 for size in ranks)
+        or args.nnodes > 1
+        or args.data_parallel_backend != "mp"
+        or _balances_elsewhere(args)
+        or _replaces_engines(args)
+    )
+    if not is_for_vllm and _is_cuda() and not _has_experts(args):
+        args.distributed_executor_backend = "uni"
+
+
+def _has_experts(args: argparse.Namespace) -> bool:
+    """Return whether the language model is a mixture of experts, or may be."""
+    config = config_of(args)
+    if config is None:
+        return True
+    text = config.get_text_config()
+    return any(getattr(text, name, None) for name in _EXPERT_COUNTS)
 
 
 def leave_parallelism_open(parser: argparse.ArgumentParser) -> None:
@@ -133,10 +180,16 @@ def choose_tower_fp8(args: argparse.Namespace) -> None:
         args.tower_fp8_max_ratio = DEFAULT_TOWER_FP8_MAX_RATIO
 
 
+def _is_cuda() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def _is_hopper() -> bool:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cuda() and current_platform.is_device_capability_family(_HOPPER)
+    return _is_cuda() and current_platform.is_device_capability_family(_HOPPER)
 
 
 def _has_tower(args: argparse.Namespace, towers: dict[str, str | None]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from scissor_vllm.cli import NEEDS_VLLM, has_vllm
 from scissor_vllm.cli.defaults import (
     choose_api_servers,
+    choose_executor,
     choose_parallelism,
     choose_tower_fp8,
     choose_tower_merging,
@@ -82,6 +83,7 @@ def _serve(argv: list[str], *, has_own_metrics_directory: bool) -> int:
     apply_page_options(args)
     choose_api_servers(args)
     choose_parallelism(args)
+    choose_executor(args)
     args.process_metrics = has_own_metrics_directory and args.api_server_count in (None, 1)
     configure_logging_from_args(args)
     logger.info(in_force(args))
