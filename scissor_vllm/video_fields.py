@@ -17,6 +17,11 @@ PATCH_ANCHORS = "video_patch_anchors"
 int16 (T, P) for T frames of ``VIDEO_FRAMES`` with P patches, kept on the CPU. A patch that is not
 replaced names its own frame. Present if a patch is replaced; see ``scissor_vllm.patch_merging``."""
 
+VIDEO_PLACES = "video_places"
+"""Field of a video's data: pixels of the M places that the tower computes, frame by frame, uint8
+(M, n, side, side, C), kept on the CPU. A place is a patch, or the patches of a token in n frames.
+It comes with ``PATCH_ANCHORS`` in place of frames, unless the video keeps all of its tokens."""
+
 TOWER_FP8 = "video_tower_fp8"
 """Field of a video's data: true, a bool of its own, kept on the CPU. Present if the tower's MLPs
 are computed in FP8 for it."""

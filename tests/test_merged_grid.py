@@ -14,11 +14,14 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from scissor_vllm.frontend.computed_places import computed_places
 from scissor_vllm.frontend.patch_anchors import patch_anchors
 from scissor_vllm.models.patch_grid import GridVideo, PatchGridModel
 from scissor_vllm.patch_merging import computed_patches
 from scissor_vllm.plugin import register
-from scissor_vllm.video_fields import FRAME_SIZE, PATCH_ANCHORS, VIDEO_IDENTITY
+from scissor_vllm.video_fields import FRAME_SIZE, PATCH_ANCHORS, VIDEO_IDENTITY, VIDEO_PLACES
+from scissor_vllm.worker.computed_places import ComputedPlaces
+from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.video_pixels import VideoPixels
 from tests.families import Media, build_qwen2_5_vl, build_qwen3_vl, changed_by
 from tests.interpreter import run_interpreted
@@ -296,7 +299,7 @@ def test_anchors_of_tokens_go_with_a_video_up_to_the_ratio(tiny: Path) -> None:
     item = merged[0.1]
     num_frames, rows, columns = item["video_grid_thw"].data.tolist()
     height, width = item[FRAME_SIZE].data.tolist()
-    frames = item["pixel_values_videos"].data.view(-1, height, width, 3)
+    frames = merged[0.5]["pixel_values_videos"].data.view(-1, height, width, 3)
     expected = patch_anchors(frames, height // rows, 40.0, num_merged=2, num_frames=2)
     assert expected is not None
     anchors = item[PATCH_ANCHORS].data
@@ -305,9 +308,41 @@ def test_anchors_of_tokens_go_with_a_video_up_to_the_ratio(tiny: Path) -> None:
     computed = computed_patches(anchors, (rows // 2, columns // 2))
     assert processor.count(item) == (num_frames * rows * columns, 4 * int(computed.sum()))
     assert computed.float().mean() < 0.8
+    assert "pixel_values_videos" not in item
+    places = computed_places(frames, anchors, height // rows * 2, 2)
+    assert torch.equal(item[VIDEO_PLACES].data, places)
     assert processor.count(merged[0.5])[0] == processor.count(merged[0.5])[1]
     identities = {r: merged[r][VIDEO_IDENTITY].data.tolist() for r in (0.5, 0.25, 0.1)}
     assert identities[0.5] != identities[0.25] == identities[0.1]
+
+
+def test_the_tower_gets_the_same_computed_patches_as_of_frames(tiny: Path) -> None:
+    processor = Processor(tiny, mm_processor_kwargs={"tower_merging_max_ratio": 0.1})
+    (sent,), (whole,) = (processor.items(STILL, ratio=ratio) for ratio in (0.1, 0.5))
+    num_frames, rows, columns = sent["video_grid_thw"].data.tolist()
+    frame_size = tuple(sent[FRAME_SIZE].data.tolist())
+    anchors, grid = sent[PATCH_ANCHORS].data, (rows // 2, columns // 2)
+    shape = PatchShape(frame_size[0] // rows, num_frames=2, num_merged=2)
+    frames = whole["pixel_values_videos"].data.view(num_frames, rows * columns, -1)
+    video = VideoPixels(
+        ComputedPlaces(sent[VIDEO_PLACES].data, anchors, grid),
+        anchors=anchors,
+        model_device=torch.device("cpu"),
+        frame_shape=(rows * columns, -1),
+    )
+    first = 0
+    for pixels, in_call in video.split(num_frames):
+        of_frames = frames[first : first + len(pixels)]
+        made, expected = (
+            shape.patches_of(part.flatten(0, 1), frame_size, None, torch.float32)
+            for part in (pixels, of_frames)
+        )
+        computed = computed_patches(in_call, grid).flatten()
+        tokens = made.view(len(computed), -1), expected.view(len(computed), -1)
+        assert torch.equal(tokens[0][computed], tokens[1][computed])
+        assert not torch.equal(*tokens)
+        first += len(pixels)
+    assert first == num_frames
 
 
 def test_a_moving_camera_has_no_anchors_alone_and_its_own_beside_a_still_one(tiny: Path) -> None:

@@ -282,7 +282,7 @@ def test_anchors_go_with_a_video_up_to_the_ratio(demo: Processors) -> None:
     video = fixed_camera(8)
     merged = {ratio: item_of(demo, video, ratio) for ratio in (1.0, 0.5, 0.26, 0.25, 0.1)}
     assert [ratio for ratio, item in merged.items() if PATCH_ANCHORS in item] == [0.25, 0.1]
-    expected = patch_anchors(merged[0.1][VIDEO_FRAMES].data, PATCH, THRESHOLD)
+    expected = patch_anchors(merged[0.5][VIDEO_FRAMES].data, PATCH, THRESHOLD)
     assert expected is not None
     assert torch.equal(merged[0.1][PATCH_ANCHORS].data, expected)
     assert PATCH_ANCHORS not in item_of(demo, panned(8, 3), 0.1)

@@ -162,7 +162,7 @@ def test_a_device_error_of_a_single_worker_fails_no_other_request(
     monkeypatch.setattr(compression, "_compress", raising(error))
     (rows,) = rows_of(compression, make_videos(5), [3], tower)
     (video,) = make_videos(5)
-    expected = select_evenly(RecordingTower()(video.pixels), 3).tokens
+    expected = select_evenly(RecordingTower()(video.whole()), 3).tokens
     assert torch.equal(rows, expected)
 
 
@@ -238,7 +238,7 @@ def test_a_frame_that_repeats_is_encoded_once(method: str) -> None:
     (different,) = make_videos(5)
     frame_of = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4])
     video = replace(different, frame_of=frame_of)
-    everything = replace(different, pixels=different.pixels[frame_of])
+    everything = replace(different, pixels=different.whole()[frame_of])
     for count in (1, 7, 30, 36):
         tower.calls.clear()
         (rows,) = rows_of(compression, [video], [count], tower)

@@ -183,14 +183,17 @@ def count_patches(item: Mapping[str, Any], patch_size: int) -> tuple[int, int] |
     Returns:
         None for a video that went stock's way.
     """
-    if VIDEO_FRAMES not in item:
-        return None
-    num_different, height, width, _ = item[VIDEO_FRAMES].data.shape
-    num_frames = len(item[FRAME_OF].data) if FRAME_OF in item else num_different
-    num_places = (height // patch_size) * (width // patch_size)
-    num_computed = num_different * num_places
     if PATCH_ANCHORS in item:
-        num_computed = int(computed_patches(item[PATCH_ANCHORS].data).sum())
+        anchors = item[PATCH_ANCHORS].data
+        num_different, num_places = anchors.shape
+        num_computed = int(computed_patches(anchors).sum())
+    elif VIDEO_FRAMES in item:
+        num_different, height, width, _ = item[VIDEO_FRAMES].data.shape
+        num_places = (height // patch_size) * (width // patch_size)
+        num_computed = num_different * num_places
+    else:
+        return None
+    num_frames = len(item[FRAME_OF].data) if FRAME_OF in item else num_different
     return num_frames * num_places, num_computed
 
 

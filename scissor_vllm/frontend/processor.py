@@ -27,6 +27,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
+from scissor_vllm.frontend.computed_places import computed_places
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
 from scissor_vllm.frontend.patch_anchors import (
     anchors_of_videos,
@@ -70,6 +71,7 @@ from scissor_vllm.video_fields import (
     TOWER_FP8,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
+    VIDEO_PLACES,
 )
 
 
@@ -398,6 +400,7 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
             FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PATCH_ANCHORS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            VIDEO_PLACES: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             TOWER_FP8: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             KEEPS_EVERY_FRAME: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             VIDEO_IDENTITY: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
@@ -431,6 +434,12 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 ]
             )
             processed[NUM_RETAINED] = torch.tensor(counts.num_retained)
+        # An uncompressed video is encoded exactly.
+        if PATCH_ANCHORS in processed and all(
+            retained != count
+            for retained, count in zip(counts.num_retained, num_tokens, strict=True)
+        ):
+            self._leave_out_merged(processed)
         if any(counts.num_images) and ratio != 1.0:
             processed[KEEPS_EVERY_FRAME] = torch.tensor(counts.num_images) > 0
         return processed
@@ -496,6 +505,17 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                     zip(frames, normalizations, frame_of, strict=True)
                 )
             ]
+
+    def _leave_out_merged(self, processed: BatchFeature) -> None:
+        """Replace videos by the pixels of the places that the tower computes."""
+        patch_size = self.info.get_patch_size()
+        processed[VIDEO_PLACES] = [
+            computed_places(frames, anchors, patch_size)
+            for frames, anchors in zip(
+                processed[VIDEO_FRAMES], processed[PATCH_ANCHORS], strict=True
+            )
+        ]
+        del processed[VIDEO_FRAMES]
 
     def _resized_videos(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]

@@ -13,7 +13,7 @@ vLLM's classes:
 - A video's frames travel as they are, and the device makes the patches, see ``worker.patches``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -28,6 +28,7 @@ from vllm.multimodal.parse import MultiModalDataItems
 from vllm.platforms import current_platform
 
 from scissor_vllm.compression.members import member_means, representative_members
+from scissor_vllm.frontend.computed_places import computed_places
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.patch_anchors import anchors_of_videos
 from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
@@ -44,9 +45,11 @@ from scissor_vllm.video_fields import (
     PATCH_ANCHORS,
     PIXEL_NORMALIZATION,
     VIDEO_IDENTITY,
+    VIDEO_PLACES,
     VIDEO_TEXT,
 )
 from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encoder_cache
+from scissor_vllm.worker.computed_places import ComputedPlaces
 from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.pinned import to_device
 from scissor_vllm.worker.positions import VideoPlace, with_positions
@@ -153,7 +156,7 @@ class PatchGridProcessor(FrameRunsProcessor):
         if hashed:
             processed[PIXEL_NORMALIZATION] = normalization.repeat(len(grids), 1, 1)
         videos = pixels.split(grids.prod(1).tolist())
-        anchors = self._anchors(videos, processed[FRAME_SIZE]) if merges else []
+        anchors = self._anchors(processed) if merges else []
         if anchors:
             processed[PATCH_ANCHORS] = anchors
         if ratio != 1.0 and self.info.cache_sizes.features > 0:
@@ -170,17 +173,30 @@ class PatchGridProcessor(FrameRunsProcessor):
             ]
         return processed
 
-    def _anchors(
-        self, videos: Sequence[torch.Tensor], frame_sizes: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Return ``PATCH_ANCHORS`` of each video's uint8 frames, [] if nothing is merged."""
-        vision = self.info.get_hf_config().vision_config
-        frames = [
+    def _frames(self, processed: BatchFeature) -> list[torch.Tensor]:
+        """Return the uint8 frames (T, H, W, C) of each video, which stand for patches."""
+        videos = processed[_PIXELS].split(processed[_GRID].prod(1).tolist())
+        return [
             pixels.view(-1, height, width, _NUM_CHANNELS)
-            for pixels, (height, width) in zip(videos, frame_sizes.tolist(), strict=True)
+            for pixels, (height, width) in zip(videos, processed[FRAME_SIZE].tolist(), strict=True)
         ]
+
+    def _leave_out_merged(self, processed: BatchFeature) -> None:
+        vision = self.info.get_hf_config().vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        processed[VIDEO_PLACES] = [
+            computed_places(frames, anchors, side, vision.temporal_patch_size)
+            for frames, anchors in zip(
+                self._frames(processed), processed[PATCH_ANCHORS], strict=True
+            )
+        ]
+        del processed[_PIXELS]
+
+    def _anchors(self, processed: BatchFeature) -> list[torch.Tensor]:
+        """Return ``PATCH_ANCHORS`` of each video, [] if nothing is merged."""
+        vision = self.info.get_hf_config().vision_config
         return anchors_of_videos(
-            frames,
+            self._frames(processed),
             self.info.get_patch_size(),
             self.info.tower_merging.threshold,
             num_merged=vision.spatial_merge_size,
@@ -310,7 +326,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         counts = num_retained.flatten().tolist()
         videos = self._take_videos(kwargs)
         if self.video_compression.keeps_all([video.pixels for video in videos], counts):
-            pixels = [self._patches(video.pixels.pixels.flatten(0, 1), video) for video in videos]
+            pixels = [self._patches(video.pixels.whole().flatten(0, 1), video) for video in videos]
             kwargs[_PIXELS] = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
             with self.video_compression.stage("tower", parameter.device):
                 return super().embed_multimodal(**kwargs)  # type: ignore[misc]
@@ -363,14 +379,27 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         anchors = fields.pop(PATCH_ANCHORS, nothing)
         keeps_every_frame = take_every_frame(fields, len(grids))
         texts = fields.pop(VIDEO_TEXT, nothing)
-        pixels = fields[_PIXELS].split([t * h * w for t, h, w in grids])
-        merged = self.config.vision_config.spatial_merge_size**2
+        side = self.config.vision_config.spatial_merge_size
+        pixels: list[torch.Tensor | ComputedPlaces] = []
+        if VIDEO_PLACES in fields:
+            pixels += [
+                ComputedPlaces(places, anchors[index], (h // side, w // side))
+                for index, (places, (_, h, w)) in enumerate(
+                    zip(fields.pop(VIDEO_PLACES), grids, strict=True)
+                )
+            ]
+        else:
+            rows = fields[_PIXELS].split([t * h * w for t, h, w in grids])
+            pixels += [
+                patches.view(t, h * w, -1) for patches, (t, h, w) in zip(rows, grids, strict=True)
+            ]
         return [
             GridVideo(
                 VideoPixels(
-                    rows.view(t, h * w, -1),
+                    patches,
+                    frame_shape=(h * w, -1),
                     identity=None if identity is None else identity.numpy().tobytes(),
-                    tokens_per_frame=h * w // merged,
+                    tokens_per_frame=h * w // side**2,
                     anchors=anchors[index],
                     keeps_every_frame=keeps_every_frame[index],
                     model_device=next(self.visual.parameters()).device,
@@ -382,7 +411,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
                 None if size is None else tuple(size.tolist()),
                 normalization,
             )
-            for index, (rows, (t, h, w), text, size, normalization, identity) in enumerate(
+            for index, (patches, (_, h, w), text, size, normalization, identity) in enumerate(
                 zip(pixels, grids, texts, sizes, normalizations, identities, strict=True)
             )
         ]

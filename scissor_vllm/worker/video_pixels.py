@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from scissor_vllm.normalization import normalized
-from scissor_vllm.patch_merging import call_lengths
+from scissor_vllm.patch_merging import call_lengths, square_grid
 from scissor_vllm.video_fields import (
     FRAME_OF,
     KEEPS_EVERY_FRAME,
@@ -18,7 +18,9 @@ from scissor_vllm.video_fields import (
     TOWER_FP8,
     VIDEO_FRAMES,
     VIDEO_IDENTITY,
+    VIDEO_PLACES,
 )
+from scissor_vllm.worker.computed_places import ComputedPlaces
 from scissor_vllm.worker.pinned import to_device
 
 
@@ -26,8 +28,9 @@ from scissor_vllm.worker.pinned import to_device
 class VideoPixels:
     """One video's pixels; the tower gets them on its device, in the model's dtype."""
 
-    pixels: torch.Tensor
-    """Pixels (T, ...) of vLLM's processor in the model's dtype, or ``VIDEO_FRAMES`` on the CPU."""
+    pixels: torch.Tensor | ComputedPlaces
+    """Pixels (T, ...) of vLLM's processor in the model's dtype, ``VIDEO_FRAMES`` on the CPU, or
+    ``VIDEO_PLACES`` in their stead."""
     normalization: torch.Tensor | None = None
     """``PIXEL_NORMALIZATION`` of ``VIDEO_FRAMES``, on the model's device; None for pixels of vLLM's
     processor."""
@@ -47,13 +50,18 @@ class VideoPixels:
     """``TOWER_FP8``."""
     model_device: torch.device | None = None
     """None for that of ``normalization``, or of pixels of vLLM's processor."""
+    frame_shape: tuple[int, ...] | None = None
+    """Shape in which the tower gets each of T from ``VIDEO_PLACES``, None for (H, W, C)."""
 
     @property
     def device(self) -> torch.device:
         """Device of the tower."""
         if self.model_device is not None:
             return self.model_device
-        return (self.pixels if self.normalization is None else self.normalization).device
+        if self.normalization is not None:
+            return self.normalization.device
+        assert isinstance(self.pixels, torch.Tensor)
+        return self.pixels.device
 
     def __len__(self) -> int:
         return len(self.pixels if self.frame_of is None else self.frame_of)
@@ -65,19 +73,18 @@ class VideoPixels:
         them, anchors (t, P). Frames that repeat the previous frame are left out, see ``repeated``.
         """
         if self.anchors is None:
-            for block in self.pixels.split(num_frames):
-                yield (self._for_tower(block),)
+            for first in range(0, len(self.pixels), num_frames):
+                yield (self._frames(first, min(first + num_frames, len(self.pixels))),)
             return
-        lengths = call_lengths(len(self.pixels), num_frames)
         first = 0
-        for block, absolute in zip(
-            self.pixels.split(lengths), self.anchors.split(lengths), strict=True
-        ):
+        for length in call_lengths(len(self.pixels), num_frames):
+            end = first + length
             # An anchor before this call is replaced by the call's first frame, which has the patch.
-            anchors = (absolute.to(torch.int64) - first).clamp(min=0)
-            merges = bool((anchors != torch.arange(len(block))[:, None]).any())
-            yield (self._for_tower(block), anchors) if merges else (self._for_tower(block),)
-            first += len(block)
+            anchors = (self.anchors[first:end].to(torch.int64) - first).clamp(min=0)
+            merges = bool((anchors != torch.arange(length)[:, None]).any())
+            frames = self._frames(first, end)
+            yield (frames, anchors) if merges else (frames,)
+            first = end
 
     def repeated(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows (T, ...) of all frames from the rows of the frames of ``split``."""
@@ -87,9 +94,16 @@ class VideoPixels:
 
     def whole(self) -> torch.Tensor:
         """Return the pixels of all frames, (T, C, H, W)."""
-        return self.repeated(self._for_tower(self.pixels))
+        return self.repeated(self._frames(0, len(self.pixels)))
 
-    def _for_tower(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _frames(self, first: int, end: int) -> torch.Tensor:
+        """Return consecutive frames as the tower gets them."""
+        if isinstance(self.pixels, torch.Tensor):
+            pixels = self.pixels[first:end]
+        else:
+            pixels = self.pixels.frames(first, end, self.device)
+            if self.frame_shape is not None:
+                pixels = pixels.view(end - first, *self.frame_shape)
         if self.normalization is None or self.dtype is None:
             return pixels
         frames = to_device(pixels, self.normalization.device)
@@ -115,17 +129,24 @@ def take_video_pixels(fields: dict[str, Any], dtype: torch.dtype) -> list[VideoP
 
     Args:
         fields: the arguments of ``embed_multimodal``; our fields are removed. They are frames
-            (B, T, H, W, C) and normalization (B, 2, C), and optionally identities (B, 4), repeats
-            (B, T), anchors (B, T, P) and ``TOWER_FP8`` (B,). Fields are lists if lengths differ.
+            (B, T, H, W, C), or ``VIDEO_PLACES`` in their stead, and normalization (B, 2, C), and
+            optionally identities (B, 4), repeats (B, T), anchors (B, T, P) and ``TOWER_FP8`` (B,).
+            Fields are lists if lengths differ.
         dtype: the model's dtype.
     """
     frames = fields.pop(VIDEO_FRAMES, None)
+    places = fields.pop(VIDEO_PLACES, None)
     normalization = fields.pop(PIXEL_NORMALIZATION, None)
     identities = fields.pop(VIDEO_IDENTITY, None)
     repeats = fields.pop(FRAME_OF, None)
     anchors = fields.pop(PATCH_ANCHORS, None)
     # Videos with a field and without it come in batches of their own.
     in_fp8 = fields.pop(TOWER_FP8, None) is not None
+    if places is not None:
+        frames = [
+            ComputedPlaces(pixels, stand, square_grid(stand.shape[1]))
+            for pixels, stand in zip(places, anchors, strict=True)
+        ]
     if frames is None:
         return []
     keeps_every_frame = take_every_frame(fields, len(frames))
