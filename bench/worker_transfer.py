@@ -23,7 +23,7 @@ import torch
 from scissor_vllm.loadtest.record import environment, write_json
 
 SHAPES = {"LLaVA-OneVision": (32, 384, 384, 3), "Qwen3-VL": (25920, 1536)}
-"""What a video of 32 frames of 640 x 360 is when it reaches the worker, uint8."""
+"""What a video of 32 frames of 640 x 360, of which nothing is merged, is to the worker, uint8."""
 WAYS = {"pickled": False, "shared memory": True}
 _NUM_WARMUPS, _NUM_DISTINCT = 3, 3
 

@@ -46,10 +46,10 @@ _EXPERT_COUNTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_loc
 def choose_api_servers(args: argparse.Namespace) -> None:
     """Start several API servers where they answer as one does, unless the operator chose a number.
 
-    Of two, each prepared 6 to 8 videos a second of 32 frames. Several have a processor cache each,
-    so a video that is named by its ``uuid`` alone would be found by one of them: they are started
-    where the operator switched that cache off. Engines of data parallelism on this host get as many
-    each. vLLM refuses several beside some options.
+    One had two thirds of the requests/s of four (``docs/benchmarks.md``). Several have a processor
+    cache each, so a video that is named by its ``uuid`` alone would be found by one of them: they
+    are started where the operator switched that cache off. Engines of data parallelism on this host
+    get as many each. vLLM refuses several beside some options.
     """
     num_engines = args.data_parallel_size
     is_for_vllm = (
