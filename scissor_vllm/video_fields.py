@@ -5,16 +5,17 @@ VIDEO_FRAMES = "video_frames"
 them where the tower takes them."""
 PIXEL_NORMALIZATION = "pixel_normalization"
 """Field of a video's data: mean and standard deviation of each channel, float32 (2, C), in units of
-8-bit pixels. It comes with ``VIDEO_FRAMES``."""
+8-bit pixels. It comes with ``VIDEO_FRAMES`` and ``VIDEO_PLACES``."""
 
 FRAME_OF = "video_frame_of"
-"""Field of a video's data: index in ``VIDEO_FRAMES`` of each of its T frames, int64 (T,), kept on
-the CPU. Present if the video is compressed and a frame repeats the previous one, which the tower
-then encodes once. (Of an uncompressed video the tower sees all frames, as in stock vLLM.)"""
+"""Field of a video's data: for each of its T frames the number of the frame that is sent for it,
+int64 (T,), kept on the CPU. Present if the video is compressed and a frame repeats the previous
+one, which the tower then encodes once. (Of an uncompressed video the tower sees all frames, as in
+stock vLLM.)"""
 
 PATCH_ANCHORS = "video_patch_anchors"
 """Field of a video's data: for each patch the frame whose patch at the same place replaces it,
-int16 (T, P) for T frames of ``VIDEO_FRAMES`` with P patches, kept on the CPU. A patch that is not
+int16 (T, P) for T frames that are sent, of P patches, kept on the CPU. A patch that is not
 replaced names its own frame. Present if a patch is replaced; see ``scissor_vllm.patch_merging``."""
 
 VIDEO_PLACES = "video_places"
