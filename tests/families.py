@@ -692,6 +692,44 @@ def build_with_mtp(folder: Path, target: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def quantize_language_model(folder: Path, source: Path) -> None:
+    """Copy a checkpoint with its language model's layers in INT8, as compressed-tensors saves them.
+
+    Rows of weights have a scale each, and so have tokens, when they arrive. The vision tower stays
+    as it is.
+    """
+    shutil.copytree(source, folder)
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**numbers, "strategy": "channel", "dynamic": False},
+                "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", *(f"re:.*{part}.*" for part in _NOT_QUANTIZED)],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in list(weights.items()):
+        if not re.search(r"\.(self_attn|mlp)\.\w+_proj\.weight$", name):
+            continue
+        if any(part in name for part in _NOT_QUANTIZED):
+            continue
+        scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+        weights[name] = (weight.float() / scale).round().to(torch.int8)
+        weights[f"{name}_scale"] = scale
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+_NOT_QUANTIZED = ("visual", "vision_tower", "multi_modal_projector")
+
+
 def _store_experts_as_the_hub_does(path: Path) -> None:
     """Swap the last two axes of experts' weights: transformers 5 saves them the other way, which
     vLLM 0.32 does not load.

@@ -4,7 +4,9 @@ vLLM does with a prompt. (Of LLaVA-OneVision, the demo's, ``test_server.py`` has
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tests.families import (
     largest_difference,
     largest_difference_to_a_tie,
     observe,
+    quantize_language_model,
 )
 
 NUM_BEHIND = 24
@@ -184,6 +187,28 @@ def test_a_layer_that_predicts_two_tokens_reads_the_same_rows_and_changes_no_ans
     for question, answer in zip(questions, observed.answers[0], strict=True):
         alone = family.whole[question]
         assert largest_difference_to_a_tie(answer, alone) < family.tolerance, question
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_a_quantized_language_model_answers_as_stocks_and_in_a_batch_as_alone(
+    family: Family, tmp_path: Path
+) -> None:
+    model = tmp_path / "int8"
+    quantize_language_model(model, family.folder)
+    questions = [*family.single, *family.several]
+    whole = [each for each in family.single if each.ratio == 1.0]
+    options: dict[str, Any] = {"max_model_len": 4096, "max_num_batched_tokens": 8192}
+    stock = ask(model, [[replace(each, ratio=None)] for each in whole], stock=True, **options)
+    *alone, together = ask(model, [*([each] for each in questions), questions], **options)
+    for question, (answer,), in_batch in zip(questions, alone, together, strict=True):
+        plain = family.whole[question]
+        assert answer.num_prompt_tokens == plain.num_prompt_tokens, question
+        assert largest_difference(answer, plain) > 1e-3, question
+        assert largest_difference(answer, in_batch) < 1e-4, question
+    of_question = dict(zip(questions, alone, strict=True))
+    for question, (expected,) in zip(whole, stock, strict=True):
+        assert largest_difference(of_question[question][0], expected) == 0, question
 
 
 @pytest.mark.slow
