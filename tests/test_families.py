@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from scissor_vllm import num_retained_tokens
+from tests import engines
 from tests.families import (
     FAMILIES,
     LARGE_STEPS,
@@ -209,6 +210,33 @@ def test_a_quantized_language_model_answers_as_stocks_and_in_a_batch_as_alone(
     of_question = dict(zip(questions, alone, strict=True))
     for question, (expected,) in zip(whole, stock, strict=True):
         assert largest_difference(of_question[question][0], expected) == 0, question
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_a_compiled_language_model_answers_as_an_eager_one(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engines.ENVIRONMENT, "TORCHDYNAMO_DISABLE", "0")
+    # Nothing that an earlier run compiled.
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT"):
+        monkeypatch.setitem(engines.ENVIRONMENT, variable, str(tmp_path))
+    questions = [*family.single, *family.several]
+    # No other test's engine has this environment.
+    engines.stop_children()
+    try:
+        (answers,) = ask(
+            family.folder,
+            [questions],
+            max_model_len=4096,
+            max_num_batched_tokens=8192,
+            enforce_eager=False,
+        )
+    finally:
+        engines.stop_children()
+    assert list(tmp_path.rglob("*.so"))
+    for question, answer in zip(questions, answers, strict=True):
+        assert largest_difference(answer, family.whole[question]) < 1e-4, question
 
 
 @pytest.mark.slow
