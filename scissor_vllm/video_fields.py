@@ -57,3 +57,9 @@ the tower's tokens have them, keeps at least one row; a bool of its own, kept on
 VIDEO_TEXT = "video_text"
 """Field of a video's data: the text within it, int64 (2, n), kept on the CPU. The first row holds
 token ids, the second the number of the uncompressed video's tokens before each."""
+
+KEPT_ON_CPU = (
+    *(VIDEO_FRAMES, VIDEO_PLACES, FRAME_OF, PATCH_ANCHORS, TOWER_FP8, VIDEO_IDENTITY),
+    *(NUM_RETAINED, NUM_VIDEO_TOKENS, NUM_ENCODED_TOKENS, KEEPS_EVERY_FRAME),
+)
+"""Fields of all families' videos that vLLM does not copy to the model's device."""

@@ -41,3 +41,13 @@ def computed_places(
     is_computed = computed_patches(anchors, grid).view(-1, *grid).numpy()
     places = torch.from_numpy(lines[is_computed].view(np.uint8))
     return places.view(-1, num_frames, side, side, num_channels)
+
+
+def places_of_videos(
+    videos: list[torch.Tensor], anchors: list[torch.Tensor], side: int, num_frames: int = 1
+) -> list[torch.Tensor]:
+    """Return ``VIDEO_PLACES`` of each video, see :func:`computed_places`."""
+    return [
+        computed_places(frames, stand, side, num_frames)
+        for frames, stand in zip(videos, anchors, strict=True)
+    ]

@@ -9,6 +9,7 @@ exactly K rows.
 from __future__ import annotations
 
 import math
+import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
-from scissor_vllm.frontend.computed_places import computed_places
+from scissor_vllm.frontend.computed_places import places_of_videos
 from scissor_vllm.frontend.frame_transport import identity_of, resized_frames, without_repeats
 from scissor_vllm.frontend.patch_anchors import (
     anchors_of_videos,
@@ -63,6 +64,7 @@ from scissor_vllm.settings import OWN_KEYS, without_own_keys
 from scissor_vllm.video_fields import (
     FRAME_OF,
     KEEPS_EVERY_FRAME,
+    KEPT_ON_CPU,
     NUM_ENCODED_TOKENS,
     NUM_RETAINED,
     NUM_VIDEO_TOKENS,
@@ -393,17 +395,8 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
             return fields
         return {
             **fields,
-            NUM_RETAINED: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            NUM_VIDEO_TOKENS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            NUM_ENCODED_TOKENS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            VIDEO_FRAMES: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            **dict.fromkeys(KEPT_ON_CPU, MultiModalFieldConfig.batched("video", keep_on_cpu=True)),
             PIXEL_NORMALIZATION: MultiModalFieldConfig.batched("video"),
-            FRAME_OF: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            PATCH_ANCHORS: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            VIDEO_PLACES: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            TOWER_FP8: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            KEEPS_EVERY_FRAME: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            VIDEO_IDENTITY: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
 
     def _apply_hf_processor_main(
@@ -415,16 +408,20 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 mm_items=mm_items, hf_kwargs=without_own_keys(hf_kwargs)
             )
         ratio = float(hf_kwargs.get(RETENTION_RATIO, 1.0))  # type: ignore[arg-type]
-        with CLOCK.stage("preprocess"):
-            processed = self._prepare(mm_items, without_own_keys(hf_kwargs), ratio)
         counts = hf_kwargs.get(RETENTION)
         if not isinstance(counts, RetainedCounts):
             # vLLM called this without ``apply``.
             counts = count_retained(self._get_num_video_tokens(videos, hf_kwargs), ratio)
         # These videos are not in the cache, so each has pixels and N.
         num_tokens = [count for count in counts.num_tokens if count is not None]
-        for index, count in enumerate(num_tokens):
-            self._check_num_tokens(processed, index, count)
+        with CLOCK.stage("preprocess"):
+            processed = self._prepare(mm_items, without_own_keys(hf_kwargs), ratio)
+            for index, count in enumerate(num_tokens):
+                self._check_num_tokens(processed, index, count)
+            # An uncompressed video is encoded exactly.
+            compresses_all = not any(map(operator.eq, counts.num_retained, num_tokens))
+            if PATCH_ANCHORS in processed and compresses_all:
+                self._leave_out_merged(processed)
         if num_tokens:
             processed[NUM_VIDEO_TOKENS] = torch.tensor(num_tokens)
             processed[NUM_ENCODED_TOKENS] = torch.tensor(
@@ -434,12 +431,6 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
                 ]
             )
             processed[NUM_RETAINED] = torch.tensor(counts.num_retained)
-        # An uncompressed video is encoded exactly.
-        if PATCH_ANCHORS in processed and all(
-            retained != count
-            for retained, count in zip(counts.num_retained, num_tokens, strict=True)
-        ):
-            self._leave_out_merged(processed)
         if any(counts.num_images) and ratio != 1.0:
             processed[KEEPS_EVERY_FRAME] = torch.tensor(counts.num_images) > 0
         return processed
@@ -508,14 +499,9 @@ class RetentionProcessor(BaseMultiModalProcessor[Any]):
 
     def _leave_out_merged(self, processed: BatchFeature) -> None:
         """Replace videos by the pixels of the places that the tower computes."""
-        patch_size = self.info.get_patch_size()
-        processed[VIDEO_PLACES] = [
-            computed_places(frames, anchors, patch_size)
-            for frames, anchors in zip(
-                processed[VIDEO_FRAMES], processed[PATCH_ANCHORS], strict=True
-            )
-        ]
-        del processed[VIDEO_FRAMES]
+        processed[VIDEO_PLACES] = places_of_videos(
+            processed.pop(VIDEO_FRAMES), processed[PATCH_ANCHORS], self.info.get_patch_size()
+        )
 
     def _resized_videos(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]

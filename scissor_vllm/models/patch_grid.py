@@ -28,7 +28,7 @@ from vllm.multimodal.parse import MultiModalDataItems
 from vllm.platforms import current_platform
 
 from scissor_vllm.compression.members import member_means, representative_members
-from scissor_vllm.frontend.computed_places import computed_places
+from scissor_vllm.frontend.computed_places import places_of_videos
 from scissor_vllm.frontend.frame_transport import identity_of
 from scissor_vllm.frontend.patch_anchors import anchors_of_videos
 from scissor_vllm.frontend.patch_transport import sending_frames, sends_frames
@@ -184,12 +184,9 @@ class PatchGridProcessor(FrameRunsProcessor):
     def _leave_out_merged(self, processed: BatchFeature) -> None:
         vision = self.info.get_hf_config().vision_config
         side = vision.patch_size * vision.spatial_merge_size
-        processed[VIDEO_PLACES] = [
-            computed_places(frames, anchors, side, vision.temporal_patch_size)
-            for frames, anchors in zip(
-                self._frames(processed), processed[PATCH_ANCHORS], strict=True
-            )
-        ]
+        processed[VIDEO_PLACES] = places_of_videos(
+            self._frames(processed), processed[PATCH_ANCHORS], side, vision.temporal_patch_size
+        )
         del processed[_PIXELS]
 
     def _anchors(self, processed: BatchFeature) -> list[torch.Tensor]:
