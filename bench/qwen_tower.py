@@ -1,13 +1,13 @@
 """Prints the time of Qwen-VL's towers: vLLM's, with aligned MLPs, and with merged patches.
 
     python -m bench.qwen_tower [--models qwen2.5-vl qwen3-vl] [--computed-shares 0.5]
-        [--repeats 20] [--json FILE]
+        [--repeats 20] [--compilation] [--json FILE]
 
 The towers of Qwen2.5-VL-7B and Qwen3-VL-8B with random weights on a GPU, in bfloat16, with the
-kernels that a server without compilation chooses. They encode 32 frames in 6480 tokens. All cases
-take turns, so a changing clock affects all of them. "gpu" is the time of CUDA events, "launch" the
-time until the call returns, after which the GPU still works. Merged patches are drawn at random,
-because time depends on their number only.
+kernels that a server without compilation chooses, or one with it (``--compilation``). They encode
+32 frames in 6480 tokens. All cases take turns, so a changing clock affects all of them. "gpu" is
+the time of CUDA events, "launch" the time until the call returns, after which the GPU still works.
+Merged patches are drawn at random, because time depends on their number only.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def cases_of(
     """
     from contextlib import nullcontext
 
+    from scissor_vllm.vllm_compat import fused_norms
     from scissor_vllm.worker.aligned_mlp import AlignedMLPs
     from scissor_vllm.worker.merged_grid import MAX_GRAPH_PATCHES, MergingTower, why_not_merging
 
@@ -107,18 +108,22 @@ def cases_of(
         tokens: torch.Tensor = tower(patches, grid_thw=[list(GRID)])
         return tokens
 
+    def with_norms() -> torch.Tensor:
+        with fused_norms():
+            return stock()
+
     def with_aligned() -> torch.Tensor:
-        with aligned.in_use():
+        with fused_norms(), aligned.in_use():
             return stock()
 
     def merging(encoder: MergingTower, anchors: torch.Tensor) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
-            with aligned.in_use() if len(aligned) else nullcontext():
+            with fused_norms(), aligned.in_use() if len(aligned) else nullcontext():
                 return encoder.encode(patches, GRID, anchors)
 
         return run
 
-    cases: dict[str, Callable[[], torch.Tensor]] = {"vllm": stock}
+    cases: dict[str, Callable[[], torch.Tensor]] = {"vllm": stock, "fused norms": with_norms}
     if len(aligned):
         cases["aligned MLPs"] = with_aligned
     grid: Grid = (GRID[1] // 2, GRID[2] // 2)
@@ -156,17 +161,28 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=TOWERS, default=["qwen2.5-vl", "qwen3-vl"])
     parser.add_argument("--computed-shares", type=float, nargs="*", default=[1, 0.75, 0.5, 0.35])
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--compilation", action="store_true", help="with the kernels of a server that compiles"
+    )
     parser.add_argument("--json", type=Path, help="where to write all times")
     args = parser.parse_args()
 
     device = torch.device("cuda")
-    record: dict[str, Any] = {"environment": environment(), "dtype": "bfloat16", "models": {}}
+    record: dict[str, Any] = {"environment": environment(), "dtype": "bfloat16"}
+    record |= {"with_compilation": args.compilation, "models": {}}
     print(f"32 frames, {GRID[0] * GRID[1] * GRID[2]} patches, {torch.cuda.get_device_name()}")
     print("                             gpu  of first     launch  error to vLLM's")
     for model in args.models:
         make_config, make = TOWERS[model]
         config = make_config(**FULL[model])
-        tower = make_tower(config, device, torch.bfloat16, make=make, as_served=True)
+        tower = make_tower(
+            config,
+            device,
+            torch.bfloat16,
+            make=make,
+            as_served=True,
+            with_compilation=args.compilation,
+        )
         patches = random_patches(config, GRID, device).bfloat16()
         cases = cases_of(model, tower, patches, args.computed_shares)
         expected = cases["vllm"]().float()

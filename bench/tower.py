@@ -51,6 +51,7 @@ def make_tower(
     seed: int = 0,
     make: Callable[[Any], Any] = make_siglip,
     as_served: bool = False,
+    with_compilation: bool = False,
 ) -> Any:
     """Return vLLM's tower with random matrices of standard deviation 0.02, see ``model_shapes``.
 
@@ -60,8 +61,8 @@ def make_tower(
         dtype: of the weights.
         seed: of the weights.
         make: of the tower, from its config.
-        as_served: whether norms and activations are the kernels that a server without compilation
-            chooses.
+        as_served: whether norms and activations are the kernels that a server chooses.
+        with_compilation: whether that server compiles its language model.
     """
     from vllm.config import (
         CompilationConfig,
@@ -79,7 +80,8 @@ def make_tower(
     default = torch.get_default_dtype()
     vllm_config = VllmConfig()
     if as_served:
-        vllm_config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+        mode = CompilationMode.VLLM_COMPILE if with_compilation else CompilationMode.NONE
+        vllm_config = VllmConfig(compilation_config=CompilationConfig(mode=mode))
         # As a worker does.
         vllm_config.kernel_config.ir_op_priority.set_default()
     torch.set_default_dtype(dtype)

@@ -10,12 +10,14 @@ import pytest
 import torch
 import vllm.connections
 import vllm.multimodal.media.base
+from vllm import ir
 from vllm.config.multimodal import MultiModalConfig
 
 from scissor_vllm.vllm_compat import (
     _with_positions,
     ask_where_rows_carry_positions,
     forget_with_encoder_cache,
+    fused_norms,
     media_budgets,
     place_without_waiting,
     tell_model_of_reset,
@@ -183,3 +185,50 @@ def test_media_of_a_request_are_bounded_where_vllm_bounds_them(
     assert media_budgets()["decoded_budget"] is not budgets["decoded_budget"]
     monkeypatch.delattr(vllm.connections, "MediaRequestDownloadBudget")
     assert media_budgets() == {}
+
+
+NORMS = (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)
+
+
+@pytest.fixture
+def with_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have vLLM's CUDA kernels count as supported, as they are on a GPU."""
+    for op in NORMS:
+        monkeypatch.setattr(op.impls["vllm_c"], "supported", True)
+
+
+@pytest.mark.usefixtures("with_cuda_kernels")
+def test_norms_run_vllms_kernels_where_a_compiled_server_would_not() -> None:
+    for op in NORMS:
+        with op.set_priority(["native"]):
+            with fused_norms():
+                assert op.get_priority() == ["vllm_c", "native"]
+            assert op.get_priority() == ["native"]
+
+
+@pytest.mark.usefixtures("with_cuda_kernels")
+def test_norms_run_the_kernels_that_an_operator_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ["oink", "native"]
+    for op in NORMS:
+        monkeypatch.setattr(op.impls["oink"], "supported", True)
+        with op.set_priority(chosen), fused_norms():
+            assert op.get_priority() == chosen
+
+
+def test_norms_stay_where_there_are_no_cuda_kernels() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has them")
+    for op in NORMS:
+        with op.set_priority(["native"]), fused_norms():
+            assert op.get_priority() == ["native"]
+
+
+@pytest.mark.gpu
+def test_vllms_kernels_give_the_norms_of_pytorchs_operations() -> None:
+    x = torch.randn(300, 1280, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1280, device="cuda", dtype=torch.bfloat16)
+    with ir.ops.rms_norm.set_priority(["native"]):
+        expected = ir.ops.rms_norm(x, weight, 1e-6)
+        with fused_norms():
+            assert ir.ops.rms_norm.dispatch(x, weight, 1e-6).provider == "vllm_c"
+            torch.testing.assert_close(ir.ops.rms_norm(x, weight, 1e-6), expected)

@@ -48,7 +48,11 @@ from scissor_vllm.video_fields import (
     VIDEO_PLACES,
     VIDEO_TEXT,
 )
-from scissor_vllm.vllm_compat import ask_model_for_positions, forget_with_encoder_cache
+from scissor_vllm.vllm_compat import (
+    ask_model_for_positions,
+    forget_with_encoder_cache,
+    fused_norms,
+)
 from scissor_vllm.worker.computed_places import ComputedPlaces
 from scissor_vllm.worker.patches import PatchShape
 from scissor_vllm.worker.pinned import to_device
@@ -302,7 +306,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     def _tower_of_compressed(self) -> AbstractContextManager[Any]:
         """Return a context in which the tower encodes compressed videos, equal up to rounding."""
-        return nullcontext()
+        return fused_norms()
 
     # Rows.
 

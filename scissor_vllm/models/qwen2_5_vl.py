@@ -3,8 +3,8 @@
 Only compressed videos pass these MLPs, see ``worker.aligned_mlp``.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,9 +55,15 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801
         self._aligned_mlps = None
         return super().load_weights(weights)
 
-    def _tower_of_compressed(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _tower_of_compressed(self) -> Iterator[None]:
+        with super()._tower_of_compressed(), self._aligned():
+            yield
+
+    def _aligned(self) -> AbstractContextManager[Any]:
+        """Return a context in which the tower uses aligned MLPs on a GPU."""
         if next(self.visual.parameters()).device.type != "cuda":
-            return super()._tower_of_compressed()
+            return nullcontext()
         if self._aligned_mlps is None:
             from scissor_vllm.worker.aligned_mlp import AlignedMLPs
 
