@@ -694,6 +694,18 @@ def test_the_table_tells_of_caches_and_of_videos_sent_twice(
     assert "75% of a cell's lookups in the server's features cache" in text_table([row])
 
 
+def test_the_table_tells_of_preemptions(measured: Path) -> None:
+    content = json.loads(measured.read_text())
+    assert "preempted" not in text_table(rows_of(content))
+    first, second = content["runs"][0]["cells"][:2]
+    first["server_metrics"] = {"counters": {"vllm:num_preemptions": 3.0}}
+    second["server_metrics"] = {"counters": {"vllm:num_preemptions": 0.0}}
+    rows = rows_of(content)
+    assert [row["preemptions"] for row in rows[:3]] == [3.0, 0.0, None]
+    completed = rows[0]["completed"]
+    assert f"preempted in 1 cells, 3 times in one of {completed} requests" in text_table(rows)
+
+
 def test_throughput_is_a_line_per_concurrency_against_the_ratio(measured: Path) -> None:
     (axes,) = throughput_figure(summarize_all(read_results(measured).runs)).axes
     lines = {line.get_label(): line for line in axes.get_lines()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import ir
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import TimingContext
@@ -433,6 +434,38 @@ def test_on_a_gpu_compressed_videos_of_which_nothing_is_merged_have_the_faster_a
             assert torch.equal(anchors, torch.arange(num_frames)[:, None].expand(-1, 1))
         else:
             assert anchors is None
+
+
+class NormsOfModel(RecordedModel):
+    """Records which kernels the tower's norms have, in place of anchors."""
+
+    _encode_merged = PatchGridModel._encode_merged
+
+    def _merging(self) -> Any:
+        def encode(patches: torch.Tensor, grid: tuple[int, ...], _: torch.Tensor) -> torch.Tensor:
+            self.calls.append(ir.ops.rms_norm.get_priority()[0])
+            return patches.view(grid[0], -1, patches.shape[-1])
+
+        return SimpleNamespace(encode=encode)
+
+    def _process_video_input(self, pixels: Any) -> list[torch.Tensor]:
+        self.calls.append(ir.ops.rms_norm.get_priority()[0])
+        return [pixels]
+
+
+@pytest.mark.parametrize("replaces_attention", [True, False])
+@pytest.mark.parametrize(("num_retained", "kernels"), [(10, "vllm_c"), (20, "native")])
+def test_in_a_server_that_compiles_compressed_videos_alone_have_fused_norms(
+    num_retained: int, kernels: str, replaces_attention: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = ir.ops.rms_norm
+    monkeypatch.setattr(norm.impls["vllm_c"], "supported", True)
+    model: Any = NormsOfModel(replaces_attention)
+    pixels = VideoPixels(torch.randn(5, 4, 8), tokens_per_frame=1)
+    grid = {"video_grid_thw": torch.tensor([5, 2, 2])}
+    with norm.set_priority(["native"]):
+        model._encoded(GridVideo(pixels, grid, None, None), num_retained)
+    assert model.calls == [kernels] * 2
 
 
 # On a GPU.

@@ -39,6 +39,8 @@ CACHES = {
     },
 }
 """Counters of queries and hits by cache."""
+PREEMPTIONS = "vllm:num_preemptions"
+"""Counter of requests that lost their KV cache to another, and are prefilled again."""
 
 
 def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
@@ -108,6 +110,7 @@ def summarize(
         **_usage(cell),
         **_stages(cell, len(good)),
         **_hit_rates(cell),
+        "preemptions": _counters(cell).get(PREEMPTIONS),
         "distinct_videos": len({request["video"] for request in cell["requests"]}),
         "errors": "; ".join(f"{n} x {reason}" for reason, n in count_errors(cell).items()),
     }
@@ -204,9 +207,14 @@ def _stages(cell: dict[str, Any], completed: int) -> dict[str, float | None]:
 
 
 def _hit_rates(cell: dict[str, Any]) -> dict[str, float | None]:
-    counters = (cell.get("server_metrics") or {}).get("counters", {})
+    counters = _counters(cell)
     row: dict[str, float | None] = {}
     for cache, (queries_name, hits_name) in CACHES.items():
         queries, hits = counters.get(queries_name), counters.get(hits_name, 0.0)
         row[f"{cache}_cache_hit_rate"] = hits / queries if queries else None
     return row
+
+
+def _counters(cell: dict[str, Any]) -> dict[str, float]:
+    counters: dict[str, float] = (cell.get("server_metrics") or {}).get("counters", {})
+    return counters

@@ -115,7 +115,7 @@ def csv_table(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return warnings about the numbers: cache hits, clips sent twice."""
+    """Return warnings about the numbers: cache hits, preemptions, clips sent twice."""
     lines = []
     for cache, remedy in _CACHES_OFF.items():
         rate = max((row[f"{cache}_cache_hit_rate"] or 0.0 for row in rows), default=0.0)
@@ -125,6 +125,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
                 f"Up to {rate:.0%} of a cell's lookups in the server's {cache} cache were hits: to "
                 f"measure without, start it with {remedy}."
             )
+    preempted = [row for row in rows if row["preemptions"]]
+    if preempted:
+        most = max(preempted, key=lambda row: row["preemptions"] / max(1, row["completed"]))
+        lines.append(
+            f"Requests were preempted in {len(preempted)} cells, {most['preemptions']:.0f} times "
+            f"in one of {most['completed']} requests: the KV cache was full, and they were "
+            "prefilled again. To measure without, start the server with a larger one."
+        )
     repeats = [row for row in rows if row["distinct_videos"] < row["completed"] + row["failed"]]
     if repeats:
         fewest = min(row["distinct_videos"] for row in repeats)
