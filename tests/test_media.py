@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -135,6 +137,25 @@ def refusal(
 )
 def test_a_data_url_is_read_with_whatever_parameters(head: str, is_async: bool) -> None:
     assert fetch(head + ENCODED, is_async=is_async) == DATA
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("head", ["data:video/mp4;base64,", "data:video/webm;codecs=a,b;base64,"])
+def test_nothing_keeps_a_data_url_once_its_video_is_read(head: str, way: str) -> None:
+    url = head + base64.b64encode(bytes(1 << 22)).decode()
+    tracemalloc.start()
+    try:
+        assert fetch_by(way, url) == bytes(1 << 22)
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1 << 20
+
+
+def test_a_url_that_is_too_long_is_refused() -> None:
+    message = refusal("http://a/" + "b" * 65_536, 400, Reason.MEDIA_NOT_FETCHED)
+    assert "at most 65536 characters, got 65545: send a data URL" in message
 
 
 @pytest.mark.parametrize("is_async", [True, False])

@@ -31,9 +31,11 @@ from scissor_vllm.retention import LOADED_MEDIA, RETENTION
 
 CONNECTOR = "http"
 """vLLM's name for its default connector."""
-_BASE64 = ";base64,"
+_DATA, _BASE64 = "data:", ";base64,"
 _MAX_MEDIA_TYPE = 1024
 """Characters of a data URL in which its media type must end."""
+_MAX_URL = 1 << 16
+"""Characters of a URL that is no data URL. Presigned ones have some thousand."""
 _MAX_SHOWN = 80
 
 
@@ -145,8 +147,14 @@ class VideoMediaConnector(MediaConnector):
 
     def _checked(self, url: str, kind: _Kind) -> str:
         """Return the checked URL in the form that vLLM's connector takes."""
-        if url[:5].lower() == "data:":
+        if _is_data(url):
             return _plain_data_url(url, kind)
+        if len(url) > _MAX_URL:
+            raise _refused(
+                f"{kind}'s URL may have at most {_MAX_URL} characters, got {len(url)}: send a data "
+                "URL, or a shorter one",
+                kind,
+            )
         scheme, host = _scheme_and_host(url)
         if scheme == "file":
             self._check_path(url, kind)
@@ -165,7 +173,12 @@ class VideoMediaConnector(MediaConnector):
             raise _not_allowed("this file: URL", "--allowed-local-media-path", kind)
 
 
+def _is_data(url: str) -> bool:
+    return url[: len(_DATA)].lower() == _DATA
+
+
 def _scheme_and_host(url: str) -> tuple[str, str | None]:
+    """Return them of a URL that is no data URL: urllib keeps the last 128 that it parsed."""
     try:
         parts = urlsplit(url)
         return parts.scheme, parts.hostname
@@ -184,8 +197,8 @@ def _plain_data_url(url: str, kind: _Kind) -> str:
         )
     if "," not in url[:end] and url.startswith(_BASE64, end):
         return url
-    media_type = url[len("data:") : end].partition(";")[0]
-    return f"data:{media_type}{_BASE64}{url[end + len(_BASE64) :]}"
+    media_type = url[len(_DATA) : end].partition(";")[0]
+    return f"{_DATA}{media_type}{_BASE64}{url[end + len(_BASE64) :]}"
 
 
 def _check_host(host: str | None, allowed: Any, kind: _Kind) -> None:
@@ -212,10 +225,10 @@ def _refused(
 @contextmanager
 def _naming_errors(url: str, kind: _Kind) -> Iterator[None]:
     """Raise errors of the client or of the remote host as 4xx errors."""
-    fetching = _fetching(url, kind)
 
     def failed(cause: str) -> RefusedMediaError:
-        return RefusedMediaError(f"{fetching} {cause}: {_REMEDY}", parameter=kind.parameter)
+        message = f"{_fetching(url, kind)} {cause}: {_REMEDY}"
+        return RefusedMediaError(message, parameter=kind.parameter)
 
     try:
         yield
@@ -241,6 +254,8 @@ _REMEDY = "send a URL that this server can read, or a data URL"
 
 
 def _fetching(url: str, kind: _Kind) -> str:
+    if _is_data(url):
+        return f"reading the {kind.noun}"
     _, host = _scheme_and_host(url)
     return (
         f"fetching the {kind.noun} from {host[:_MAX_SHOWN]}"
