@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import openai
+import psutil
 import pytest
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
@@ -808,3 +811,22 @@ def test_answers_beside_hostile_requests_stay_right(server: Server, tmp_path: Pa
     known = {request.kind for request in known_requests(Offer(False, False))}
     assert sum(statuses[kind]["200"] for kind in known & statuses.keys()) == 4
     assert statuses["ratio"].keys() == {"400"}
+
+
+def test_large_videos_leave_no_memory_behind(
+    server: Server, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    num_bytes, num_videos = 8 << 20, 24
+    api_server = psutil.Process(server.process.pid)
+    clip, path = clips["one"].read_bytes(), tmp_path / "padded.mp4"
+
+    def send(count: int) -> int:
+        """Send distinct files of few frames and many bytes; return the server's memory."""
+        for _ in range(count):
+            padding = os.urandom(num_bytes)
+            path.write_bytes(clip + struct.pack(">I4s", 8 + num_bytes, b"free") + padding)
+            server.ask(path, "x", ratio=0.5, max_tokens=1)
+        return int(api_server.memory_info().rss)
+
+    before = send(num_videos // 2)
+    assert send(num_videos) - before < num_videos * num_bytes
