@@ -77,22 +77,25 @@ def register_media_connector() -> None:
 class VideoMediaConnector(MediaConnector):
     """vLLM's connector with errors that name the cause."""
 
-    @property
-    def _loaded(self) -> dict[str, Any]:
-        """What the request's images became, see ``image_runs``; each is given out once."""
+    def _take_loaded(self, url: str) -> Any:
+        """Return what the request's images became under this name, once; None for a URL.
+
+        See ``image_runs``.
+        """
         loaded: dict[str, Any] = self.media_io_kwargs.get(RETENTION, {}).get(LOADED_MEDIA, {})
-        return loaded
+        # Looking up a data URL would hash all of it.
+        return loaded.pop(url, None) if loaded else None
 
     def fetch_image(self, image_url: str, **options: Any) -> Any:
         """Return what vLLM's connector does, or the image that was loaded under this name."""
-        if image_url in self._loaded:
-            return self._loaded.pop(image_url)
+        if (loaded := self._take_loaded(image_url)) is not None:
+            return loaded
         return super().fetch_image(image_url, **options)
 
     async def fetch_image_async(self, image_url: str, **options: Any) -> Any:
         """Return the same."""
-        if image_url in self._loaded:
-            return self._loaded.pop(image_url)
+        if (loaded := self._take_loaded(image_url)) is not None:
+            return loaded
         return await super().fetch_image_async(image_url, **options)
 
     def fetch_video(self, video_url: str, **options: Any) -> Any:
@@ -102,8 +105,8 @@ class VideoMediaConnector(MediaConnector):
             RefusedRequestError: the URL is invalid, or the operator does not allow it.
             RefusedMediaError: it cannot be fetched.
         """
-        if video_url in self._loaded:
-            return self._loaded.pop(video_url)
+        if (loaded := self._take_loaded(video_url)) is not None:
+            return loaded
         url = self._checked(video_url, _VIDEO)
         with _naming_errors(url, _VIDEO):
             return super(VideoMediaConnector, self._checking_redirects(_VIDEO)).fetch_video(
@@ -112,8 +115,8 @@ class VideoMediaConnector(MediaConnector):
 
     async def fetch_video_async(self, video_url: str, **options: Any) -> Any:
         """Return the same; raises as ``fetch_video``."""
-        if video_url in self._loaded:
-            return self._loaded.pop(video_url)
+        if (loaded := self._take_loaded(video_url)) is not None:
+            return loaded
         url = self._checked(video_url, _VIDEO)
         with _naming_errors(url, _VIDEO):
             return await super(
