@@ -8,6 +8,7 @@ vLLM's classes:
   ``scissor_vllm.worker.positions``. With pipeline parallelism vLLM sends later ranks no positions
   that are known only after encoding. Rows then carry none and are evenly spaced in the video.
 - Videos are encoded without CUDA graphs.
+- Compressed videos pass vLLM's fused norms also in a server that compiles, see ``fused_norms``.
 - Qwen-VL's towers can merge patches, see ``worker.merged_grid``. On a GPU it encodes compressed
   videos of which nothing is merged, too: its attention places and rotates keys in one kernel.
 - A video's frames travel as they are, and the device makes the patches, see ``worker.patches``.
