@@ -454,13 +454,21 @@ class NormsOfModel(RecordedModel):
 
 
 @pytest.mark.parametrize("replaces_attention", [True, False])
-@pytest.mark.parametrize(("num_retained", "kernels"), [(10, "vllm_c"), (20, "native")])
+@pytest.mark.parametrize(
+    ("num_retained", "compiles_tower", "kernels"),
+    [(10, False, "vllm_c"), (20, False, "native"), (10, True, "native")],
+)
 def test_in_a_server_that_compiles_compressed_videos_alone_have_fused_norms(
-    num_retained: int, kernels: str, replaces_attention: bool, monkeypatch: pytest.MonkeyPatch
+    num_retained: int,
+    compiles_tower: bool,
+    kernels: str,
+    replaces_attention: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     norm = ir.ops.rms_norm
     monkeypatch.setattr(norm.impls["vllm_c"], "supported", True)
     model: Any = NormsOfModel(replaces_attention)
+    model._compiles_tower = compiles_tower
     pixels = VideoPixels(torch.randn(5, 4, 8), tokens_per_frame=1)
     grid = {"video_grid_thw": torch.tensor([5, 2, 2])}
     with norm.set_priority(["native"]):

@@ -181,7 +181,7 @@ def _is_data(url: str) -> bool:
 
 
 def _scheme_and_host(url: str) -> tuple[str, str | None]:
-    """Return them of a URL that is no data URL: urllib keeps the last 128 that it parsed."""
+    """Return a URL's scheme and host. Not for data URLs: urllib keeps the last 128 URLs."""
     try:
         parts = urlsplit(url)
         return parts.scheme, parts.hostname

@@ -238,6 +238,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
     config: Any
     visual: Any
     _merging_tower: Any = None
+    _compiles_tower = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
@@ -254,6 +255,7 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
         )
         self.pixel_dtype = model_config.dtype
         self._is_eager = model_config.enforce_eager
+        self._compiles_tower = bool(vllm_config.compilation_config.compile_mm_encoder)
         self._num_tower_ranks = num_tower_ranks()
         is_pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.carries_positions = model_config.uses_mrope and not is_pipelined
@@ -307,7 +309,8 @@ class PatchGridModel(CarriedPositionsModel, FrameRunsModel):
 
     def _tower_of_compressed(self) -> AbstractContextManager[Any]:
         """Return a context in which the tower encodes compressed videos, equal up to rounding."""
-        return fused_norms()
+        # A compiled tower has the kernels of its first call, also for images and at 1.0.
+        return nullcontext() if self._compiles_tower else fused_norms()
 
     # Rows.
 
